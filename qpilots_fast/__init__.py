@@ -1,0 +1,1 @@
+"""Fused QPILOTS sampling (wip)"""

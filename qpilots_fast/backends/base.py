@@ -1,0 +1,105 @@
+"""The interface between the sampler and a backend."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..spec import LayerParameters, NetworkSpec, SamplerSpec
+
+
+@dataclass(frozen=True)
+class BoundNetwork:
+    """A network's spec with views of its live parameters (one LayerParameters per Linear)."""
+
+    spec: NetworkSpec
+    layers: tuple[LayerParameters, ...]
+
+
+@dataclass(frozen=True)
+class BoundNetworks:
+    """The networks of one sampler. The critic is None where nothing asks it; the posterior, unless estimate="mfm"."""
+
+    flow: BoundNetwork
+    critic: BoundNetwork | None = None
+    posterior: BoundNetwork | None = None
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """What a backend's inner loop returns. gradient_norms and nonfinite are None unless asked for."""
+
+    actions: Tensor  # [B, A]
+    gradient_norms: Tensor | None = None  # [K, B], norm of g over the steered dims; 0 at unsteered steps
+    nonfinite: Tensor | None = None  # [K, B] bool, rows that fell back to the unsteered flow
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one sampling call costs, counted from the spec and the batch size."""
+
+    launches: int  # kernel launches (on a CPU: parallel regions) a call
+    flops: int
+    weight_bytes: int  # packed weights, each counted once
+    traffic_bytes: int  # weight and activation bytes that must move at least once per visit
+    workspace_bytes: int  # beyond packed weights, inputs and outputs
+    floor_s: float | None  # physical lower bound on this machine; None where the machine is not known
+    notes: tuple[str, ...] = ()
+
+
+class Backend(ABC):
+    """One way to run the maths. Stateless but for caches; safe to call from several threads."""
+
+    name: ClassVar[str]
+    precisions: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def unavailable_reason(self) -> str | None:
+        """Why this backend cannot run on this machine at all, or None where it can."""
+
+    @abstractmethod
+    def refusal(self, spec: SamplerSpec, device: torch.device) -> str | None:
+        """Why this backend cannot run this sampler on tensors of this device, or None where it can."""
+
+    @abstractmethod
+    def pack(self, spec: SamplerSpec, networks: BoundNetworks) -> Any:
+        """A private copy of the weights in this backend's layout, for reuse over many calls (frozen samplers)."""
+
+    @abstractmethod
+    def sample(
+        self,
+        spec: SamplerSpec,
+        networks: BoundNetworks,
+        obs: Tensor,
+        noise: Tensor,
+        posterior_noise: Tensor | None,
+        *,
+        packed: Any = None,
+        return_info: bool = False,
+    ) -> RawSample:
+        """The whole K-step loop for the batch. Never tracked by autograd.
+
+        Args:
+            obs: [B, S], contiguous, float32 (float64 where the backend's precisions allow), B >= 1, finite.
+            noise: [B, A], same dtype; not modified.
+            posterior_noise: [K, B, N, A] for mfm and glass, else None.
+            packed: what `pack` returned; None reads the live parameters of `networks` in this call.
+        Candidates (best-of-n) are drawn and ranked by the sampler: here they are rows of the batch.
+        """
+
+    @abstractmethod
+    def forward(self, network: BoundNetwork, blocks: Sequence[Tensor], precision: str) -> Tensor:
+        """The network on its input blocks (in spec.input_order order, each [B, d] contiguous): [E, B, out]."""
+
+    @abstractmethod
+    def vjp(self, network: BoundNetwork, blocks: Sequence[Tensor], cotangent: Tensor, precision: str) -> Tensor:
+        """cotangent [E, B, out] pulled back to all input columns, summed over the members: [B, input_dim]."""
+
+    @abstractmethod
+    def footprint(self, spec: SamplerSpec, batch_size: int) -> Footprint:
+        """Exact counts for one call of `sample`."""

@@ -1,0 +1,195 @@
+"""How a sampler steers: one frozen dataclass whose settings span QPILOTS and its rivals."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Estimate = Literal["noisy", "tweedie", "mfm", "glass"]
+Jacobian = Literal["full", "identity"]
+Clip = Literal["straight_through", "masked", "none"]
+Aggregation = Literal["pessimistic", "mean", "min"]
+Scale = Literal["norm_match", "absolute", "gaf"]
+
+ESTIMATES: tuple[str, ...] = ("noisy", "tweedie", "mfm", "glass")
+JACOBIANS: tuple[str, ...] = ("full", "identity")
+CLIPS: tuple[str, ...] = ("straight_through", "masked", "none")
+AGGREGATIONS: tuple[str, ...] = ("pessimistic", "mean", "min")
+SCALES: tuple[str, ...] = ("norm_match", "absolute", "gaf")
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"Steering.{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}.")
+
+
+def _check_number(name: str, value: object, low: float, *, strict: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"Steering.{name} is {value!r} ({type(value).__name__}); expected a number.")
+    if not math.isfinite(value) or value < low or (strict and value == low):
+        relation = ">" if strict else ">="
+        raise ValueError(f"Steering.{name} is {value!r}; expected a finite number {relation} {low:g}.")
+
+
+def _check_count(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"Steering.{name} is {value!r} ({type(value).__name__}); expected an integer.")
+    if value < low:
+        raise ValueError(f"Steering.{name} is {value}; expected at least {low}.")
+
+
+@dataclass(frozen=True)
+class Steering:
+    """v' = v + scale(v, g) g at every denoising step; g is the critic's gradient at a clean estimate.
+
+    Prefer the named constructors and `dataclasses.replace` for variations.
+
+    Args:
+        alpha: strength of the steering, >= 0; 0 never calls the critic inside the loop. With
+            ``scale="norm_match"`` it is the ratio of the added term to the velocity (QPILOTS); with
+            ``"absolute"`` it is the weight w of ``v + w g`` (QGF).
+        estimate: the clean-action estimate at which the critic is asked: ``"noisy"`` (x itself),
+            ``"tweedie"`` (x + (1 - t) v), ``"mfm"`` (posterior draws of a learned meta flow map) or
+            ``"glass"`` (posterior draws by inner Euler steps of the base flow; no training).
+        jacobian: ``"full"`` pulls the gradient back through the estimate; ``"identity"`` does not.
+        clip: of the estimate to the action bounds before the critic: ``"straight_through"`` (identity
+            gradient), ``"masked"`` (zero gradient outside, as autodiff of a clamp) or ``"none"``.
+            With ``jacobian="identity"``, "masked" and "straight_through" both take the gradient at the
+            clipped point (QGF).
+        aggregation: of the E critics: ``"pessimistic"`` (mean - rho * population std), ``"mean"``, ``"min"``.
+        rho: pessimism, >= 0.
+        tau: tilt temperature, > 0; multiplies Q inside exp(tau Q). Cancels under norm match for one estimate.
+        scale: ``"norm_match"``, ``"absolute"`` or ``"gaf"`` (alpha * m * clip_norm(g, max_grad_norm) / gaf_beta,
+            m = max(gaf_min, exp(-gaf_decay * std_Q))).
+        steer_first_step: whether step k = 0 (pure noise) is steered.
+        num_samples: N posterior draws (mfm, glass), >= 1.
+        glass_steps: m inner Euler steps of the "glass" estimate, >= 1; m = 1 equals tweedie in its one draw.
+        q_scale: what Q is divided by before exp(tau Q): None, "batch_std" (the std of the aggregated Q over
+            the whole batch and draws, so rows are no longer independent) or a positive number.
+        num_candidates: n actions drawn per observation; the one with the highest value is returned.
+        candidate_aggregation: the critics' aggregation that ranks the candidates.
+        eps: added to the gradient's norm in the norm match, > 0.
+        steered_dims: action dimensions that the critic may move, as sorted distinct indices; None means all.
+            Norms and gradients see only these; the rest follow the base flow.
+        max_grad_norm, gaf_beta, gaf_decay, gaf_min: constants of ``scale="gaf"``.
+
+    Raises:
+        ValueError, TypeError: at construction, for any value outside its range.
+    """
+
+    alpha: float = 0.2
+    estimate: Estimate = "tweedie"
+    jacobian: Jacobian = "full"
+    clip: Clip = "straight_through"
+    aggregation: Aggregation = "pessimistic"
+    rho: float = 0.5
+    tau: float = 1.0
+    scale: Scale = "norm_match"
+    steer_first_step: bool = False
+    num_samples: int = 1
+    glass_steps: int = 2
+    q_scale: None | float | Literal["batch_std"] = None
+    num_candidates: int = 1
+    candidate_aggregation: Aggregation = "mean"
+    eps: float = 1e-8
+    steered_dims: tuple[int, ...] | None = None
+    max_grad_norm: float = 1.0
+    gaf_beta: float = 1.0
+    gaf_decay: float = 1.0
+    gaf_min: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_choice("estimate", self.estimate, ESTIMATES)
+        _check_choice("jacobian", self.jacobian, JACOBIANS)
+        _check_choice("clip", self.clip, CLIPS)
+        _check_choice("aggregation", self.aggregation, AGGREGATIONS)
+        _check_choice("candidate_aggregation", self.candidate_aggregation, AGGREGATIONS)
+        _check_choice("scale", self.scale, SCALES)
+        for name in ("alpha", "rho", "gaf_decay", "gaf_min"):
+            _check_number(name, getattr(self, name), 0.0)
+        for name in ("tau", "eps", "max_grad_norm", "gaf_beta"):
+            _check_number(name, getattr(self, name), 0.0, strict=True)
+        for name in ("num_samples", "num_candidates", "glass_steps"):
+            _check_count(name, getattr(self, name), 1)
+        if not isinstance(self.steer_first_step, bool):
+            raise TypeError(f"Steering.steer_first_step is {self.steer_first_step!r}; expected True or False.")
+        if self.q_scale is not None and self.q_scale != "batch_std":
+            _check_number("q_scale", self.q_scale, 0.0, strict=True)
+        if self.num_samples > 1 and not self.uses_posterior:
+            raise ValueError(
+                f"Steering.num_samples is {self.num_samples} with estimate={self.estimate!r}, which has one estimate "
+                "a step; expected num_samples=1, or estimate 'mfm' or 'glass'."
+            )
+        if self.uses_posterior and self.jacobian == "identity":
+            raise ValueError(
+                f"Steering.jacobian='identity' is not defined for estimate={self.estimate!r}, whose draws depend on x "
+                "only through the map; expected jacobian='full'."
+            )
+        if self.steered_dims is not None:
+            dims = self.steered_dims
+            if not isinstance(dims, tuple) or not dims or any(isinstance(d, bool) or not isinstance(d, int) for d in dims):
+                raise TypeError(f"Steering.steered_dims is {dims!r}; expected a non-empty tuple of integers, or None.")
+            if list(dims) != sorted(set(dims)) or dims[0] < 0:
+                raise ValueError(f"Steering.steered_dims is {dims!r}; expected sorted, distinct indices >= 0.")
+
+    @property
+    def uses_posterior(self) -> bool:
+        """Whether each step asks the critic at num_samples posterior draws rather than one point."""
+        return self.estimate in ("mfm", "glass")
+
+    @property
+    def steers(self) -> bool:
+        """Whether the critic moves the velocity at all."""
+        return self.alpha > 0
+
+    @classmethod
+    def qpilots_u(cls, alpha: float = 0.2, rho: float = 0.5, jacobian: Jacobian = "full") -> Steering:
+        """QPILOTS-U: one posterior-mean estimate a step, pessimistic ensemble, norm match (arXiv 2606.14801)."""
+        return cls(alpha=alpha, rho=rho, jacobian=jacobian)
+
+    @classmethod
+    def qpilots_m(cls, alpha: float = 0.2, rho: float = 0.5, num_samples: int = 4, tau: float = 1.0) -> Steering:
+        """QPILOTS-M: num_samples draws of a meta flow map, weighted by softmax(tau Q) (arXiv 2606.14801)."""
+        return cls(alpha=alpha, rho=rho, estimate="mfm", num_samples=num_samples, tau=tau)
+
+    @classmethod
+    def qgf(cls, weight: float, aggregation: Aggregation = "min", jacobian: Jacobian = "identity") -> Steering:
+        """QGF (jacobian="identity") and QGF-Jacobian ("full"): v + weight * g, every step steered (arXiv 2606.11087)."""
+        return cls(
+            alpha=weight,
+            aggregation=aggregation,
+            jacobian=jacobian,
+            clip="masked",
+            scale="absolute",
+            steer_first_step=True,
+            candidate_aggregation=aggregation,
+        )
+
+    @classmethod
+    def noisy(cls, weight: float, aggregation: Aggregation = "mean") -> Steering:
+        """Noisy-gradient baseline (CGQL / QFQL style): the critic is asked at the noisy action itself."""
+        return cls(
+            alpha=weight, estimate="noisy", jacobian="identity", clip="none", aggregation=aggregation,
+            scale="absolute", steer_first_step=True,
+        )  # fmt: skip
+
+    @classmethod
+    def gaf(
+        cls, strength: float = 1.0, beta: float = 1.0, max_grad_norm: float = 1.0, decay: float = 1.0, floor: float = 0.1
+    ) -> Steering:
+        """GAF: clipped gradient of the ensemble mean, damped where the critics disagree."""
+        return cls(
+            alpha=strength, jacobian="identity", clip="none", aggregation="mean", scale="gaf", steer_first_step=True,
+            max_grad_norm=max_grad_norm, gaf_beta=beta, gaf_decay=decay, gaf_min=floor,
+        )  # fmt: skip
+
+    @classmethod
+    def best_of_n(cls, n: int, aggregation: Aggregation = "mean") -> Steering:
+        """n plain samples of the flow, of which the one with the highest value is kept (IFQL takes n = 32)."""
+        return cls(alpha=0.0, num_candidates=n, candidate_aggregation=aggregation)
+
+    @classmethod
+    def unsteered(cls) -> Steering:
+        """The base policy: plain Euler integration of the flow, no critic."""
+        return cls(alpha=0.0)
