@@ -1,0 +1,132 @@
+// Activations and their derivatives from plain arithmetic (no libm), one formula for scalar, SIMD and device code.
+// Accurate to a few ulp of max(|value|, ulp-scale of the input); finite input never gives NaN, NaN input gives NaN.
+#pragma once
+
+#include "qpilots/number.h"
+#include "qpilots/types.h"
+
+namespace qpilots {
+
+// e^x for x in [-87.3, 88]: callers clamp. x = n ln2 + r, |r| <= ln2 / 2; minimax polynomial, error 3e-9 + rounding.
+template <class T>
+QPILOTS_HD T exp_bounded(T x) {
+  const T n = round_even(x * T(1.44269504089f));
+  T r = fmadd(n, T(-0.693359375f), x);
+  r = fmadd(n, T(2.12194440e-4f), r);
+  T p = fmadd(T(0.001381446674f), r, T(0.008368780429f));
+  p = fmadd(p, r, T(0.04166839422f));
+  p = fmadd(p, r, T(0.1666652011f));
+  p = fmadd(p, r, T(0.4999999341f));
+  p = fmadd(p, r * r, r) + T(1.0f);
+  return p * power_of_two(n);
+}
+
+// e^x for any x: 0 below -87, 1.6e38 above 88; NaN stays NaN.
+template <class T>
+QPILOTS_HD T exp_clamped(T x) {
+  const T e = exp_bounded(clamp(x, T(-87.0f), T(88.0f)));
+  return select(x < T(-87.0f), T(0.0f), e);
+}
+
+template <class T>
+struct ValueSlope {
+  T value;
+  T slope;
+};
+
+// x s(x) and its derivative, where s is the logistic function of `u` (s = 1 / (1 + e^-u)) and du = du/dx.
+// 1 - s is taken as e^-u s, which keeps its relative accuracy. x and u are clamped so that nothing overflows.
+template <class T>
+QPILOTS_HD ValueSlope<T> logistic_gate(T x, T u, T x_clamped, T du) {
+  const T e = exp_bounded(T(0.0f) - u);
+  const T s = T(1.0f) / (T(1.0f) + e);
+  return {x * s, fmadd(x_clamped * s, (e * s) * du, s)};
+}
+
+// 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) = x / (1 + exp(-2 sqrt(2/pi) (x + 0.044715 x^3)))
+template <class T>
+QPILOTS_HD ValueSlope<T> gelu_tanh(T x) {
+  const T low = maximum(T(-10.0f), x);  // the value at -10 is -1e-37
+  const T c = minimum(T(10.0f), low);
+  const T c2 = c * c;
+  const T u = c * fmadd(c2, T(0.0713548163f), T(1.59576912f));
+  return logistic_gate(low, u, c, fmadd(c2, T(0.214064449f), T(1.59576912f)));
+}
+
+template <class T>
+QPILOTS_HD ValueSlope<T> silu(T x) {
+  const T low = maximum(T(-87.0f), x);
+  const T c = minimum(T(87.0f), low);
+  return logistic_gate(low, c, c, T(1.0f));
+}
+
+// x Phi(x). Upper tail Q(|x|) = exp(-x^2/2) t P(t), t = 1 / (1 + 0.3 |x|): relative error 4e-9 + rounding on [0, 14].
+template <class T>
+QPILOTS_HD ValueSlope<T> gelu_erf(T x) {
+  const T low = maximum(T(-13.0f), x);  // x Phi(x) at -13 is -8e-38
+  const T c = minimum(T(13.0f), low);
+  const T t = T(1.0f) / fmadd(absolute(c), T(0.3f), T(1.0f));
+  T p = fmadd(T(-0.02061283531f), t, T(0.1123758095f));
+  p = fmadd(p, t, T(-0.2280675841f));
+  p = fmadd(p, t, T(0.1915817842f));
+  p = fmadd(p, t, T(-0.07924741065f));
+  p = fmadd(p, t, T(0.0960578654f));
+  p = fmadd(p, t, T(0.0784255679f));
+  p = fmadd(p, t, T(0.1102273263f));
+  p = fmadd(p, t, T(0.1195728409f));
+  p = fmadd(p, t, T(0.1196866341f));
+  const T gauss = exp_bounded(c * c * T(-0.5f));
+  const T tail = gauss * (t * p);
+  const T cdf = select(c < T(0.0f), tail, T(1.0f) - tail);
+  return {low * cdf, fmadd(c * T(0.398942280f), gauss, cdf)};
+}
+
+// x tanh(log(1 + e^x)) = x n / (n + 2), n = e^x (e^x + 2); derivative n/(n+2) + 4 x e^x (e^x + 1) / (n + 2)^2
+template <class T>
+QPILOTS_HD ValueSlope<T> mish(T x) {
+  const T low = maximum(T(-87.0f), x);
+  const T c = minimum(T(20.0f), low);  // tanh(softplus(20)) = 1 in float32
+  const T w = exp_bounded(c);
+  const T n = w * (w + T(2.0f));
+  const T inverse = T(1.0f) / (n + T(2.0f));
+  const T gate = n * inverse;
+  return {low * gate, fmadd(T(4.0f) * c * w * inverse, (w + T(1.0f)) * inverse, gate)};
+}
+
+// |x| < 0.625: odd polynomial; else 1 - 2 e / (1 + e), e = exp(-2|x|)
+template <class T>
+QPILOTS_HD ValueSlope<T> hyperbolic_tangent(T x) {
+  const T magnitude = absolute(x);
+  const T c = minimum(T(20.0f), magnitude);
+  const T e = exp_bounded(T(-2.0f) * c);
+  const T ratio = e / (T(1.0f) + e);
+  const T big = copy_sign(fmadd(T(-2.0f), ratio, T(1.0f)), x);
+  const T x2 = c * c;
+  T p = fmadd(T(-0.00571704451f), x2, T(0.02065058678f));
+  p = fmadd(p, x2, T(-0.05374349792f));
+  p = fmadd(p, x2, T(0.1333149128f));
+  p = fmadd(p, x2, T(-0.3333328393f));
+  const T small = fmadd(p * x2, x, x);
+  const T value = select(magnitude < T(0.625f), small, big);
+  const T sech2 = T(4.0f) * ratio * (T(1.0f) - ratio);  // 1 - tanh^2 = 4 e / (1 + e)^2
+  return {select(x == x, value, x), select(x == x, sech2, x)};
+}
+
+template <class T>
+QPILOTS_HD ValueSlope<T> relu(T x) {  // derivative 0 at 0, as PyTorch; NaN stays NaN
+  const T zero(0.0f), one(1.0f);
+  return {select(x <= zero, zero, x), select(x <= zero, zero, select(x == x, one, x))};
+}
+
+// The activation known at compile time: value and derivative, of which an unused one is dropped by the compiler.
+template <Activation kActivation, class T>
+QPILOTS_HD ValueSlope<T> activate(T x) {
+  if constexpr (kActivation == Activation::kGeluTanh) return gelu_tanh(x);
+  else if constexpr (kActivation == Activation::kGelu) return gelu_erf(x);
+  else if constexpr (kActivation == Activation::kRelu) return relu(x);
+  else if constexpr (kActivation == Activation::kSilu) return silu(x);
+  else if constexpr (kActivation == Activation::kMish) return mish(x);
+  else return hyperbolic_tangent(x);
+}
+
+}  // namespace qpilots
