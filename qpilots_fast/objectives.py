@@ -1,0 +1,193 @@
+"""Training objectives: flow matching for the policy; steered TD, SARSA and IQL for the critics.
+
+Each returns losses to call `.backward()` on; targets carry no gradient. Discounts are given per transition, so that
+action chunks (gamma^C) and terminations (0) need no flags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .reference import aggregate
+from .steering import AGGREGATIONS
+
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+Critic = Callable[[Tensor, Tensor], Tensor]
+Sampler = Callable[[Tensor], Tensor]
+
+
+class IQLLosses(NamedTuple):
+    """The two losses of `iql_loss`; they share no parameter, so their sum may be minimised by one optimiser."""
+
+    critic: Tensor
+    value: Tensor
+
+
+def _check_rows(owner: str, obs: Tensor, **others: Tensor) -> None:
+    for name, tensor in others.items():
+        if tensor.shape[:1] != obs.shape[:1]:
+            raise ValueError(
+                f"{owner}: {name} has shape {tuple(tensor.shape)} beside obs {tuple(obs.shape)}; expected the same "
+                "number of rows."
+            )
+
+
+def _check_vectors(owner: str, obs: Tensor, **others: Tensor) -> None:
+    for name, tensor in others.items():
+        if tensor.shape != obs.shape[:1]:
+            raise ValueError(
+                f"{owner}: {name} has shape {tuple(tensor.shape)}; expected ({obs.shape[0]},), one number per row of "
+                "obs (a column [B, 1] would broadcast to [B, B])."
+            )
+
+
+def _check_aggregation(owner: str, aggregation: str, rho: float) -> None:
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"{owner}: aggregation is {aggregation!r}; expected one of {', '.join(AGGREGATIONS)}.")
+    if not rho >= 0:
+        raise ValueError(f"{owner}: rho is {rho!r}; expected a number >= 0.")
+
+
+def flow_matching_loss(
+    flow: Velocity, obs: Tensor, actions: Tensor, *, noise: Tensor | None = None, t: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """mean || v(obs, x_t, t) - (x1 - e) ||^2 with x_t = t x1 + (1 - t) e, t ~ U(0, 1), e ~ N(0, I).
+
+    Args:
+        flow: (obs [B, S], noisy_actions [B, A], t [B, 1]) -> velocity [B, A].
+        obs: [B, S].
+        actions: x1 [B, A], in the sampler's bounds; a chunk flattened.
+        noise: e [B, A], drawn where None.
+        t: [B, 1] in [0, 1], drawn where None.
+        generator: of the draws.
+
+    Returns:
+        A scalar: the mean over rows and action dimensions.
+
+    Raises:
+        ValueError: if obs and actions differ in their number of rows.
+    """
+    _check_rows("flow_matching_loss", obs, actions=actions)
+    if noise is None:
+        noise = torch.randn(actions.shape, generator=generator, dtype=actions.dtype, device=actions.device)
+    if t is None:
+        t = torch.rand(actions.shape[0], 1, generator=generator, dtype=actions.dtype, device=actions.device)
+    x = t * actions + (1 - t) * noise
+    return (flow(obs, x, t) - (actions - noise)).square().mean()
+
+
+@torch.no_grad()
+def td_target(
+    target_critic: Critic, rewards: Tensor, discounts: Tensor, next_obs: Tensor, next_actions: Tensor, *,
+    aggregation: str = "pessimistic", rho: float = 0.5,
+) -> Tensor:  # fmt: skip
+    """rewards + discounts * Qbar(next_obs, next_actions), Qbar = mean_j Q_j - rho std_j Q_j (population std).
+
+    Args:
+        target_critic: (obs [B, S], actions [B, A]) -> q_values [E, B]; usually a slow copy of the critic.
+        rewards, discounts: [B]; for a chunk of C steps sum_i gamma^i r_i and gamma^C, and 0 after a termination.
+        next_obs, next_actions: [B, S], [B, A].
+        aggregation, rho: "pessimistic" (QPILOTS), "mean", or "min" (QGF).
+
+    Returns:
+        [B], without gradient.
+    """
+    _check_aggregation("td_target", aggregation, rho)
+    _check_rows("td_target", next_obs, next_actions=next_actions)
+    _check_vectors("td_target", next_obs, rewards=rewards, discounts=discounts)
+    next_q = aggregate(target_critic(next_obs, next_actions), aggregation, rho)
+    return rewards + discounts * next_q.to(rewards.dtype)
+
+
+def td_loss(
+    critic: Critic, target_critic: Critic, obs: Tensor, actions: Tensor, rewards: Tensor, discounts: Tensor,
+    next_obs: Tensor, *, sampler: Sampler | None = None, next_actions: Tensor | None = None,
+    aggregation: str = "pessimistic", rho: float = 0.5,
+) -> Tensor:  # fmt: skip
+    """mean_j,b (Q_j(obs, actions) - [rewards + discounts * Qbar'(next_obs, next_actions)])^2.
+
+    With `sampler`, a SteeredSampler over the same critics, the next action is the one that the steered policy would
+    take (QPILOTS, arXiv 2606.14801: policy improvement inside the target). With `next_actions` from the data it is
+    SARSA: the value of the policy that made the data.
+
+    Args:
+        critic: (obs [B, S], actions [B, A]) -> q_values [E, B]; gradients flow here only.
+        target_critic: the same signature; usually a slow copy.
+        obs, actions, next_obs: [B, S], [B, A], [B, S].
+        rewards, discounts: [B], see `td_target`.
+        sampler: next_obs -> next actions [B, A]; called without gradient.
+        next_actions: [B, A]; exactly one of sampler and next_actions is given.
+        aggregation, rho: of the target ensemble.
+
+    Returns:
+        A scalar: the mean over members and rows.
+
+    Raises:
+        ValueError: for both or neither of sampler and next_actions, or shapes that do not fit.
+    """
+    if (sampler is None) == (next_actions is None):
+        given = "both" if sampler is not None else "neither"
+        raise ValueError(
+            f"td_loss: got {given} of sampler and next_actions; expected exactly one (steered TD or SARSA)."
+        )
+    _check_rows("td_loss", obs, actions=actions, next_obs=next_obs)
+    if sampler is not None:
+        with torch.no_grad():
+            next_actions = sampler(next_obs)
+    assert next_actions is not None
+    target = td_target(
+        target_critic, rewards, discounts, next_obs, next_actions, aggregation=aggregation, rho=rho
+    )  # fmt: skip
+    return (critic(obs, actions) - target).square().mean()
+
+
+def iql_loss(
+    critic: Critic, target_critic: Critic, value: Callable[[Tensor], Tensor], obs: Tensor, actions: Tensor,
+    rewards: Tensor, discounts: Tensor, next_obs: Tensor, *, expectile: float = 0.9,
+    aggregation: str = "pessimistic", rho: float = 0.5,
+) -> IQLLosses:  # fmt: skip
+    """Implicit Q-learning (arXiv 2110.06169): an upper expectile of Qbar over the data's actions stands for the max.
+
+    value:  mean_b |expectile - 1[u < 0]| u^2,  u = Qbar'(obs, actions) - V(obs)
+    critic: mean_j,b (Q_j(obs, actions) - [rewards + discounts * V(next_obs)])^2
+
+    No action is sampled, so training costs no sampler call (QGF trains its critics this way).
+
+    Args:
+        critic, target_critic: (obs [B, S], actions [B, A]) -> q_values [E, B].
+        value: obs [B, S] -> [B] (or [B, 1]).
+        obs, actions, next_obs: [B, S], [B, A], [B, S].
+        rewards, discounts: [B], see `td_target`.
+        expectile: in (0, 1); 0.5 is the mean (SARSA), towards 1 the best action in the data.
+        aggregation, rho: of the target ensemble under the value.
+
+    Returns:
+        Two scalars; V's target and the critics' target carry no gradient.
+
+    Raises:
+        ValueError: for an expectile outside (0, 1) or shapes that do not fit.
+    """
+    if not 0 < expectile < 1:
+        raise ValueError(f"iql_loss: expectile is {expectile!r}; expected a number in (0, 1).")
+    _check_aggregation("iql_loss", aggregation, rho)
+    _check_rows("iql_loss", obs, actions=actions, next_obs=next_obs)
+    _check_vectors("iql_loss", obs, rewards=rewards, discounts=discounts)
+    with torch.no_grad():
+        q = aggregate(target_critic(obs, actions), aggregation, rho)
+        target = rewards + discounts * value(next_obs).reshape(rewards.shape).to(rewards.dtype)
+    advantage = q - value(obs).reshape(q.shape)
+    weight = torch.where(advantage < 0, 1 - expectile, expectile)
+    value_loss = (weight * advantage.square()).mean()
+    return IQLLosses((critic(obs, actions) - target).square().mean(), value_loss)
+
+
+@torch.no_grad()
+def polyak_update(target: torch.nn.Module, source: torch.nn.Module, rate: float = 0.005) -> None:
+    """target <- (1 - rate) target + rate source, parameter by parameter, in place."""
+    for slow, fast in zip(target.parameters(), source.parameters(), strict=True):
+        slow.lerp_(fast, rate)
