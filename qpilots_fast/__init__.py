@@ -1,1 +1,22 @@
-"""Fused QPILOTS sampling (wip)"""
+"""Fused sampling for flow policies steered by a critic (QPILOTS-U, QPILOTS-M and their rivals)."""
+
+from . import networks, objectives, ops
+from .errors import BackendUnavailable
+from .networks import CriticEnsemble, FlowMLP, MetaFlowMap
+from .sampler import SampleInfo, SteeredSampler
+from .steering import Steering
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "CriticEnsemble",
+    "FlowMLP",
+    "MetaFlowMap",
+    "SampleInfo",
+    "SteeredSampler",
+    "Steering",
+    "networks",
+    "objectives",
+    "ops",
+]

@@ -202,10 +202,20 @@ def member_weights(q_values: Tensor, aggregation: str, rho: float) -> Tensor:
     if aggregation == "min":
         lowest = (q_values == q_values.amin(0)).to(q_values.dtype)
         return lowest / lowest.sum(0)
-    centred = q_values - q_values.mean(0)
-    std = centred.square().mean(0).sqrt()
-    slope = torch.where(std == 0, torch.zeros_like(centred), centred / torch.where(std == 0, 1, std))
+    std = ensemble_std(q_values)
+    slope = (q_values - q_values.mean(0)) / torch.where(std == 0, torch.ones_like(std), std)
     return (1 - rho * slope) / count
+
+
+def ensemble_std(q_values: Tensor) -> Tensor:
+    """Population std over the members, [B]."""
+    return _safe_sqrt((q_values - q_values.mean(0)).square().mean(0))
+
+
+def _safe_sqrt(x: Tensor) -> Tensor:
+    """sqrt with derivative 0 at 0, where autodiff of sqrt gives inf."""
+    zero = x == 0
+    return torch.where(zero, torch.zeros_like(x), torch.where(zero, torch.ones_like(x), x).sqrt())
 
 
 def aggregate(q_values: Tensor, aggregation: str, rho: float) -> Tensor:
@@ -213,7 +223,7 @@ def aggregate(q_values: Tensor, aggregation: str, rho: float) -> Tensor:
     if aggregation == "min":
         return q_values.amin(0)
     mean = q_values.mean(0)
-    return mean if aggregation == "mean" else mean - rho * (q_values - mean).square().mean(0).sqrt()
+    return mean if aggregation == "mean" else mean - rho * ensemble_std(q_values)
 
 
 def posterior_weights(q_values: Tensor, tau: float, scale: Tensor | float = 1.0) -> Tensor:
@@ -223,9 +233,9 @@ def posterior_weights(q_values: Tensor, tau: float, scale: Tensor | float = 1.0)
 
 def row_norm(x: Tensor) -> Tensor:
     """L2 norm of each row, [B, 1], without overflow or underflow in the squares."""
-    peak = x.abs().amax(-1, keepdim=True)
+    peak = x.detach().abs().amax(-1, keepdim=True)
     safe = torch.where((peak > 0) & peak.isfinite(), peak, torch.ones_like(peak))
-    return safe * (x / safe).square().sum(-1, keepdim=True).sqrt()
+    return safe * _safe_sqrt((x / safe).square().sum(-1, keepdim=True))
 
 
 def steered_mask(steering: Steering, action_dim: int, like: Tensor) -> Tensor | None:
@@ -357,8 +367,7 @@ def _critic_gradient(
     d_a = torch.where(q_values.isfinite().all(0).unsqueeze(-1), d_a, torch.full_like(d_a, math.nan))
     if steering.clip == "masked" and steering.jacobian == "full":
         d_a = torch.where((a >= low) & (a <= high), d_a, torch.zeros_like(d_a))
-    std = (q_values - q_values.mean(0)).square().mean(0).sqrt()
-    return d_a, aggregate(q_values, steering.aggregation, steering.rho), std
+    return d_a, aggregate(q_values, steering.aggregation, steering.rho), ensemble_std(q_values)
 
 
 def steering_gradient(
@@ -405,7 +414,7 @@ def steering_gradient(
 def _q_scale(q_bar: Tensor, steering: Steering) -> Tensor | float:
     if steering.q_scale == "batch_std":
         finite = q_bar[q_bar.isfinite()]  # rows without a value must not reach the others through the std
-        return (finite - finite.mean()).square().mean().sqrt() + 1e-6 if finite.numel() else 1.0
+        return _safe_sqrt((finite - finite.mean()).square().mean()) + 1e-6 if finite.numel() else 1.0
     return 1.0 if steering.q_scale is None else steering.q_scale
 
 
@@ -419,8 +428,9 @@ def sample(
 ) -> RawSample:
     """The K Euler steps from noise [B, A]; posterior_noise [K, B, N, A]; bounds of the actions (low, high)."""
     x = noise
-    norms = noise.new_zeros(num_steps, noise.shape[0])
-    nonfinite = torch.zeros(num_steps, noise.shape[0], dtype=torch.bool, device=noise.device)
+    no_norm = noise.new_zeros(noise.shape[0])
+    all_finite = torch.zeros(noise.shape[0], dtype=torch.bool, device=noise.device)
+    norms, nonfinite = [no_norm] * num_steps, [all_finite] * num_steps
     for k in range(num_steps):
         t = k / num_steps
         v, flow_pullback = net.flow(x, t)
@@ -429,4 +439,4 @@ def sample(
             g, std = steering_gradient(net, steering, x, v, flow_pullback, t, eps, bounds)
             v, norms[k], nonfinite[k] = steer_velocity(v, g, steering, std)
         x = x + v / num_steps
-    return RawSample(x.clamp(*bounds), norms, nonfinite)
+    return RawSample(x.clamp(*bounds), torch.stack(norms), torch.stack(nonfinite))

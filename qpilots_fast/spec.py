@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -61,6 +61,9 @@ class NetworkSpec:
             object.__setattr__(self, "layer_norm", (None,) * len(self.hidden_dims))
         if not self.input_order:
             object.__setattr__(self, "input_order", INPUT_ORDER[self.kind])
+        object.__setattr__(self, "json", json.dumps(asdict(self), sort_keys=True))
+
+    json: ClassVar[str]  # this spec as text, ready before torch.compile traces through
 
     def block_dim(self, block: str) -> int:
         """Columns of one input block."""
@@ -118,16 +121,14 @@ class SamplerSpec:
     action_low: float = -1.0
     action_high: float = 1.0
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+    json: ClassVar[str]  # this spec as text, ready before torch.compile traces through
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "json", json.dumps(asdict(self), sort_keys=True))
 
     @staticmethod
     def from_json(text: str) -> SamplerSpec:
         return _sampler_spec_from_json(text)
-
-
-def network_spec_to_json(spec: NetworkSpec) -> str:
-    return json.dumps(asdict(spec), sort_keys=True)
 
 
 def _network_from_dict(values: dict | None) -> NetworkSpec | None:

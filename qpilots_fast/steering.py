@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Literal
 
 Estimate = Literal["noisy", "tweedie", "mfm", "glass"]
 Jacobian = Literal["full", "identity"]
@@ -19,17 +20,19 @@ AGGREGATIONS: tuple[str, ...] = ("pessimistic", "mean", "min")
 SCALES: tuple[str, ...] = ("norm_match", "absolute", "gaf")
 
 
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError unless value is one of allowed."""
     if value not in allowed:
-        raise ValueError(f"Steering.{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}.")
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}.")
 
 
-def _check_number(name: str, value: object, low: float, *, strict: bool = False) -> None:
+def check_number(name: str, value: object, low: float, *, strict: bool = False) -> None:
+    """Raises TypeError or ValueError unless value is a finite number >= low (> low where strict)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"Steering.{name} is {value!r} ({type(value).__name__}); expected a number.")
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected a number.")
     if not math.isfinite(value) or value < low or (strict and value == low):
         relation = ">" if strict else ">="
-        raise ValueError(f"Steering.{name} is {value!r}; expected a finite number {relation} {low:g}.")
+        raise ValueError(f"{name} is {value!r}; expected a finite number {relation} {low:g}.")
 
 
 def _check_count(name: str, value: object, low: int) -> None:
@@ -100,22 +103,22 @@ class Steering:
     gaf_min: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_choice("estimate", self.estimate, ESTIMATES)
-        _check_choice("jacobian", self.jacobian, JACOBIANS)
-        _check_choice("clip", self.clip, CLIPS)
-        _check_choice("aggregation", self.aggregation, AGGREGATIONS)
-        _check_choice("candidate_aggregation", self.candidate_aggregation, AGGREGATIONS)
-        _check_choice("scale", self.scale, SCALES)
+        check_choice("Steering.estimate", self.estimate, ESTIMATES)
+        check_choice("Steering.jacobian", self.jacobian, JACOBIANS)
+        check_choice("Steering.clip", self.clip, CLIPS)
+        check_choice("Steering.aggregation", self.aggregation, AGGREGATIONS)
+        check_choice("Steering.candidate_aggregation", self.candidate_aggregation, AGGREGATIONS)
+        check_choice("Steering.scale", self.scale, SCALES)
         for name in ("alpha", "rho", "gaf_decay", "gaf_min"):
-            _check_number(name, getattr(self, name), 0.0)
+            check_number(f"Steering.{name}", getattr(self, name), 0.0)
         for name in ("tau", "eps", "max_grad_norm", "gaf_beta"):
-            _check_number(name, getattr(self, name), 0.0, strict=True)
+            check_number(f"Steering.{name}", getattr(self, name), 0.0, strict=True)
         for name in ("num_samples", "num_candidates", "glass_steps"):
             _check_count(name, getattr(self, name), 1)
         if not isinstance(self.steer_first_step, bool):
             raise TypeError(f"Steering.steer_first_step is {self.steer_first_step!r}; expected True or False.")
         if self.q_scale is not None and self.q_scale != "batch_std":
-            _check_number("q_scale", self.q_scale, 0.0, strict=True)
+            check_number("Steering.q_scale", self.q_scale, 0.0, strict=True)
         if self.num_samples > 1 and not self.uses_posterior:
             raise ValueError(
                 f"Steering.num_samples is {self.num_samples} with estimate={self.estimate!r}, which has one estimate "
@@ -132,6 +135,9 @@ class Steering:
                 raise TypeError(f"Steering.steered_dims is {dims!r}; expected a non-empty tuple of integers, or None.")
             if list(dims) != sorted(set(dims)) or dims[0] < 0:
                 raise ValueError(f"Steering.steered_dims is {dims!r}; expected sorted, distinct indices >= 0.")
+        object.__setattr__(self, "json", json.dumps(asdict(self), sort_keys=True))
+
+    json: ClassVar[str]  # these settings as text, ready before torch.compile traces through
 
     @property
     def uses_posterior(self) -> bool:

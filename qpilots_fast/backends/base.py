@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..errors import BackendUnavailable
 from ..spec import LayerParameters, NetworkSpec, SamplerSpec
 
 
@@ -57,6 +58,7 @@ class Backend(ABC):
 
     name: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]]
+    max_batch_size: ClassVar[int | None] = None  # "auto" takes the next backend for larger batches
 
     @abstractmethod
     def unavailable_reason(self) -> str | None:
@@ -92,13 +94,21 @@ class Backend(ABC):
         Candidates (best-of-n) are drawn and ranked by the sampler: here they are rows of the batch.
         """
 
-    @abstractmethod
-    def forward(self, network: BoundNetwork, blocks: Sequence[Tensor], precision: str) -> Tensor:
-        """The network on its input blocks (in spec.input_order order, each [B, d] contiguous): [E, B, out]."""
+    def prepare(self, network: BoundNetwork, precision: str) -> Any:
+        """Packs one network for several calls of `forward` and `vjp`; stands for the network in these."""
+        return network
 
     @abstractmethod
-    def vjp(self, network: BoundNetwork, blocks: Sequence[Tensor], cotangent: Tensor, precision: str) -> Tensor:
+    def forward(self, network: Any, blocks: Sequence[Tensor], precision: str) -> Tensor:
+        """The network (a BoundNetwork or what `prepare` returned) on its input blocks (in spec.input_order order, each [B, d] contiguous): [E, B, out]."""
+
+    @abstractmethod
+    def vjp(self, network: Any, blocks: Sequence[Tensor], cotangent: Tensor, precision: str) -> Tensor:
         """cotangent [E, B, out] pulled back to all input columns, summed over the members: [B, input_dim]."""
+
+    def capture(self, spec: SamplerSpec, networks: BoundNetworks, batch_size: int) -> Callable[..., Tensor]:
+        """A CUDA graph of one call at a fixed batch size, as a function (obs, noise, posterior_noise=None) -> actions."""
+        raise BackendUnavailable(f"backend {self.name!r} has no CUDA graphs; expected 'triton' or 'cuda' on a GPU.")
 
     @abstractmethod
     def footprint(self, spec: SamplerSpec, batch_size: int) -> Footprint:

@@ -13,8 +13,6 @@ from ..spec import SamplerSpec
 from .base import Backend, BoundNetwork, BoundNetworks, Footprint, RawSample
 from .counts import count_flops, count_weights
 
-_DTYPES = {"float64": torch.float64}
-
 
 def compute_dtype(precision: str, *tensors: Tensor) -> torch.dtype:
     """float64 where the precision or any input says so, else float32 (also for 16-bit operand precisions)."""
@@ -103,10 +101,10 @@ class ReferenceBackend(Backend):
         eps = None if posterior_noise is None else posterior_noise.to(dtype)
         return sample(net, spec.steering, spec.num_steps, noise.to(dtype), eps, (spec.action_low, spec.action_high))
 
-    def forward(self, network: BoundNetwork, blocks: Sequence[Tensor], precision: str) -> Tensor:
+    def forward(self, network: Any, blocks: Sequence[Tensor], precision: str) -> Tensor:
         return ReferenceNetwork(network, compute_dtype(precision, *blocks), precision)(blocks)[0]
 
-    def vjp(self, network: BoundNetwork, blocks: Sequence[Tensor], cotangent: Tensor, precision: str) -> Tensor:
+    def vjp(self, network: Any, blocks: Sequence[Tensor], cotangent: Tensor, precision: str) -> Tensor:
         _, pullback = ReferenceNetwork(network, compute_dtype(precision, *blocks), precision)(blocks)
         return pullback(cotangent).sum(0)
 

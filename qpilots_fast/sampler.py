@@ -1,0 +1,589 @@
+"""SteeredSampler: a frozen flow policy, steered by a critic while it samples."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, reference
+from .backends import Backend, BoundNetworks, Footprint, RawSample
+from .composite import composite_evaluators
+from .errors import BackendUnavailable
+from .networks import PackableNetwork
+from .spec import PRECISIONS, SamplerSpec
+from .steering import Steering
+
+_log = logging.getLogger("qpilots_fast")
+
+Network = PackableNetwork | Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class SampleInfo:
+    """What happened in one call.
+
+    Args:
+        q_values: [E, B], the critics at the returned actions; None without a critic.
+        gradient_norms: [K, B], the norm of the steering gradient at each step; 0 at unsteered steps.
+        nonfinite: [K, B] bool, where a row had no finite gradient and followed the unsteered flow for that step.
+    """
+
+    q_values: Tensor | None
+    gradient_norms: Tensor
+    nonfinite: Tensor
+
+    @property
+    def nonfinite_rows(self) -> Tensor:
+        """[B] bool, rows that met a non-finite gradient at any step."""
+        return self.nonfinite.any(0)
+
+    @property
+    def nonfinite_count(self) -> int:
+        """How many (step, row) pairs fell back to the unsteered flow."""
+        return int(self.nonfinite.sum())
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend runs a batch, why the others do not, and what a call costs; prints as text."""
+
+    backend: str
+    not_used: dict[str, str]
+    batch_size: int
+    footprint: Footprint | None
+
+    def __str__(self) -> str:
+        lines = [f"backend {self.backend} for batches of {self.batch_size}"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.not_used.items()]
+        f = self.footprint
+        if f is None:
+            return "\n".join([*lines, "  the networks include your own callables: their cost is not counted"])
+        lines += [
+            f"  launches        {f.launches}",
+            f"  flops           {f.flops / 1e9:.3f} GFLOP",
+            f"  packed weights  {f.weight_bytes / 2**20:.1f} MiB",
+            f"  traffic         {f.traffic_bytes / 2**20:.1f} MiB",
+            f"  workspace       {f.workspace_bytes / 2**20:.1f} MiB",
+        ]
+        if f.floor_s is not None:
+            lines.append(f"  floor           {f.floor_s * 1e3:.3f} ms on this machine")
+        return "\n".join([*lines, *(f"  note: {note}" for note in f.notes)])
+
+
+@lru_cache(maxsize=64)
+def _candidate_rotations(count: int, dim: int) -> Tensor:
+    """[count, dim, dim] fixed orthogonal matrices, the first the identity: R e ~ N(0, I) when e is."""
+    generator = torch.Generator().manual_seed(0x9E3779B9)
+    rotations = torch.linalg.qr(torch.randn(count, dim, dim, generator=generator, dtype=torch.float64)).Q
+    rotations[0] = torch.eye(dim, dtype=torch.float64)
+    return rotations
+
+
+def _critic_is_needed(steering: Steering) -> bool:
+    return steering.steers or steering.num_candidates > 1
+
+
+class SteeredSampler(nn.Module):
+    """actions = sampler(obs): K Euler steps of a flow policy, each steered by a critic ensemble.
+
+    Args:
+        flow: FlowMLP, `from_module(...)`, or any callable (obs, noisy_actions [B, A], t [B, 1]) -> velocity [B, A].
+        critic: CriticEnsemble, `from_module(...)`, or any callable (obs, actions) -> q_values [E, B]; None where the
+            steering asks no critic.
+        steering: how to steer; see Steering.
+        posterior: MetaFlowMap or callable (obs, xbar, noisy_actions, t) -> [B, A]; for estimate="mfm" alone.
+        num_steps: K >= 1.
+        backend: "auto", or "reference", "cpu", "triton", "cuda".
+        precision: of weights and products: "float32" or "bfloat16" (float32 accumulation and state); "tf32" and
+            "float16" where the backend offers them; "float64" on the reference backend.
+        action_low, action_high: bounds of the actions, and of the estimates where the steering clips them.
+
+    Raises:
+        ValueError, TypeError: for arguments outside these, or networks that do not fit each other.
+        BackendUnavailable: where a backend asked for by name cannot run.
+    """
+
+    def __init__(
+        self,
+        flow: Network,
+        critic: Network | None,
+        steering: Steering,
+        *,
+        posterior: Network | None = None,
+        num_steps: int = 10,
+        backend: str = "auto",
+        precision: str = "float32",
+        action_low: float = -1.0,
+        action_high: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(steering, Steering):
+            raise TypeError(f"steering is {type(steering).__name__}; expected a Steering, e.g. Steering.qpilots_u().")
+        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+            raise ValueError(f"num_steps is {num_steps!r}; expected an integer >= 1.")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision is {precision!r}; expected one of {', '.join(map(repr, PRECISIONS))}.")
+        low, high = _bound("action_low", action_low), _bound("action_high", action_high)
+        if not low < high:
+            raise ValueError(f"action_low is {low:g} and action_high {high:g}; expected action_low < action_high.")
+        for name, network, needed in (
+            ("flow", flow, True),
+            ("critic", critic, _critic_is_needed(steering)),
+            ("posterior", posterior, steering.steers and steering.estimate == "mfm"),
+        ):
+            _check_network(name, network, needed)
+        self.flow = flow
+        self.critic = critic
+        self.posterior = posterior
+        self.steering = steering
+        self.num_steps = num_steps
+        self.backend = backend
+        self.precision = precision
+        self.action_low, self.action_high = low, high
+        self._frozen = False
+        self._packs: dict[str, Any] = {}
+        self._warned = False
+        self._spec = self._make_spec()
+        if backend != "auto":
+            backends.get(backend)
+
+    # ------------------------------------------------------------ calls
+
+    @overload
+    def forward(
+        self,
+        obs: Any,
+        noise: Tensor | None = ...,
+        posterior_noise: Tensor | None = ...,
+        generator: torch.Generator | None = ...,
+        return_info: Literal[False] = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        obs: Any,
+        noise: Tensor | None = ...,
+        posterior_noise: Tensor | None = ...,
+        generator: torch.Generator | None = ...,
+        *,
+        return_info: Literal[True],
+    ) -> tuple[Tensor, SampleInfo]: ...
+
+    def forward(
+        self,
+        obs: Any,
+        noise: Tensor | None = None,
+        posterior_noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        return_info: bool = False,
+    ) -> Tensor | tuple[Tensor, SampleInfo]:
+        """Samples one action per observation; not tracked by autograd.
+
+        Args:
+            obs: [B, S]; any object where flow and critic are callables that read it (then noise gives B and A).
+            noise: [B, A] start of the flow; drawn where None. With num_candidates = n > 1 also [B, n, A]; from
+                [B, A] the candidates start at n fixed rotations of the noise, so that the result stays a function
+                of it.
+            posterior_noise: [K, B, N, A], entry k serves step k; drawn where None and needed.
+            generator: for what is drawn.
+            return_info: also return a SampleInfo.
+
+        Returns:
+            actions [B, A] in [action_low, action_high], or (actions, SampleInfo).
+
+        Raises:
+            ValueError, TypeError: wrong shapes, dtypes, devices, or non-finite obs or noise.
+        """
+        with torch.no_grad():
+            batch_size, device, dtype = self._read_inputs(obs, noise)
+            action_dim = self._action_dim(noise)
+            candidates = self.steering.num_candidates
+            noise = self._start(noise, batch_size, action_dim, device, dtype, generator)
+            eps = self._posterior_start(posterior_noise, batch_size, action_dim, device, dtype, generator)
+            if batch_size == 0:
+                return self._empty(action_dim, device, dtype, return_info)
+            if candidates == 1:
+                raw = self._run(obs, noise[:, 0], eps, return_info)
+                q_values = self._q_values(obs, raw.actions) if return_info else None
+            else:
+                raw, q_values = self._best_candidate(obs, noise, eps, return_info)
+            if not return_info:
+                return raw.actions
+            assert raw.gradient_norms is not None and raw.nonfinite is not None
+            return raw.actions, SampleInfo(q_values, raw.gradient_norms, raw.nonfinite)
+
+    def freeze(self) -> SteeredSampler:
+        """Packs the weights at the next call and keeps them: later changes of the parameters are not seen.
+
+        Inside torch.compile the current parameters are read all the same.
+        """
+        self._frozen, self._packs = True, {}
+        _log.info("SteeredSampler is frozen: it no longer follows its networks' parameters; unfreeze() undoes this.")
+        return self
+
+    def unfreeze(self) -> SteeredSampler:
+        """Back to reading the current parameters at every call."""
+        self._frozen, self._packs = False, {}
+        return self
+
+    @property
+    def frozen(self) -> bool:
+        """Whether calls use weights packed once rather than the current parameters."""
+        return self._frozen
+
+    def explain(self, batch_size: int = 1) -> Explanation:
+        """Which backend runs a batch of this size, why the others do not, and the exact cost of a call."""
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size!r}; expected an integer >= 1.")
+        if self._spec is None:
+            chosen = self._composite_backend(self._device())
+            return Explanation("reference loop, packed networks on " + chosen.name, {}, batch_size, None)
+        rows = batch_size * self.steering.num_candidates
+        chosen, passed = backends.choose(self.backend, self._spec, self._device(), rows)
+        others = {
+            name: backends.unavailable_reason(name) or "not asked for, or slower here"
+            for name in backends.BACKENDS
+            if name != chosen.name
+        }
+        return Explanation(chosen.name, {**others, **passed}, batch_size, chosen.footprint(self._spec, rows))
+
+    def capture(self, batch_size: int) -> Callable[..., Tensor]:
+        """A CUDA graph of the whole call at a fixed batch size: returns f(obs, noise, posterior_noise=None) -> actions.
+
+        Raises:
+            BackendUnavailable: where the chosen backend has no graphs (they exist on GPUs alone).
+        """
+        if self._spec is None:
+            raise BackendUnavailable("capture needs packed networks; flow or critic is your own callable.")
+        chosen, _ = backends.choose(self.backend, self._spec, self._device(), batch_size)
+        return chosen.capture(self._spec, self._networks(), batch_size)
+
+    # ------------------------------------------------------------ checks and inputs
+
+    def _make_spec(self) -> SamplerSpec | None:
+        """The whole call as data, or None where a network that it needs is a callable."""
+        needed = [self.flow]
+        if self.steering.steers:
+            needed.append(self.critic)
+            if self.steering.estimate == "mfm":
+                needed.append(self.posterior)
+        if not all(isinstance(network, PackableNetwork) for network in needed):
+            return None
+        flow, critic, posterior = (
+            network.spec if isinstance(network, PackableNetwork) else None
+            for network in (self.flow, self.critic, self.posterior)
+        )
+        assert flow is not None
+        for name, other in (("critic", critic), ("posterior", posterior)):
+            if other is not None and (other.obs_dim, other.action_dim) != (flow.obs_dim, flow.action_dim):
+                raise ValueError(
+                    f"{name} has obs_dim={other.obs_dim}, action_dim={other.action_dim}, but flow has "
+                    f"obs_dim={flow.obs_dim}, action_dim={flow.action_dim}; expected the same."
+                )
+        dims = self.steering.steered_dims
+        if dims is not None and dims[-1] >= flow.action_dim:
+            raise ValueError(f"Steering.steered_dims has {dims[-1]}; expected indices below action_dim={flow.action_dim}.")
+        if not self.steering.steers:
+            critic = None
+        if critic is None or self.steering.estimate != "mfm":
+            posterior = None
+        return SamplerSpec(
+            flow, critic, posterior, self.steering, self.num_steps, self.precision, self.action_low, self.action_high
+        )
+
+    def _networks(self) -> BoundNetworks:
+        assert self._spec is not None and isinstance(self.flow, PackableNetwork)
+        critic = self.critic.bound() if self._spec.critic is not None else None  # type: ignore[union-attr]
+        posterior = self.posterior.bound() if self._spec.posterior is not None else None  # type: ignore[union-attr]
+        return BoundNetworks(self.flow.bound(), critic, posterior)
+
+    def _device(self) -> torch.device:
+        parameter = next(self.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    def _read_inputs(self, obs: Any, noise: Tensor | None) -> tuple[int, torch.device, torch.dtype]:
+        packed = next((n for n in (self.flow, self.critic, self.posterior) if isinstance(n, PackableNetwork)), None)
+        if isinstance(obs, Tensor) and packed is not None:
+            if obs.ndim != 2 or obs.shape[1] != packed.spec.obs_dim:
+                raise ValueError(f"obs has shape {list(obs.shape)}; expected [B, {packed.spec.obs_dim}].")
+            if not obs.is_floating_point():
+                raise TypeError(f"obs is {obs.dtype}; expected a floating dtype, e.g. obs.float().")
+            device = self._device()
+            if obs.device != device:
+                raise ValueError(f"obs is on {obs.device}, the networks are on {device}; move one with .to(...).")
+        if noise is None:
+            if not isinstance(obs, Tensor) or obs.ndim < 1:
+                raise ValueError(
+                    f"noise is None and obs is {type(obs).__name__}, so the batch size is unknown; give noise [B, A]."
+                )
+            dtype = torch.float64 if obs.dtype == torch.float64 else torch.float32
+            return obs.shape[0], obs.device, dtype
+        if not isinstance(noise, Tensor) or not noise.is_floating_point():
+            raise TypeError(f"noise is {getattr(noise, 'dtype', type(noise).__name__)}; expected a floating Tensor.")
+        if isinstance(obs, Tensor):
+            if packed is not None and noise.shape[:1] != obs.shape[:1]:
+                raise ValueError(f"noise has {noise.shape[0]} rows, obs {obs.shape[0]}; expected the same.")
+            if noise.device != obs.device:
+                raise ValueError(f"noise is on {noise.device}, obs on {obs.device}; expected one device.")
+        wide = noise.dtype == torch.float64 or (isinstance(obs, Tensor) and obs.dtype == torch.float64)
+        return noise.shape[0], noise.device, torch.float64 if wide else torch.float32
+
+    def _action_dim(self, noise: Tensor | None) -> int:
+        for network in (self.flow, self.critic, self.posterior):
+            if isinstance(network, PackableNetwork):
+                return network.spec.action_dim
+        if noise is None:
+            raise ValueError("noise is None and no network tells the action width; give noise [B, A].")
+        return noise.shape[-1]
+
+    def _start(
+        self,
+        noise: Tensor | None,
+        batch_size: int,
+        action_dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """The flow's start [B, n, A]."""
+        count = self.steering.num_candidates
+        if noise is None:
+            return torch.randn(batch_size, count, action_dim, device=device, dtype=dtype, generator=generator)
+        if tuple(noise.shape) == (batch_size, action_dim):
+            noise = noise.to(dtype)
+            if count == 1:
+                return noise.unsqueeze(1)
+            rotations = _candidate_rotations(count, action_dim).to(device)
+            return torch.einsum("nij,bj->bni", rotations, noise.double()).to(dtype)
+        if count > 1 and tuple(noise.shape) == (batch_size, count, action_dim):
+            return noise.to(dtype)
+        also = f" or [{batch_size}, {count}, {action_dim}]" if count > 1 else ""
+        raise ValueError(f"noise has shape {list(noise.shape)}; expected [{batch_size}, {action_dim}]{also}.")
+
+    def _posterior_start(
+        self,
+        eps: Tensor | None,
+        batch_size: int,
+        action_dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        generator: torch.Generator | None,
+    ) -> Tensor | None:
+        if not (self.steering.steers and self.steering.uses_posterior):
+            return None
+        shape = (self.num_steps, batch_size, self.steering.num_samples, action_dim)
+        if eps is None:
+            return torch.randn(shape, device=device, dtype=dtype, generator=generator)
+        if not isinstance(eps, Tensor) or not eps.is_floating_point():
+            raise TypeError(f"posterior_noise is {getattr(eps, 'dtype', type(eps).__name__)}; expected a floating Tensor.")
+        if tuple(eps.shape) != shape:
+            raise ValueError(f"posterior_noise has shape {list(eps.shape)}; expected {list(shape)} ([K, B, N, A]).")
+        if eps.device != device:
+            raise ValueError(f"posterior_noise is on {eps.device}, noise on {device}; expected one device.")
+        return eps.to(dtype)
+
+    def _empty(
+        self, action_dim: int, device: torch.device, dtype: torch.dtype, return_info: bool
+    ) -> Tensor | tuple[Tensor, SampleInfo]:
+        actions = torch.empty(0, action_dim, device=device, dtype=dtype)
+        if not return_info:
+            return actions
+        members = self.critic.spec.num_members if isinstance(self.critic, PackableNetwork) else 1
+        q_values = None if self.critic is None else torch.empty(members, 0, device=device, dtype=dtype)
+        norms = torch.empty(self.num_steps, 0, device=device, dtype=dtype)
+        return actions, SampleInfo(q_values, norms, torch.empty(self.num_steps, 0, device=device, dtype=torch.bool))
+
+    # ------------------------------------------------------------ running
+
+    def _run(self, obs: Any, noise: Tensor, eps: Tensor | None, return_info: bool) -> RawSample:
+        if torch.compiler.is_compiling() and self._spec is not None:
+            raw = self._run_traced(obs, noise, eps)
+        else:
+            _check_finite("noise", noise)
+            _check_finite("posterior_noise", eps)
+            if isinstance(obs, Tensor) and obs.is_floating_point():
+                _check_finite("obs", obs)
+            with torch.autocast(noise.device.type, enabled=False) if self._spec else torch.no_grad():
+                raw = self._run_packed(obs, noise, eps, return_info) if self._spec else self._run_mixed(obs, noise, eps)
+            check_actions(raw.actions)
+        return raw
+
+    def _run_traced(self, obs: Tensor, noise: Tensor, eps: Tensor | None) -> RawSample:
+        from . import ops
+
+        assert self._spec is not None
+        flat: list[Tensor] = []
+        for network, spec in ((self.flow, self._spec.flow), (self.critic, self._spec.critic), (self.posterior, self._spec.posterior)):  # fmt: skip
+            if spec is not None:
+                flat += network.flat_parameters()  # type: ignore[union-attr]
+        return RawSample(*ops.sample(obs, noise, eps, flat, self._spec, self.backend))
+
+    def _run_packed(self, obs: Tensor, noise: Tensor, eps: Tensor | None, return_info: bool) -> RawSample:
+        assert self._spec is not None
+        chosen = self._backend(self._spec, noise)
+        networks = self._networks()
+        packed = None
+        if self._frozen:
+            if chosen.name not in self._packs:
+                self._packs[chosen.name] = chosen.pack(self._spec, networks)
+            packed = self._packs[chosen.name]
+        eps = None if eps is None else eps.contiguous()
+        return chosen.sample(
+            self._spec, networks, obs.to(noise.dtype).contiguous(), noise.contiguous(), eps,
+            packed=packed, return_info=return_info,
+        )  # fmt: skip
+
+    def _run_mixed(self, obs: Any, noise: Tensor, eps: Tensor | None) -> RawSample:
+        chosen = self._composite_backend(noise.device)
+        net = composite_evaluators(
+            self.flow, self.critic, self.posterior, self.steering, chosen, self._composite_precision(chosen), obs
+        )
+        bounds = (self.action_low, self.action_high)
+        return reference.sample(net, self.steering, self.num_steps, noise, eps, bounds)
+
+    def _backend(self, spec: SamplerSpec, noise: Tensor) -> Backend:
+        if noise.dtype == torch.float64 and spec.precision != "float64":
+            if self.backend not in ("auto", "reference"):
+                raise TypeError(
+                    f"obs or noise is float64, but backend {self.backend!r} computes in float32; expected float32 "
+                    "inputs (.float()), or backend='reference'."
+                )
+            return backends.get("reference")
+        chosen, passed = backends.choose(self.backend, spec, noise.device, noise.shape[0])
+        if chosen.name == "reference" and self.backend == "auto" and not self._warned:
+            self._warned = True
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in passed.items())
+            warnings.warn(f"qpilots_fast falls back to the unfused reference backend ({reasons}).", stacklevel=4)
+        return chosen
+
+    def _composite_backend(self, device: torch.device) -> Backend:
+        """Where the packed networks run when others are callables."""
+        if self.backend != "auto":
+            return backends.get(self.backend)
+        native = "cpu" if device.type == "cpu" else "triton"
+        usable = backends.unavailable_reason(native) is None and self.precision in backends.get(native).precisions
+        return backends.get(native if usable else "reference")
+
+    def _composite_precision(self, chosen: Backend) -> str:
+        if self.precision not in chosen.precisions:
+            raise BackendUnavailable(
+                f"backend {chosen.name!r} has no precision {self.precision!r}; it has {', '.join(chosen.precisions)}."
+            )
+        return self.precision
+
+    def _q_values(self, obs: Any, actions: Tensor) -> Tensor | None:
+        if self.critic is None:
+            return None
+        if not isinstance(self.critic, PackableNetwork):
+            return self.critic(obs, actions).detach().to(actions.dtype)
+        if torch.compiler.is_compiling():
+            from . import ops
+
+            return ops.critic_values(obs, actions, self.critic, backend=self.backend)
+        chosen = backends.get("reference") if actions.dtype == torch.float64 else self._composite_backend(actions.device)
+        precision = self.precision if self.precision in chosen.precisions else "float32"
+        handle = chosen.prepare(self.critic.bound(), precision)
+        named = {"obs": obs.to(actions.dtype).contiguous(), "actions": actions.contiguous()}
+        blocks = reference.ordered_blocks(self.critic.spec, named)
+        return chosen.forward(handle, blocks, precision).squeeze(-1)
+
+    def _best_candidate(
+        self, obs: Any, noise: Tensor, eps: Tensor | None, return_info: bool
+    ) -> tuple[RawSample, Tensor | None]:
+        """Runs [B, n, A] candidates and keeps, per row, the one that the critics value most."""
+        batch_size, count, action_dim = noise.shape
+        steering = self.steering
+        if self._spec is not None:  # candidates are rows of one larger batch
+            wide_eps = None if eps is None else eps.repeat_interleave(count, dim=1)
+            wide_obs = obs.repeat_interleave(count, dim=0)
+            raw = self._run(wide_obs, noise.reshape(-1, action_dim), wide_eps, return_info)
+            actions = raw.actions.view(batch_size, count, action_dim)
+            raws = [raw]
+        else:
+            raws = [self._run(obs, noise[:, n], eps, return_info) for n in range(count)]
+            actions = torch.stack([raw.actions for raw in raws], dim=1)
+        if isinstance(obs, Tensor) and isinstance(self.critic, PackableNetwork):
+            q = self._q_values(obs.repeat_interleave(count, dim=0), actions.reshape(-1, action_dim))
+            assert q is not None
+            q = q.view(q.shape[0], batch_size, count)
+        else:
+            values = [self._q_values(obs, actions[:, n]) for n in range(count)]
+            q = torch.stack([value for value in values if value is not None], dim=-1)
+        rank = reference.aggregate(q, steering.candidate_aggregation, steering.rho)
+        best = torch.where(rank.isfinite(), rank, torch.full_like(rank, -math.inf)).argmax(-1)
+        rows = torch.arange(batch_size, device=best.device)
+
+        def chosen(per_step: list[Tensor | None]) -> Tensor | None:
+            if any(value is None for value in per_step):
+                return None
+            columns = [value for value in per_step if value is not None]
+            if len(columns) == 1:
+                return columns[0].view(-1, batch_size, count)[:, rows, best]
+            return torch.stack(columns, dim=-1)[:, rows, best]
+
+        return (
+            RawSample(
+                actions[rows, best], chosen([r.gradient_norms for r in raws]), chosen([r.nonfinite for r in raws])
+            ),
+            q[:, rows, best],
+        )
+
+    # ------------------------------------------------------------ nn.Module plumbing
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SteeredSampler:
+        self._packs = {}  # moved parameters: pack again where they are now
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packs": {}}
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.steering}, num_steps={self.num_steps}, backend={self.backend!r}, precision={self.precision!r}"
+            + (", frozen" if self._frozen else "")
+        )
+
+
+def _bound(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}; expected a finite number (actions are scaled to one common box).")
+    return float(value)
+
+
+def _check_network(name: str, network: object, needed: bool) -> None:
+    kinds = {"flow": "flow", "critic": "critic", "posterior": "meta_flow_map"}
+    if network is None:
+        if needed:
+            raise ValueError(f"{name} is None, but this steering needs one; give a network or a callable.")
+        return
+    if isinstance(network, PackableNetwork):
+        if network.spec.kind != kinds[name]:
+            raise TypeError(f"{name} is a {network.spec.kind} network ({type(network).__name__}); expected a {kinds[name]}.")
+    elif not callable(network):
+        raise TypeError(f"{name} is {type(network).__name__}; expected a network or a callable.")
+
+
+def _check_finite(name: str, value: Tensor | None) -> None:
+    # a GPU tensor is not looked at: it would stop the stream at every call
+    if value is not None and value.device.type == "cpu" and not bool(torch.isfinite(value).all()):
+        bad = (~torch.isfinite(value)).sum().item()
+        raise ValueError(f"{name} has {bad} non-finite values; expected finite numbers (check your normalisation).")
+
+
+def check_actions(actions: Tensor) -> None:
+    """Raises where an action is not finite: the flow itself returned a non-finite velocity."""
+    if actions.device.type == "cpu" and not bool(torch.isfinite(actions).all()):
+        rows = (~torch.isfinite(actions)).any(-1).nonzero().flatten().tolist()
+        raise ValueError(
+            f"the flow's velocity is not finite in rows {rows[:8]}{'...' if len(rows) > 8 else ''}; expected finite "
+            "velocities (are the flow's weights finite, and obs in the range it was trained on?)."
+        )
