@@ -130,7 +130,9 @@ def composite_evaluators(
 
             def run_posterior(eps: Tensor, x: Tensor, t: float) -> tuple[Tensor, Pullback]:
                 times = {name: time_block(spec, at, len(x), x.device) for name, at in zip("tsu", (t, 0.0, 1.0))}
-                vhat, pullback = run(spec, handle, {"obs": obs, "xbar": eps, "noisy_actions": x, **times}, "noisy_actions")
+                vhat, pullback = run(
+                    spec, handle, {"obs": obs, "xbar": eps, "noisy_actions": x, **times}, "noisy_actions"
+                )
                 return eps + vhat[0], lambda d_a: pullback(d_a.unsqueeze(0))
 
             return run_posterior

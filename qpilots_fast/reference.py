@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from .spec import NetworkSpec
 from .steering import Steering
 
 Pullback = Callable[[Tensor], Tensor]
+Time = TypeVar("Time", float, Tensor)
 
 # ---------------------------------------------------------------- activations and LayerNorm
 
@@ -325,27 +327,38 @@ def glass_draw(
 
 
 @dataclass(frozen=True)
-class GlassCoefficients:
+class GlassCoefficients(Generic[Time]):
     """w = c_x x + c_xbar xbar + c_v v(p_x x + p_xbar xbar, t_star)."""
 
-    p_x: float
-    p_xbar: float
-    t_star: float
-    c_x: float
-    c_xbar: float
-    c_v: float
+    p_x: Time
+    p_xbar: Time
+    t_star: Time
+    c_x: Time
+    c_xbar: Time
+    c_v: Time
 
 
-def glass_coefficients(t: float, s: float) -> GlassCoefficients:
+def glass_coefficients(t: Time, s: Time) -> GlassCoefficients[Time]:
     """Coefficients of the GLASS posterior velocity at outer time t and inner time s, in its non-singular form.
 
     Two noisy looks at x1, x = t x1 + (1-t) e and xbar = s x1 + (1-s) e0, combine by precision into one look at
     time t* = h/(h+g) with h = sqrt(p^2+q^2), p = t(1-s), q = s(1-t), g = (1-t)(1-s).
+
+    t and s are two numbers, or two tensors of one shape; both are held at or below 1 - 1e-4.
     """
-    t, s = min(t, 1 - 1e-4), min(s, 1 - 1e-4)
+    latest = 1 - 1e-4
+    if isinstance(t, Tensor):
+        t, s = t.clamp(max=latest), s.clamp(max=latest)
+    else:
+        t, s = min(t, latest), min(s, latest)
     p, q, g = t * (1 - s), s * (1 - t), (1 - t) * (1 - s)
-    h = math.hypot(p, q)
-    a, b = (p / h, q / h) if h > 0 else (0.0, 1.0)
+    if isinstance(p, Tensor):
+        h = torch.hypot(p, q)
+        positive = torch.where(h > 0, h, torch.ones_like(h))
+        a, b = p / positive, torch.where(h > 0, q / positive, torch.ones_like(h))
+    else:
+        h = math.hypot(p, q)
+        a, b = (p / h, q / h) if h > 0 else (0.0, 1.0)
     total = h + g
     return GlassCoefficients(
         p_x=a * (1 - s) / total,

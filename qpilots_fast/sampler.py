@@ -6,17 +6,26 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from . import backends, reference
-from .backends import Backend, BoundNetworks, Footprint, RawSample
+from .backends import Backend, BoundNetworks, RawSample
 from .composite import composite_evaluators
 from .errors import BackendUnavailable
+from .info import Explanation, SampleInfo
+from .inputs import (
+    check_actions,
+    check_bound,
+    check_finite,
+    check_network,
+    read_action_dim,
+    read_inputs,
+    start_noise,
+    start_posterior_noise,
+)
 from .networks import PackableNetwork
 from .spec import PRECISIONS, SamplerSpec
 from .steering import Steering
@@ -24,67 +33,6 @@ from .steering import Steering
 _log = logging.getLogger("qpilots_fast")
 
 Network = PackableNetwork | Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class SampleInfo:
-    """What happened in one call.
-
-    Args:
-        q_values: [E, B], the critics at the returned actions; None without a critic.
-        gradient_norms: [K, B], the norm of the steering gradient at each step; 0 at unsteered steps.
-        nonfinite: [K, B] bool, where a row had no finite gradient and followed the unsteered flow for that step.
-    """
-
-    q_values: Tensor | None
-    gradient_norms: Tensor
-    nonfinite: Tensor
-
-    @property
-    def nonfinite_rows(self) -> Tensor:
-        """[B] bool, rows that met a non-finite gradient at any step."""
-        return self.nonfinite.any(0)
-
-    @property
-    def nonfinite_count(self) -> int:
-        """How many (step, row) pairs fell back to the unsteered flow."""
-        return int(self.nonfinite.sum())
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Which backend runs a batch, why the others do not, and what a call costs; prints as text."""
-
-    backend: str
-    not_used: dict[str, str]
-    batch_size: int
-    footprint: Footprint | None
-
-    def __str__(self) -> str:
-        lines = [f"backend {self.backend} for batches of {self.batch_size}"]
-        lines += [f"  not {name}: {reason}" for name, reason in self.not_used.items()]
-        f = self.footprint
-        if f is None:
-            return "\n".join([*lines, "  the networks include your own callables: their cost is not counted"])
-        lines += [
-            f"  launches        {f.launches}",
-            f"  flops           {f.flops / 1e9:.3f} GFLOP",
-            f"  packed weights  {f.weight_bytes / 2**20:.1f} MiB",
-            f"  traffic         {f.traffic_bytes / 2**20:.1f} MiB",
-            f"  workspace       {f.workspace_bytes / 2**20:.1f} MiB",
-        ]
-        if f.floor_s is not None:
-            lines.append(f"  floor           {f.floor_s * 1e3:.3f} ms on this machine")
-        return "\n".join([*lines, *(f"  note: {note}" for note in f.notes)])
-
-
-@lru_cache(maxsize=64)
-def _candidate_rotations(count: int, dim: int) -> Tensor:
-    """[count, dim, dim] fixed orthogonal matrices, the first the identity: R e ~ N(0, I) when e is."""
-    generator = torch.Generator().manual_seed(0x9E3779B9)
-    rotations = torch.linalg.qr(torch.randn(count, dim, dim, generator=generator, dtype=torch.float64)).Q
-    rotations[0] = torch.eye(dim, dtype=torch.float64)
-    return rotations
 
 
 def _critic_is_needed(steering: Steering) -> bool:
@@ -131,7 +79,7 @@ class SteeredSampler(nn.Module):
             raise ValueError(f"num_steps is {num_steps!r}; expected an integer >= 1.")
         if precision not in PRECISIONS:
             raise ValueError(f"precision is {precision!r}; expected one of {', '.join(map(repr, PRECISIONS))}.")
-        low, high = _bound("action_low", action_low), _bound("action_high", action_high)
+        low, high = check_bound("action_low", action_low), check_bound("action_high", action_high)
         if not low < high:
             raise ValueError(f"action_low is {low:g} and action_high {high:g}; expected action_low < action_high.")
         for name, network, needed in (
@@ -139,7 +87,7 @@ class SteeredSampler(nn.Module):
             ("critic", critic, _critic_is_needed(steering)),
             ("posterior", posterior, steering.steers and steering.estimate == "mfm"),
         ):
-            _check_network(name, network, needed)
+            check_network(name, network, needed)
         self.flow = flow
         self.critic = critic
         self.posterior = posterior
@@ -204,11 +152,14 @@ class SteeredSampler(nn.Module):
             ValueError, TypeError: wrong shapes, dtypes, devices, or non-finite obs or noise.
         """
         with torch.no_grad():
-            batch_size, device, dtype = self._read_inputs(obs, noise)
-            action_dim = self._action_dim(noise)
+            packed = next((n for n in (self.flow, self.critic, self.posterior) if isinstance(n, PackableNetwork)), None)
+            batch_size, device, dtype = read_inputs(obs, noise, packed, self._device())
+            action_dim = read_action_dim(noise, packed)
             candidates = self.steering.num_candidates
-            noise = self._start(noise, batch_size, action_dim, device, dtype, generator)
-            eps = self._posterior_start(posterior_noise, batch_size, action_dim, device, dtype, generator)
+            noise = start_noise(noise, candidates, batch_size, action_dim, device, dtype, generator)
+            eps = start_posterior_noise(
+                posterior_noise, self.steering, self.num_steps, batch_size, action_dim, device, dtype, generator
+            )
             if batch_size == 0:
                 return self._empty(action_dim, device, dtype, return_info)
             if candidates == 1:
@@ -291,7 +242,9 @@ class SteeredSampler(nn.Module):
                 )
         dims = self.steering.steered_dims
         if dims is not None and dims[-1] >= flow.action_dim:
-            raise ValueError(f"Steering.steered_dims has {dims[-1]}; expected indices below action_dim={flow.action_dim}.")
+            raise ValueError(
+                f"Steering.steered_dims has {dims[-1]}; expected indices below action_dim={flow.action_dim}."
+            )
         if not self.steering.steers:
             critic = None
         if critic is None or self.steering.estimate != "mfm":
@@ -310,87 +263,6 @@ class SteeredSampler(nn.Module):
         parameter = next(self.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
-    def _read_inputs(self, obs: Any, noise: Tensor | None) -> tuple[int, torch.device, torch.dtype]:
-        packed = next((n for n in (self.flow, self.critic, self.posterior) if isinstance(n, PackableNetwork)), None)
-        if isinstance(obs, Tensor) and packed is not None:
-            if obs.ndim != 2 or obs.shape[1] != packed.spec.obs_dim:
-                raise ValueError(f"obs has shape {list(obs.shape)}; expected [B, {packed.spec.obs_dim}].")
-            if not obs.is_floating_point():
-                raise TypeError(f"obs is {obs.dtype}; expected a floating dtype, e.g. obs.float().")
-            device = self._device()
-            if obs.device != device:
-                raise ValueError(f"obs is on {obs.device}, the networks are on {device}; move one with .to(...).")
-        if noise is None:
-            if not isinstance(obs, Tensor) or obs.ndim < 1:
-                raise ValueError(
-                    f"noise is None and obs is {type(obs).__name__}, so the batch size is unknown; give noise [B, A]."
-                )
-            dtype = torch.float64 if obs.dtype == torch.float64 else torch.float32
-            return obs.shape[0], obs.device, dtype
-        if not isinstance(noise, Tensor) or not noise.is_floating_point():
-            raise TypeError(f"noise is {getattr(noise, 'dtype', type(noise).__name__)}; expected a floating Tensor.")
-        if isinstance(obs, Tensor):
-            if packed is not None and noise.shape[:1] != obs.shape[:1]:
-                raise ValueError(f"noise has {noise.shape[0]} rows, obs {obs.shape[0]}; expected the same.")
-            if noise.device != obs.device:
-                raise ValueError(f"noise is on {noise.device}, obs on {obs.device}; expected one device.")
-        wide = noise.dtype == torch.float64 or (isinstance(obs, Tensor) and obs.dtype == torch.float64)
-        return noise.shape[0], noise.device, torch.float64 if wide else torch.float32
-
-    def _action_dim(self, noise: Tensor | None) -> int:
-        for network in (self.flow, self.critic, self.posterior):
-            if isinstance(network, PackableNetwork):
-                return network.spec.action_dim
-        if noise is None:
-            raise ValueError("noise is None and no network tells the action width; give noise [B, A].")
-        return noise.shape[-1]
-
-    def _start(
-        self,
-        noise: Tensor | None,
-        batch_size: int,
-        action_dim: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        """The flow's start [B, n, A]."""
-        count = self.steering.num_candidates
-        if noise is None:
-            return torch.randn(batch_size, count, action_dim, device=device, dtype=dtype, generator=generator)
-        if tuple(noise.shape) == (batch_size, action_dim):
-            noise = noise.to(dtype)
-            if count == 1:
-                return noise.unsqueeze(1)
-            rotations = _candidate_rotations(count, action_dim).to(device)
-            return torch.einsum("nij,bj->bni", rotations, noise.double()).to(dtype)
-        if count > 1 and tuple(noise.shape) == (batch_size, count, action_dim):
-            return noise.to(dtype)
-        also = f" or [{batch_size}, {count}, {action_dim}]" if count > 1 else ""
-        raise ValueError(f"noise has shape {list(noise.shape)}; expected [{batch_size}, {action_dim}]{also}.")
-
-    def _posterior_start(
-        self,
-        eps: Tensor | None,
-        batch_size: int,
-        action_dim: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        generator: torch.Generator | None,
-    ) -> Tensor | None:
-        if not (self.steering.steers and self.steering.uses_posterior):
-            return None
-        shape = (self.num_steps, batch_size, self.steering.num_samples, action_dim)
-        if eps is None:
-            return torch.randn(shape, device=device, dtype=dtype, generator=generator)
-        if not isinstance(eps, Tensor) or not eps.is_floating_point():
-            raise TypeError(f"posterior_noise is {getattr(eps, 'dtype', type(eps).__name__)}; expected a floating Tensor.")
-        if tuple(eps.shape) != shape:
-            raise ValueError(f"posterior_noise has shape {list(eps.shape)}; expected {list(shape)} ([K, B, N, A]).")
-        if eps.device != device:
-            raise ValueError(f"posterior_noise is on {eps.device}, noise on {device}; expected one device.")
-        return eps.to(dtype)
-
     def _empty(
         self, action_dim: int, device: torch.device, dtype: torch.dtype, return_info: bool
     ) -> Tensor | tuple[Tensor, SampleInfo]:
@@ -408,10 +280,10 @@ class SteeredSampler(nn.Module):
         if torch.compiler.is_compiling() and self._spec is not None:
             raw = self._run_traced(obs, noise, eps)
         else:
-            _check_finite("noise", noise)
-            _check_finite("posterior_noise", eps)
+            check_finite("noise", noise)
+            check_finite("posterior_noise", eps)
             if isinstance(obs, Tensor) and obs.is_floating_point():
-                _check_finite("obs", obs)
+                check_finite("obs", obs)
             with torch.autocast(noise.device.type, enabled=False) if self._spec else torch.no_grad():
                 raw = self._run_packed(obs, noise, eps, return_info) if self._spec else self._run_mixed(obs, noise, eps)
             check_actions(raw.actions)
@@ -489,7 +361,9 @@ class SteeredSampler(nn.Module):
             from . import ops
 
             return ops.critic_values(obs, actions, self.critic, backend=self.backend)
-        chosen = backends.get("reference") if actions.dtype == torch.float64 else self._composite_backend(actions.device)
+        chosen = (
+            backends.get("reference") if actions.dtype == torch.float64 else self._composite_backend(actions.device)
+        )
         precision = self.precision if self.precision in chosen.precisions else "float32"
         handle = chosen.prepare(self.critic.bound(), precision)
         named = {"obs": obs.to(actions.dtype).contiguous(), "actions": actions.contiguous()}
@@ -550,40 +424,4 @@ class SteeredSampler(nn.Module):
         return (
             f"{self.steering}, num_steps={self.num_steps}, backend={self.backend!r}, precision={self.precision!r}"
             + (", frozen" if self._frozen else "")
-        )
-
-
-def _bound(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; expected a finite number (actions are scaled to one common box).")
-    return float(value)
-
-
-def _check_network(name: str, network: object, needed: bool) -> None:
-    kinds = {"flow": "flow", "critic": "critic", "posterior": "meta_flow_map"}
-    if network is None:
-        if needed:
-            raise ValueError(f"{name} is None, but this steering needs one; give a network or a callable.")
-        return
-    if isinstance(network, PackableNetwork):
-        if network.spec.kind != kinds[name]:
-            raise TypeError(f"{name} is a {network.spec.kind} network ({type(network).__name__}); expected a {kinds[name]}.")
-    elif not callable(network):
-        raise TypeError(f"{name} is {type(network).__name__}; expected a network or a callable.")
-
-
-def _check_finite(name: str, value: Tensor | None) -> None:
-    # a GPU tensor is not looked at: it would stop the stream at every call
-    if value is not None and value.device.type == "cpu" and not bool(torch.isfinite(value).all()):
-        bad = (~torch.isfinite(value)).sum().item()
-        raise ValueError(f"{name} has {bad} non-finite values; expected finite numbers (check your normalisation).")
-
-
-def check_actions(actions: Tensor) -> None:
-    """Raises where an action is not finite: the flow itself returned a non-finite velocity."""
-    if actions.device.type == "cpu" and not bool(torch.isfinite(actions).all()):
-        rows = (~torch.isfinite(actions)).any(-1).nonzero().flatten().tolist()
-        raise ValueError(
-            f"the flow's velocity is not finite in rows {rows[:8]}{'...' if len(rows) > 8 else ''}; expected finite "
-            "velocities (are the flow's weights finite, and obs in the range it was trained on?)."
         )

@@ -131,7 +131,11 @@ class Steering:
             )
         if self.steered_dims is not None:
             dims = self.steered_dims
-            if not isinstance(dims, tuple) or not dims or any(isinstance(d, bool) or not isinstance(d, int) for d in dims):
+            if (
+                not isinstance(dims, tuple)
+                or not dims
+                or any(isinstance(d, bool) or not isinstance(d, int) for d in dims)
+            ):
                 raise TypeError(f"Steering.steered_dims is {dims!r}; expected a non-empty tuple of integers, or None.")
             if list(dims) != sorted(set(dims)) or dims[0] < 0:
                 raise ValueError(f"Steering.steered_dims is {dims!r}; expected sorted, distinct indices >= 0.")
@@ -182,7 +186,12 @@ class Steering:
 
     @classmethod
     def gaf(
-        cls, strength: float = 1.0, beta: float = 1.0, max_grad_norm: float = 1.0, decay: float = 1.0, floor: float = 0.1
+        cls,
+        strength: float = 1.0,
+        beta: float = 1.0,
+        max_grad_norm: float = 1.0,
+        decay: float = 1.0,
+        floor: float = 0.1,
     ) -> Steering:
         """GAF: clipped gradient of the ensemble mean, damped where the critics disagree."""
         return cls(

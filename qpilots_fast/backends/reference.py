@@ -75,7 +75,9 @@ class ReferenceBackend(Backend):
             if network is None:
                 return None
             layers = tuple(
-                type(layer)(*(None if p is None else tuple(m.detach().clone() for m in p) for p in vars(layer).values()))
+                type(layer)(
+                    *(None if p is None else tuple(m.detach().clone() for m in p) for p in vars(layer).values())
+                )
                 for layer in network.layers
             )
             return BoundNetwork(network.spec, layers)

@@ -1,0 +1,61 @@
+"""What a sampler reports: about one call, and about what a call would cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .backends import Footprint
+
+
+@dataclass(frozen=True)
+class SampleInfo:
+    """What happened in one call.
+
+    Args:
+        q_values: [E, B], the critics at the returned actions; None without a critic.
+        gradient_norms: [K, B], the norm of the steering gradient at each step; 0 at unsteered steps.
+        nonfinite: [K, B] bool, where a row had no finite gradient and followed the unsteered flow for that step.
+    """
+
+    q_values: Tensor | None
+    gradient_norms: Tensor
+    nonfinite: Tensor
+
+    @property
+    def nonfinite_rows(self) -> Tensor:
+        """[B] bool, rows that met a non-finite gradient at any step."""
+        return self.nonfinite.any(0)
+
+    @property
+    def nonfinite_count(self) -> int:
+        """How many (step, row) pairs fell back to the unsteered flow."""
+        return int(self.nonfinite.sum())
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend runs a batch, why the others do not, and what a call costs; prints as text."""
+
+    backend: str
+    not_used: dict[str, str]
+    batch_size: int
+    footprint: Footprint | None
+
+    def __str__(self) -> str:
+        lines = [f"backend {self.backend} for batches of {self.batch_size}"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.not_used.items()]
+        f = self.footprint
+        if f is None:
+            return "\n".join([*lines, "  the networks include your own callables: their cost is not counted"])
+        lines += [
+            f"  launches        {f.launches}",
+            f"  flops           {f.flops / 1e9:.3f} GFLOP",
+            f"  packed weights  {f.weight_bytes / 2**20:.1f} MiB",
+            f"  traffic         {f.traffic_bytes / 2**20:.1f} MiB",
+            f"  workspace       {f.workspace_bytes / 2**20:.1f} MiB",
+        ]
+        if f.floor_s is not None:
+            lines.append(f"  floor           {f.floor_s * 1e3:.3f} ms on this machine")
+        return "\n".join([*lines, *(f"  note: {note}" for note in f.notes)])

@@ -1,0 +1,344 @@
+"""What the operators compute: on a backend, and as differentiable references for what no backend differentiates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, reference
+from .backends.base import Backend, BoundNetworks
+from .backends.reference import compute_dtype, evaluators
+from .inputs import check_actions
+from .networks import bind
+from .spec import NetworkSpec, SamplerSpec, network_spec_from_json
+from .steering import Steering
+
+# ---------------------------------------------------------------- differentiable references, by operator name
+# Each takes the operator's tensors, the flat parameters and the remaining arguments, in the schema's order.
+
+
+def _network_forward(
+    spec: NetworkSpec, parameters: Sequence[Tensor], precision: str, named: dict[str, Tensor]
+) -> Tensor:
+    blocks = reference.ordered_blocks(spec, named)
+    return reference.ReferenceNetwork(bind(spec, parameters), compute_dtype(precision, *blocks[:2]), precision)(blocks)[
+        0
+    ]
+
+
+def _velocity_reference(
+    tensors: Sequence[Tensor], parameters: Sequence[Tensor], spec_json: str, precision: str, backend: str
+) -> Tensor:
+    obs, noisy_actions, t = tensors
+    spec = network_spec_from_json(spec_json)
+    times = reference.time_block(spec, t, len(noisy_actions), noisy_actions.device)
+    named = {"obs": obs, "noisy_actions": noisy_actions, "t": times}
+    return _network_forward(spec, parameters, precision, named)[0]
+
+
+def _critic_values_reference(
+    tensors: Sequence[Tensor], parameters: Sequence[Tensor], spec_json: str, precision: str, backend: str
+) -> Tensor:
+    obs, actions = tensors
+    named = {"obs": obs, "actions": actions}
+    return _network_forward(network_spec_from_json(spec_json), parameters, precision, named).squeeze(-1)
+
+
+def _pessimistic_q_reference(
+    tensors: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    spec_json: str,
+    rho: float,
+    aggregation: str,
+    precision: str,
+    backend: str,
+) -> Tensor:
+    q_values = _critic_values_reference(tensors, parameters, spec_json, precision, backend)
+    return reference.aggregate(q_values, aggregation, rho)
+
+
+def _clean_actions_reference(tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
+    return reference.clean_actions(*tensors)
+
+
+def _steer_update_reference(
+    tensors: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    dt: float,
+    alpha: float = 0.2,  # the dispatcher leaves out trailing arguments that equal the schema's defaults
+    eps: float = 1e-8,
+    steered_dims: list[int] | None = None,
+) -> Tensor:
+    noisy_actions, v, q_grad = tensors
+    dims = None if steered_dims is None else tuple(steered_dims)
+    steering = Steering(alpha=alpha, eps=eps, steered_dims=dims)
+    return noisy_actions + dt * reference.steer_velocity(v, q_grad, steering)[0]
+
+
+def _posterior_weights_reference(
+    tensors: Sequence[Tensor], parameters: Sequence[Tensor], tau: float = 1.0, q_scale: float = 1.0
+) -> Tensor:
+    return reference.posterior_weights(tensors[0], tau, q_scale)
+
+
+def _steer_step_reference(
+    tensors: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    dt: float,
+    spec_json: str,
+    steering_json: str,
+    low: float,
+    high: float,
+    precision: str,
+    backend: str,
+) -> Tensor:
+    obs, noisy_actions, v, t = tensors
+    steering, spec = _steering_from_json(steering_json), network_spec_from_json(spec_json)
+    network = reference.ReferenceNetwork(bind(spec, parameters), compute_dtype(precision, noisy_actions), precision)
+
+    def critic(a: Tensor) -> tuple[Tensor, reference.Pullback]:
+        q, pullback = network(reference.ordered_blocks(spec, {"obs": obs, "actions": a}))
+        columns = spec.block_slices["actions"]
+        return q.squeeze(-1), lambda weights: pullback(weights.unsqueeze(-1))[..., columns].sum(0)
+
+    return _one_step(noisy_actions, v, t, dt, critic, steering, (low, high))
+
+
+def _one_step(
+    x: Tensor, v: Tensor, t: Tensor, dt: float, critic: Any, steering: Steering, bounds: tuple[float, float]
+) -> Tensor:
+    net = reference.Evaluators(flow=lambda *_: (v, lambda d: d), critic=critic)
+    g, std = reference.steering_gradient(net, steering, x, v, lambda d: d, t, None, bounds)
+    return x + dt * reference.steer_velocity(v, g, steering, std)[0]
+
+
+def _sample_reference(
+    tensors: Sequence[Tensor], parameters: Sequence[Tensor], spec_json: str, backend: str
+) -> tuple[Tensor, ...]:
+    obs, noise, *rest = tensors
+    spec = SamplerSpec.from_json(spec_json)
+    dtype = compute_dtype(spec.precision, obs, noise)
+    net = evaluators(spec, _bind_sampler(spec, parameters), obs.to(dtype), dtype, spec.precision)
+    eps = rest[0].to(dtype) if rest else None
+    raw = reference.sample(
+        net, spec.steering, spec.num_steps, noise.to(dtype), eps, (spec.action_low, spec.action_high)
+    )
+    assert raw.gradient_norms is not None and raw.nonfinite is not None
+    return raw.actions, raw.gradient_norms, raw.nonfinite
+
+
+@lru_cache(maxsize=256)
+def _steering_from_json(text: str) -> Steering:
+    return Steering(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()})
+
+
+def _bind_sampler(spec: SamplerSpec, parameters: Sequence[Tensor]) -> BoundNetworks:
+    """Splits the flat list of flow, critic and posterior parameters."""
+    bound, start = [], 0
+    for network in (spec.flow, spec.critic, spec.posterior):
+        if network is None:
+            bound.append(None)
+            continue
+        count = _parameter_count(network)
+        bound.append(bind(network, parameters[start : start + count]))
+        start += count
+    flow, critic, posterior = bound
+    assert flow is not None
+    return BoundNetworks(flow, critic, posterior)
+
+
+def _parameter_count(spec: NetworkSpec) -> int:
+    vectors = sum(spec.biases)
+    normed = sum(placement is not None for placement in spec.layer_norm)
+    tensors = len(spec.biases) + vectors + normed * (spec.norm_weight + spec.norm_bias)
+    return tensors * (1 if spec.stacked else spec.num_members)
+
+
+# ---------------------------------------------------------------- forward on a backend
+
+
+def _network_backend(name: str, precision: str, like: Tensor) -> Backend:
+    if like.dtype == torch.float64:
+        if name not in ("auto", "reference"):
+            raise TypeError(f"inputs are float64, but backend {name!r} computes in float32; expected float32 inputs.")
+        return backends.get("reference")
+    if name != "auto":
+        return backends.get(name)
+    native = "cpu" if like.device.type == "cpu" else "triton"
+    usable = backends.unavailable_reason(native) is None and precision in backends.get(native).precisions
+    return backends.get(native if usable else "reference")
+
+
+def _blocks(spec: NetworkSpec, named: dict[str, Tensor], like: Tensor) -> list[Tensor]:
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return [block.detach().to(dtype).contiguous() for block in reference.ordered_blocks(spec, named)]
+
+
+def _named_inputs(spec: NetworkSpec, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    if spec.kind == "critic":
+        return {"obs": tensors[0], "actions": tensors[1]}
+    times = reference.time_block(spec, tensors[2], len(tensors[1]), tensors[1].device)
+    return {"obs": tensors[0], "noisy_actions": tensors[1], "t": times}
+
+
+def _run_network(
+    tensors: Sequence[Tensor], parameters: Sequence[Tensor], spec_json: str, precision: str, backend: str
+) -> Tensor:
+    spec = network_spec_from_json(spec_json)
+    chosen = _network_backend(backend, precision, tensors[1])
+    blocks = _blocks(spec, _named_inputs(spec, tensors), tensors[1])
+    return chosen.forward(bind(spec, [p.detach() for p in parameters]), blocks, precision)
+
+
+def _velocity_forward(tensors: Sequence[Tensor], parameters: Sequence[Tensor], *args: Any) -> Tensor:
+    return _run_network(tensors, parameters, *args)[0].clone()
+
+
+def _critic_values_forward(tensors: Sequence[Tensor], parameters: Sequence[Tensor], *args: Any) -> Tensor:
+    return _run_network(tensors, parameters, *args).squeeze(-1).clone()
+
+
+def _pessimistic_q_forward(
+    tensors: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    spec_json: str,
+    rho: float,
+    aggregation: str,
+    precision: str,
+    backend: str,
+) -> Tensor:
+    q_values = _run_network(tensors, parameters, spec_json, precision, backend).squeeze(-1)
+    return reference.aggregate(q_values, aggregation, rho)
+
+
+def _steer_step_forward(
+    tensors: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    dt: float,
+    spec_json: str,
+    steering_json: str,
+    low: float,
+    high: float,
+    precision: str,
+    backend: str,
+) -> Tensor:
+    obs, noisy_actions, v, t = tensors
+    spec, steering = network_spec_from_json(spec_json), _steering_from_json(steering_json)
+    chosen = _network_backend(backend, precision, noisy_actions)
+    handle = chosen.prepare(bind(spec, [p.detach() for p in parameters]), precision)
+
+    def critic(a: Tensor) -> tuple[Tensor, reference.Pullback]:
+        blocks = _blocks(spec, {"obs": obs, "actions": a}, noisy_actions)
+        q = chosen.forward(handle, blocks, precision).squeeze(-1).to(a.dtype)
+        columns = spec.block_slices["actions"]
+        return q, lambda weights: chosen.vjp(handle, blocks, weights.unsqueeze(-1).contiguous(), precision)[:, columns]
+
+    return _one_step(noisy_actions, v, t, dt, critic, steering, (low, high))
+
+
+def _sample_forward(
+    tensors: Sequence[Tensor], parameters: Sequence[Tensor], spec_json: str, backend: str
+) -> tuple[Tensor, ...]:
+    obs, noise, *rest = tensors
+    spec = SamplerSpec.from_json(spec_json)
+    dtype = torch.float64 if torch.float64 in (obs.dtype, noise.dtype) else torch.float32
+    name = "reference" if dtype == torch.float64 and backend == "auto" else backend
+    chosen, _ = backends.choose(name, spec, noise.device, noise.shape[0])
+    raw = chosen.sample(
+        spec,
+        _bind_sampler(spec, [p.detach() for p in parameters]),
+        obs.to(dtype).contiguous(),
+        noise.to(dtype).contiguous(),
+        rest[0].to(dtype).contiguous() if rest else None,
+        return_info=True,
+    )
+    check_actions(raw.actions)
+    assert raw.gradient_norms is not None and raw.nonfinite is not None
+    return raw.actions, raw.gradient_norms, raw.nonfinite
+
+
+# ---------------------------------------------------------------- vector-Jacobian products
+
+
+def recompute_vjp(
+    function: Callable[..., Any], tensors: Sequence[Tensor], parameters: Sequence[Tensor], args: list[Any],
+    grad: Tensor, needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Autograd through the reference, recomputed: for parameters, t and whole samples."""
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_(need) for x, need in zip([*tensors, *parameters], needs)]
+        output = function(leaves[: len(tensors)], leaves[len(tensors) :], *args)
+        output = output[0] if isinstance(output, tuple) else output
+        wanted = [leaf for leaf, need in zip(leaves, needs) if need]
+        grads = torch.autograd.grad(output, wanted, grad.to(output.dtype), allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g.to(x.dtype) for x, g in zip(wanted, grads)]
+
+
+def _backend_vjp(
+    name: str, tensors: Sequence[Tensor], parameters: Sequence[Tensor], args: list[Any], grad: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The backend's own product, for gradients with respect to obs and actions alone."""
+    spec = network_spec_from_json(args[0])
+    precision, backend = args[-2:]
+    chosen = _network_backend(backend, precision, tensors[1])
+    handle = chosen.prepare(bind(spec, [p.detach() for p in parameters]), precision)
+    blocks = _blocks(spec, _named_inputs(spec, tensors), tensors[1])
+    if name == "pessimistic_q":
+        q_values = chosen.forward(handle, blocks, precision).squeeze(-1)
+        cotangent = (reference.member_weights(q_values, args[2], args[1]) * grad).unsqueeze(-1)
+    else:
+        cotangent = grad.unsqueeze(0) if name == "velocity" else grad.unsqueeze(-1)
+    d_input = chosen.vjp(handle, blocks, cotangent.to(blocks[0].dtype).contiguous(), precision)
+    moving = "actions" if spec.kind == "critic" else "noisy_actions"
+    grads = []
+    for tensor, block, need in zip(tensors, ("obs", moving), needs):
+        if need:
+            grads.append(d_input[:, spec.block_slices[block]].to(tensor.dtype).clone())
+    return grads
+
+
+NETWORK_OPS = ("velocity", "critic_values", "pessimistic_q")
+
+
+def backend_vjp(
+    name: str,
+    tensors: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    args_json: str,
+    grad: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Body of qpilots::_vjp."""
+    with torch.no_grad(), no_autocast(tensors[0]):
+        return _backend_vjp(name, tensors, parameters, json.loads(args_json), grad, needs)
+
+
+def no_autocast(like: Tensor) -> torch.autocast:
+    """Autocast off for the operators' own maths."""
+    return torch.autocast(like.device.type, enabled=False)  # the precision is an argument of ours
+
+
+REFERENCES: dict[str, Callable[..., Any]] = {
+    "velocity": _velocity_reference,
+    "critic_values": _critic_values_reference,
+    "pessimistic_q": _pessimistic_q_reference,
+    "clean_actions": _clean_actions_reference,
+    "steer_update": _steer_update_reference,
+    "posterior_weights": _posterior_weights_reference,
+    "steer_step": _steer_step_reference,
+    "sample": _sample_reference,
+}
+FORWARDS: dict[str, Callable[..., Any]] = {
+    **REFERENCES,
+    "velocity": _velocity_forward,
+    "critic_values": _critic_values_forward,
+    "pessimistic_q": _pessimistic_q_forward,
+    "steer_step": _steer_step_forward,
+    "sample": _sample_forward,
+}
