@@ -1,0 +1,1 @@
+"""Benchmarks of qpilots_fast against the best loops a user could write without it: `python -m bench --help`."""

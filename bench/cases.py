@@ -1,0 +1,162 @@
+"""Named workloads: whose networks they are, and how to build one with its inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from qpilots_fast import CriticEnsemble, FlowMLP, MetaFlowMap, SteeredSampler, Steering
+from qpilots_fast.spec import NormPlacement
+
+METHODS: dict[str, Steering] = {
+    "U": Steering.qpilots_u(),
+    "U-identity": Steering.qpilots_u(jacobian="identity"),
+    "M": Steering.qpilots_m(),
+    "QGF": Steering.qgf(weight=1.0),
+}
+BATCH_SIZES: tuple[int, ...] = (1, 16, 64, 256, 1024)
+PRECISIONS: tuple[str, ...] = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Networks by their shape, and where the shape comes from.
+
+    Args:
+        flow_norm: LayerNorm of each hidden layer of the flow. critic_norm: of every hidden layer of the critics.
+        methods: the keys of METHODS that this case is run with when none is asked for.
+    """
+
+    name: str
+    source: str
+    obs_dim: int
+    action_dim: int
+    hidden_dims: tuple[int, ...] = (512,) * 4
+    num_critics: int = 10
+    flow_norm: tuple[NormPlacement, ...] | None = None
+    critic_norm: NormPlacement = "post"
+    time_embedding: str = "raw"
+    num_steps: int = 10
+    methods: tuple[str, ...] = ("U", "M")
+
+    def networks(self, seed: int = 0, device: str = "cpu") -> tuple[FlowMLP, CriticEnsemble, MetaFlowMap]:
+        """Randomly initialised flow, critics and meta flow map, without gradients for their parameters."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            flow = FlowMLP(
+                self.obs_dim, self.action_dim, self.hidden_dims, layer_norm=self.flow_norm,
+                time_embedding=self.time_embedding,
+            )  # fmt: skip
+            critic = CriticEnsemble(
+                self.obs_dim, self.action_dim, self.num_critics, self.hidden_dims, layer_norm=self.critic_norm
+            )
+            posterior = MetaFlowMap(
+                self.obs_dim, self.action_dim, self.hidden_dims, layer_norm=self.flow_norm,
+                time_embedding=self.time_embedding,
+            )  # fmt: skip
+        return tuple(n.requires_grad_(False).eval().to(device) for n in (flow, critic, posterior))  # type: ignore[return-value]
+
+
+CASES: dict[str, Case] = {
+    case.name: case
+    for case in (
+        Case("paper", "QPILOTS (arXiv 2606.14801) on OGBench cube: 5-wide actions in chunks of 5", 40, 25),
+        Case("humanoid", "QPILOTS networks on OGBench humanoidmaze (69-wide observations, 21 joints)", 69, 21),
+        Case(
+            "qgf", "QGF (arXiv 2606.11087): 2 critics, LayerNorm before the activation, sinusoidal time", 28, 5,
+            num_critics=2, flow_norm=("pre", "pre", "pre", None), critic_norm="pre", time_embedding="sinusoidal",
+            methods=("QGF",),
+        ),
+        Case("wide", "the paper's observation and action widths with QGF's 1024-wide layers", 40, 25, (1024,) * 4),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One sampling problem: networks, steering and the inputs of one call, which every contestant shares."""
+
+    case: Case
+    method: str
+    batch_size: int
+    flow: FlowMLP
+    critic: CriticEnsemble
+    posterior: MetaFlowMap | None
+    steering: Steering
+    obs: Tensor  # [B, S]
+    noise: Tensor  # [B, A]
+    posterior_noise: Tensor | None  # [K, B, N, A]
+
+    @property
+    def num_steps(self) -> int:
+        return self.case.num_steps
+
+    def sampler(self, backend: str = "auto", precision: str = "float32", frozen: bool = False) -> SteeredSampler:
+        """Our sampler on this workload's networks."""
+        sampler = SteeredSampler(
+            self.flow, self.critic, self.steering, posterior=self.posterior, num_steps=self.num_steps,
+            backend=backend, precision=precision,
+        )  # fmt: skip
+        return sampler.freeze() if frozen else sampler
+
+    def rows(self, index: Tensor) -> Workload:
+        """The same networks on some rows of the batch."""
+        eps = self.posterior_noise
+        return replace(
+            self, batch_size=len(index), obs=self.obs[index], noise=self.noise[index],
+            posterior_noise=None if eps is None else eps[:, index],
+        )  # fmt: skip
+
+    @cached_property
+    def checked_rows(self) -> Tensor:
+        """Rows compared with the float64 reference: all up to 64, else the first and last 32 (rows are independent)."""
+        if self.batch_size <= 64:
+            return torch.arange(self.batch_size)
+        return torch.cat([torch.arange(32), torch.arange(self.batch_size - 32, self.batch_size)])
+
+    @cached_property
+    def expected(self) -> Tensor:
+        """The float64 reference's actions at checked_rows, on the CPU, float64."""
+        some = self.rows(self.checked_rows.to(self.obs.device))
+        flow, critic, posterior = (None if n is None else _to_cpu_double(n) for n in (self.flow, self.critic, self.posterior))
+        assert flow is not None
+        sampler = SteeredSampler(
+            flow, critic, self.steering, posterior=posterior, num_steps=self.num_steps, backend="reference",
+            precision="float64",
+        )  # fmt: skip
+        eps = None if some.posterior_noise is None else some.posterior_noise.cpu().double()
+        return sampler(some.obs.cpu().double(), some.noise.cpu().double(), eps)
+
+
+def _to_cpu_double(network: torch.nn.Module) -> torch.nn.Module:
+    import copy
+
+    return copy.deepcopy(network).cpu().double()
+
+
+def make_workload(
+    case: Case, method: str, batch_size: int, *, num_samples: int | None = None, seed: int = 0, device: str = "cpu"
+) -> Workload:
+    """Builds a workload with standard normal observations and noise.
+
+    Args:
+        method: a key of METHODS.
+        num_samples: N, where it should differ from the method's own.
+    """
+    steering = METHODS[method]
+    if num_samples is not None:
+        steering = replace(steering, num_samples=num_samples)
+    flow, critic, posterior = case.networks(seed, device)
+    draw = torch.Generator().manual_seed(seed + 1)
+    obs = torch.randn(batch_size, case.obs_dim, generator=draw)
+    noise = torch.randn(batch_size, case.action_dim, generator=draw)
+    eps = None
+    if steering.uses_posterior:
+        eps = torch.randn(case.num_steps, batch_size, steering.num_samples, case.action_dim, generator=draw).to(device)
+    return Workload(
+        case, method, batch_size, flow, critic, posterior if steering.estimate == "mfm" else None, steering,
+        obs.to(device), noise.to(device), eps,
+    )  # fmt: skip

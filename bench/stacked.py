@@ -1,0 +1,120 @@
+"""Networks as a careful PyTorch user would hold them for inference: stacked, transposed, split, frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qpilots_fast.backends.base import BoundNetwork
+from qpilots_fast.networks import time_features
+from qpilots_fast.spec import NetworkSpec
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "mish": F.mish,
+    "tanh": torch.tanh,
+}
+
+
+def time_rows(spec: NetworkSpec, times: list[float]) -> Tensor:
+    """Time features of each step, [K, dim], float64."""
+    t = torch.tensor(times, dtype=torch.float64).unsqueeze(-1)
+    return time_features(t, spec.time_embedding, spec.time_embedding_dim)
+
+
+class StackedNetwork:
+    """An MLP ([in, out] weights, addmm) or an ensemble ([E, in, out] weights, baddbmm), made for repeated calls.
+
+    The first layer is kept as one matrix per input block, so that what does not change between steps is
+    multiplied once; the rows of the time embedding are multiplied at set-up.
+
+    Args:
+        network: spec and parameters; copied.
+        num_steps: K, for the time columns.
+        dtype: of weights and activations.
+    """
+
+    def __init__(self, network: BoundNetwork, num_steps: int, dtype: torch.dtype) -> None:
+        self.spec = spec = network.spec
+        self.dtype = dtype
+        self.ensemble = spec.kind == "critic"
+        weights = [self._matrix(layer.weight) for layer in network.layers]
+        # an absent bias is a zero row: addmm and baddbmm add it at no cost
+        self.biases = [
+            self._row(layer.bias or tuple(w.new_zeros(w.shape[0]) for w in layer.weight)) for layer in network.layers
+        ]
+        self.norms = [
+            (None if layer.norm_weight is None else self._row(layer.norm_weight),
+             None if layer.norm_bias is None else self._row(layer.norm_bias))
+            for layer in network.layers
+        ]  # fmt: skip
+        self.weights = weights[1:]  # of the layers after the first
+        columns = spec.block_slices
+        self.first = {block: weights[0][..., part, :].contiguous() for block, part in columns.items()}  # [.., d, H]
+        self.time = self._time_table(network, num_steps)
+
+    def _matrix(self, members: tuple[Tensor, ...]) -> Tensor:
+        stacked = torch.stack(members).transpose(1, 2).to(self.dtype).contiguous()
+        return stacked if self.ensemble else stacked[0]
+
+    def _row(self, members: tuple[Tensor, ...]) -> Tensor:
+        stacked = torch.stack(members).unsqueeze(1).to(self.dtype)
+        return stacked if self.ensemble else stacked[0]
+
+    def _time_table(self, network: BoundNetwork, num_steps: int) -> Tensor | None:
+        """[K, 1, H]: the first layer's time columns at each step, with s = 0 and u = 1 for a meta flow map."""
+        spec = network.spec
+        if "t" not in spec.block_slices:
+            return None
+        first = network.layers[0].weight[0]
+        steps = [k / num_steps for k in range(num_steps)]
+        blocks = {"t": steps, "s": [0.0] * num_steps, "u": [1.0] * num_steps}
+        table = first.new_zeros(num_steps, spec.hidden_dims[0], dtype=torch.float64)
+        for block, times in blocks.items():
+            if block in spec.block_slices:
+                features = time_rows(spec, times).to(first.device)
+                table = table + features @ first[:, spec.block_slices[block]].double().T
+        return table.unsqueeze(1).to(self.dtype)
+
+    def linear(self, bias: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+        """bias + h @ weight."""
+        if self.ensemble:
+            return torch.baddbmm(bias, h.expand(weight.shape[0], -1, -1), weight)
+        return torch.addmm(bias, h, weight)
+
+    def fixed(self, block: str, rows: Tensor) -> Tensor:
+        """The first layer's share of an input that stays the same over the call, bias included: [.., B, H]."""
+        return self.linear(self.biases[0], rows.to(self.dtype), self.first[block])
+
+    def rest(self, z: Tensor) -> Tensor:
+        """Everything after the first layer's product z [.., B, H]; returns [.., B, out]."""
+        spec = self.spec
+        activation = ACTIVATIONS[spec.activation]
+        for index, placement in enumerate(spec.layer_norm):
+            if placement == "pre":
+                z = self._normalise(z, index)
+            z = activation(z)
+            if placement == "post":
+                z = self._normalise(z, index)
+            z = self.linear(self.biases[index + 1], z, self.weights[index])
+        return z
+
+    def _normalise(self, z: Tensor, index: int) -> Tensor:
+        weight, bias = self.norms[index]
+        width = z.shape[-1:]
+        if not self.ensemble:
+            return F.layer_norm(
+                z, width, None if weight is None else weight[0], None if bias is None else bias[0],
+                self.spec.layer_norm_eps,
+            )  # fmt: skip
+        z = F.layer_norm(z, width, eps=self.spec.layer_norm_eps)  # members differ in scale and shift
+        if weight is not None and bias is not None:
+            return torch.addcmul(bias, z, weight)
+        z = z if weight is None else z * weight
+        return z if bias is None else z + bias
