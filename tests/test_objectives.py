@@ -20,9 +20,10 @@ def batch():
     obs, next_obs = torch.randn(B, S), torch.randn(B, S)
     actions, next_actions = torch.rand(B, A) * 2 - 1, torch.rand(B, A) * 2 - 1
     rewards, discounts = torch.randn(B), torch.where(torch.arange(B) % 3 == 0, 0.0, 0.95)
-    return dict(
-        obs=obs, actions=actions, rewards=rewards, discounts=discounts, next_obs=next_obs, next_actions=next_actions
-    )
+    return {
+        "obs": obs, "actions": actions, "rewards": rewards, "discounts": discounts,
+        "next_obs": next_obs, "next_actions": next_actions,
+    }  # fmt: skip
 
 
 @pytest.fixture

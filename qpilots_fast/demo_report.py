@@ -1,0 +1,102 @@
+"""What `qpilots-fast demo` shows: progress, tables, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .demo import ALPHAS, DEFAULT_ALPHA, Method, Outcome, compare, plot, standard_methods, timings
+from .ogbench_cube import EPISODE_STEPS, TASKS, CubePolicy, CubeTasks
+from .sampler import SteeredSampler
+from .steering import Steering
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.0f} %"
+
+
+def results_table(outcomes: list[Outcome]) -> Table:
+    """Success with its interval, steps and value of every method; the default strength in bold."""
+    episodes = outcomes[0].rollouts.success.size
+    table = Table(title=f"One policy, {episodes} episodes a method (the same starts and noise for all)")
+    for name in ("method", "success", "95 % interval", "steps an episode", "critic value"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for outcome in outcomes:
+        steering = outcome.method.steering
+        bold = steering.steers and steering.alpha == DEFAULT_ALPHA
+        low, high = outcome.interval
+        table.add_row(
+            outcome.method.name, _percent(outcome.rollouts.rate), f"{_percent(low)} to {_percent(high)}",
+            f"{outcome.rollouts.steps.mean():.0f}", f"{outcome.value:.2f}", style="bold" if bold else None,
+        )  # fmt: skip
+    return table
+
+
+def timings_table(rows: list[tuple[str, str, float | str, float | str]]) -> Table:
+    """Milliseconds an action of each backend."""
+    table = Table(title=f"Time per action chunk, batch of 1, median (QPILOTS-U at alpha {DEFAULT_ALPHA:g})")
+    for name in ("backend", "precision", "unsteered", "QPILOTS-U"):
+        table.add_column(name, justify="left" if name == "backend" else "right", overflow="fold")
+    for name, precision, plain, steered in rows:
+        cells = [f"{1e3 * t:.3f} ms" if isinstance(t, float) else f"[dim]{escape(t)}[/dim]" for t in (plain, steered)]
+        table.add_row(name, precision, *cells)
+    return table
+
+
+def _conclusion(outcomes: list[Outcome]) -> str:
+    base, steered = outcomes[0], next(o for o in outcomes if o.method.steering.alpha == DEFAULT_ALPHA)
+    text = (
+        f"The unsteered policy imitates aimless play and reaches the goal in {_percent(base.rollouts.rate)} of the "
+        f"episodes. Steered by the critics at alpha {DEFAULT_ALPHA:g}, the same weights reach it in "
+        f"{_percent(steered.rollouts.rate)}."
+    )
+    if steered.interval[0] > base.interval[1]:
+        return text + " The two 95 % intervals do not overlap."
+    return text + " With so few episodes the two 95 % intervals overlap; run more with --episodes."
+
+
+def run(args: argparse.Namespace) -> int:
+    """The demo, once its packages are known to be there."""
+    console, start = Console(), time.perf_counter()
+    rounds = args.episodes or (2 if args.quick else 15)
+    methods = standard_methods((DEFAULT_ALPHA,) if args.quick else ALPHAS)
+    policy = CubePolicy.load()
+    probe = SteeredSampler(policy.flow, policy.critic, Steering.qpilots_u(DEFAULT_ALPHA), backend=args.backend)
+    console.print(
+        f"[bold]OGBench cube-single[/bold]: a UR5e arm moves a cube to a goal; {len(TASKS)} tasks, {rounds} episodes "
+        f"each for {len(methods)} methods, at most {EPISODE_STEPS} steps an episode.\n"
+        f"Policy: flow {policy.flow.spec.hidden_dims}, {policy.critic.spec.num_members} critics "
+        f"{policy.critic.spec.hidden_dims}, chunks of 5 actions; backend {probe.explain(len(TASKS)).backend}."
+    )
+    with console.status("Starting five simulators"):
+        tasks = CubeTasks()
+    outcomes = _with_progress(console, policy, tasks, methods, rounds, args)
+    console.print(results_table(outcomes))
+    console.print(
+        "Critic value: mean - 0.5 std of the critics' estimate of the discounted steps still to go (0 at the goal, "
+        "-100 never), of each method's actions at the same observations of the unsteered policy.\n"
+    )
+    console.print(timings_table(timings(policy, 0.3 if args.quick else 1.0)))
+    picture = args.out / "qpilots_demo.png"
+    plot(outcomes, picture)
+    console.print(_conclusion(outcomes))
+    console.print(f"Picture: {picture}   ({time.perf_counter() - start:.0f} s in all)")
+    return 0
+
+
+def _with_progress(
+    console: Console, policy: CubePolicy, tasks: CubeTasks, methods: list[Method], rounds: int, args: argparse.Namespace
+) -> list[Outcome]:
+    columns = (TextColumn("{task.description:24}"), BarColumn(), TextColumn("{task.completed}/{task.total} episodes"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+        bar = progress.add_task(methods[0].name, total=len(methods) * rounds * len(TASKS))
+
+        def on_round(method: Method) -> None:
+            progress.update(bar, advance=len(TASKS), description=method.name)
+
+        return list(compare(policy, tasks, methods, rounds, seed=args.seed, backend=args.backend, on_round=on_round))

@@ -1,0 +1,193 @@
+"""The policy that the demo steers: a behaviour-cloned flow and goal-conditioned critics for OGBench cube-single.
+
+Trained by examples/ogbench_cube/train.py on scripted play data. The critics see the state and the way from the cube
+to its goal; the flow is given the same columns but its weights on the goal are zero: the base policy does not know
+the task, and only steering makes it useful.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .networks import CriticEnsemble, FlowMLP
+
+ASSETS = Path(__file__).parent / "assets" / "ogbench_cube"
+CHUNK = 5  # environment steps a chunk, executed open loop
+ACTION_DIM = 5 * CHUNK
+STATE_DIM = 28
+GOAL_DIM = 3
+OBS_DIM = STATE_DIM + GOAL_DIM
+CUBE_OBS = slice(19, 22)  # the cube's place in the state, as (xyz - XYZ_CENTER) * XYZ_SCALE
+XYZ_CENTER = (0.425, 0.0, 0.0)  # metres; these three are constants of ogbench's CubeEnv
+XYZ_SCALE = 10.0
+SUCCESS_DISTANCE = 0.04  # metres
+TASKS = (1, 2, 3, 4, 5)
+EPISODE_STEPS = 200
+
+ChunkSampler = Callable[[Tensor, Tensor], Tensor]  # (obs [B, S], noise [B, A]) -> actions [B, A]
+
+
+def goal_features(state: np.ndarray, goal_xyz: np.ndarray) -> np.ndarray:
+    """[..., 3]: the way from the cube to the goal (metres), in the state's units."""
+    return (goal_xyz - np.asarray(XYZ_CENTER)) * XYZ_SCALE - state[..., CUBE_OBS]
+
+
+@dataclass
+class CubePolicy:
+    """Flow, critics and the state's normalisation."""
+
+    flow: FlowMLP
+    critic: CriticEnsemble
+    mean: np.ndarray  # [28]
+    std: np.ndarray  # [28]
+
+    def obs(self, state: np.ndarray, goal_xyz: np.ndarray) -> Tensor:
+        """[B, S] of raw states [B, 28] and goals [B, 3] in metres."""
+        columns = [(state - self.mean) / self.std, goal_features(state, goal_xyz)]
+        return torch.from_numpy(np.concatenate(columns, axis=-1).astype(np.float32))
+
+    def save(self, folder: Path, about: dict[str, Any]) -> None:
+        """Writes policy.safetensors (bfloat16) and policy.json (shapes, normalisation, how it was trained)."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"flow.{k}": v for k, v in self.flow.state_dict().items()}
+        tensors |= {f"critic.{k}": v for k, v in self.critic.state_dict().items()}
+        save_file({k: v.to(torch.bfloat16).contiguous() for k, v in tensors.items()}, folder / "policy.safetensors")
+        config = {
+            "flow_hidden_dims": self.flow.spec.hidden_dims,
+            "critic_hidden_dims": self.critic.spec.hidden_dims,
+            "num_critics": self.critic.spec.num_members,
+            "state_mean": [round(float(v), 6) for v in self.mean],
+            "state_std": [round(float(v), 6) for v in self.std],
+            "about": about,
+        }
+        (folder / "policy.json").write_text(json.dumps(config, indent=1) + "\n")
+
+    @staticmethod
+    def load(folder: Path = ASSETS) -> CubePolicy:
+        """Reads what `save` wrote, in float32."""
+        from safetensors.torch import load_file
+
+        config = json.loads((folder / "policy.json").read_text())
+        policy = new_policy(
+            tuple(config["flow_hidden_dims"]), tuple(config["critic_hidden_dims"]), config["num_critics"],
+            np.asarray(config["state_mean"]), np.asarray(config["state_std"]),
+        )  # fmt: skip
+        tensors = {k: v.float() for k, v in load_file(folder / "policy.safetensors").items()}
+        for name, network in (("flow", policy.flow), ("critic", policy.critic)):
+            network.load_state_dict({k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(name + ".")})
+            network.requires_grad_(False)
+        return policy
+
+
+def new_policy(
+    flow_hidden_dims: tuple[int, ...], critic_hidden_dims: tuple[int, ...], num_critics: int,
+    mean: np.ndarray, std: np.ndarray,
+) -> CubePolicy:  # fmt: skip
+    """An untrained policy of this project's shapes."""
+    flow = FlowMLP(OBS_DIM, ACTION_DIM, flow_hidden_dims)
+    critic = CriticEnsemble(OBS_DIM, ACTION_DIM, num_critics, critic_hidden_dims)
+    return CubePolicy(flow, critic, mean, std)
+
+
+@dataclass
+class Rollouts:
+    """What happened in a set of episodes."""
+
+    success: np.ndarray  # [rounds, tasks], bool
+    steps: np.ndarray  # [rounds, tasks], environment steps until success or the end
+    obs: list[Tensor] = field(default_factory=list)  # [S] each: what the policy saw at every decision
+
+    @property
+    def rate(self) -> float:
+        return float(self.success.mean())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without gymnasium's remarks on float32 bounds and glfw's on the missing display."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class CubeTasks:
+    """The five `cube-single-play-singletask-task{1..5}-v0` environments, stepped side by side in this process."""
+
+    def __init__(self, tasks: tuple[int, ...] = TASKS) -> None:
+        self.tasks = tasks
+        with _quiet():
+            import gymnasium
+            import ogbench.manipspace  # noqa: F401  (registers the environments)
+
+            self.envs = [
+                gymnasium.make(f"cube-single-singletask-task{task}-v0", visualize_info=False) for task in tasks
+            ]
+
+    def _reset(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        with _quiet():
+            states = [env.reset(seed=seed + i)[0] for i, env in enumerate(self.envs)]
+        goals = [env.unwrapped.cur_task_info["goal_xyzs"][0] for env in self.envs]
+        return np.stack(states), np.stack(goals)
+
+    def rollout(
+        self, policy: CubePolicy, sampler: ChunkSampler, rounds: int, seed: int,
+        on_round: Callable[[], None] = lambda: None, max_steps: int = EPISODE_STEPS,
+    ) -> Rollouts:  # fmt: skip
+        """Runs `rounds` episodes of every task with chunks of actions, executed open loop.
+
+        Starts and noise depend on the seed alone, so two samplers meet the same episodes.
+
+        Args:
+            policy: turns states and goals into observations.
+            sampler: (obs [B, S], noise [B, A]) -> actions [B, A].
+            rounds: episodes a task.
+            seed: of the environments' starts and of the noise.
+            on_round: called after each round.
+            max_steps: environment steps at which an episode is given up.
+        """
+        shape = (rounds, len(self.envs))
+        result = Rollouts(np.zeros(shape, dtype=bool), np.full(shape, max_steps))
+        for r in range(rounds):
+            generator = torch.Generator().manual_seed(seed + 7919 * r)
+            noise = torch.randn(math.ceil(max_steps / CHUNK), len(self.envs), ACTION_DIM, generator=generator)
+            states, goals = self._reset(seed + 1000 * (r + 1))
+            running = list(range(len(self.envs)))
+            for k in range(len(noise)):
+                obs = policy.obs(states[running], goals[running])
+                result.obs.extend(obs)
+                actions = sampler(obs, noise[k, running]).reshape(len(running), CHUNK, -1).numpy()
+                for row, i in enumerate(tuple(running)):
+                    for step in range(CHUNK):
+                        states[i], _, terminated, truncated, info = self.envs[i].step(actions[row, step])
+                        if terminated or truncated:
+                            result.success[r, i] = bool(info["success"])
+                            result.steps[r, i] = CHUNK * k + step + 1
+                            running.remove(i)
+                            break
+                if not running:
+                    break
+            on_round()
+        return result
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a success rate."""
+    if trials < 1:
+        raise ValueError(f"wilson_interval: trials is {trials}; expected at least 1.")
+    rate = successes / trials
+    centre = (rate + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)
