@@ -1,0 +1,335 @@
+"""The Triton backend: 2 launches a steered step, no host synchronisation, no allocation but the result."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import BackendUnavailable
+from ...spec import SamplerSpec
+from ..base import Backend, BoundNetwork, BoundNetworks, Footprint, RawSample
+from .launch_table import DOT, MAX_ACTION_PAD, LaunchTable, default_table
+from .launcher import launch
+from .packing import OPERAND_DTYPES, NetworkLayout, PackedBuffers, launch_constants, padded_width, parameter_addresses
+from .plan import SamplerPlan, Workspace, capability, multiprocessors
+
+OLDEST_TRITON = (3, 2)
+_KEPT = 16  # workspaces, packed buffers and plans kept per backend; the least recently used goes first
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets kernels on the CPU in this process (TRITON_INTERPRET=1 before the import)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass
+class PackedSampler:
+    """What `pack` returns: frozen weights of one sampler."""
+
+    spec: SamplerSpec
+    buffers: PackedBuffers
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedSampler:
+        return self  # frozen: never written again
+
+
+@dataclass
+class PreparedNetwork:
+    """What `prepare` returns: one packed network for `forward` and `vjp`."""
+
+    network: BoundNetwork
+    precision: str
+    buffers: PackedBuffers
+
+
+class _Cache(OrderedDict[Any, Any]):
+    """A few entries, the least recently used goes first."""
+
+    def obtain(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key in self:
+            self.move_to_end(key)
+        else:
+            self[key] = make()
+            if len(self) > _KEPT:
+                self.popitem(last=False)
+        return self[key]
+
+
+class TritonBackend(Backend):
+    """See docs/gpu.md.
+
+    Args:
+        table: launch rows that precede the built-in ones; None takes those that `tune` wrote, if any.
+        fill: value that fresh workspaces are filled with (tests pass NaN).
+    """
+
+    name = "triton"
+    precisions = ("float32", "tf32", "bfloat16", "float16")
+
+    def __init__(self, table: LaunchTable | None = None, fill: float | None = None) -> None:
+        self._table, self._fill = table, fill
+        self._lock = threading.RLock()  # launches of two threads on one stream must not interleave in a workspace
+        self._plans, self._workspaces, self._live, self._single = _Cache(), _Cache(), _Cache(), _Cache()
+        self._captured: list[Any] = []  # owned by someone's CUDA graph: never reused, never freed
+
+    @property
+    def table(self) -> LaunchTable:
+        return default_table() if self._table is None else self._table
+
+    # ------------------------------------------------------------ availability
+
+    def unavailable_reason(self) -> str | None:
+        try:
+            import triton
+        except ImportError:
+            return "Triton is not installed (pip install triton)"
+        version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2])
+        if version < OLDEST_TRITON:
+            return f"Triton {triton.__version__} is older than {'.'.join(map(str, OLDEST_TRITON))}"
+        if interpreting():
+            return None
+        if not torch.cuda.is_available():
+            return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
+        return "its launch tables are for NVIDIA GPUs" if torch.version.hip else None
+
+    def refusal(self, spec: SamplerSpec, device: torch.device) -> str | None:
+        reason = self._device_refusal(device)
+        if reason is not None:
+            return reason
+        if spec.precision not in self.precisions:
+            return f"precision {spec.precision!r} is not one of {', '.join(self.precisions)}"
+        steering = spec.steering
+        if steering.steers and steering.q_scale == "batch_std":
+            return "q_scale='batch_std' couples all rows, which two launches a step without a grid barrier cannot do"
+        if padded_width(spec.flow.action_dim) > MAX_ACTION_PAD:
+            return f"action_dim is {spec.flow.action_dim}; expected at most {MAX_ACTION_PAD}"
+        if any(n is not None and not n.hidden_dims for n in (spec.flow, spec.critic, spec.posterior)):
+            return "a network has no hidden layer"
+        return None
+
+    def _device_refusal(self, device: torch.device) -> str | None:
+        if interpreting():
+            return None if device.type == "cpu" else "TRITON_INTERPRET=1 takes CPU tensors"
+        if device.type != "cuda":
+            return f"its kernels run on CUDA devices, the tensors are on {device}"
+        if capability(device) < 80:
+            return f"compute capability {capability(device) / 10} is below 8.0"
+        return None
+
+    # ------------------------------------------------------------ the sampler
+
+    def plan(self, spec: SamplerSpec, device: torch.device) -> SamplerPlan:
+        with self._lock:
+            return self._plans.obtain((spec, device), lambda: SamplerPlan(spec, device, self.table))
+
+    def pack(self, spec: SamplerSpec, networks: BoundNetworks) -> PackedSampler:
+        bound = _bound_list(spec, networks)
+        device = bound[0].layers[0].weight[0].device
+        with _on(device):
+            buffers = PackedBuffers(self.plan(spec, device).layouts, spec.precision, device)
+            buffers.pack(bound)
+        return PackedSampler(spec, buffers)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        spec: SamplerSpec,
+        networks: BoundNetworks,
+        obs: Tensor,
+        noise: Tensor,
+        posterior_noise: Tensor | None,
+        *,
+        packed: Any = None,
+        return_info: bool = False,
+    ) -> RawSample:
+        device, batch_size = noise.device, len(noise)
+        with self._lock, _on(device):
+            plan = self.plan(spec, device)
+            plan.check_size(batch_size)
+            ws: Workspace = self._obtain(
+                self._workspaces, (device, spec, batch_size), lambda: plan.workspace(batch_size, self._fill)
+            )
+            if packed is None:
+                bound = _bound_list(spec, networks)
+                key = (device, spec, parameter_addresses(bound))
+                buffers = self._obtain(self._live, key, lambda: PackedBuffers(plan.layouts, spec.precision, device))
+                buffers.pack(bound)
+            else:
+                buffers = packed.buffers
+            actions = torch.empty_like(noise)
+            plan.run(ws, buffers, obs, noise, posterior_noise, actions)
+            if return_info:
+                return RawSample(actions, ws.norms.clone(), ws.nonfinite.bool())
+        return RawSample(actions)
+
+    def _obtain(self, cache: _Cache, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """The entry of the current stream. A CUDA graph under capture takes an entry over for good."""
+        device = key[0]
+        if device.type != "cuda":
+            return cache.obtain((key, 0), make)
+        if not torch.cuda.is_current_stream_capturing():
+            return cache.obtain((key, torch.cuda.current_stream(device).cuda_stream), make)
+        for candidate in list(cache):
+            if candidate[0] == key:
+                self._captured.append(cache.pop(candidate))
+                return self._captured[-1]
+        raise BackendUnavailable(
+            "inside a CUDA graph capture, but this sampler has not run at this batch size yet; call it once before "
+            "capturing (kernels are compiled and weights laid out in that call)."
+        )
+
+    def capture(self, spec: SamplerSpec, networks: BoundNetworks, batch_size: int) -> Callable[..., Tensor]:
+        """One call as a CUDA graph that reads the current weights at every replay."""
+        bound = _bound_list(spec, networks)
+        device = bound[0].layers[0].weight[0].device
+        if device.type != "cuda":
+            raise BackendUnavailable(f"CUDA graphs need a CUDA device; the networks are on {device}.")
+        return CapturedSampler(self.plan(spec, device), bound, batch_size)
+
+    # ------------------------------------------------------------ single networks
+
+    def prepare(self, network: BoundNetwork, precision: str) -> PreparedNetwork:
+        weight = network.layers[0].weight[0]
+        with _on(weight.device):
+            layout = self._single_layout(network, precision, weight.device)
+            buffers = PackedBuffers([layout], precision, weight.device)
+            buffers.pack([network])
+        return PreparedNetwork(network, precision, buffers)
+
+    def forward(self, network: Any, blocks: Sequence[Tensor], precision: str) -> Tensor:
+        return self._run_network(network, blocks, None, precision)
+
+    def vjp(self, network: Any, blocks: Sequence[Tensor], cotangent: Tensor, precision: str) -> Tensor:
+        return self._run_network(network, blocks, cotangent, precision).sum(0)
+
+    def _single_layout(self, network: BoundNetwork, precision: str, device: torch.device) -> NetworkLayout:
+        reason = self._device_refusal(device)
+        pad = padded_width(network.spec.output_dim)
+        if reason is None and precision not in self.precisions:
+            reason = f"precision {precision!r} is not one of {', '.join(self.precisions)}"
+        if reason is None and (pad > MAX_ACTION_PAD or not network.spec.hidden_dims):
+            reason = f"output_dim is {network.spec.output_dim} with {len(network.spec.hidden_dims)} hidden layers"
+        if reason is not None:
+            raise BackendUnavailable(f"backend 'triton' cannot run this network: {reason}.")
+        tile = self.table.tile("network", precision, capability(device), pad)
+        return NetworkLayout(network.spec, tile, folded=False)
+
+    @torch.no_grad()
+    def _run_network(
+        self, network: Any, blocks: Sequence[Tensor], cotangent: Tensor | None, precision: str
+    ) -> Tensor:
+        prepared = network if isinstance(network, PreparedNetwork) else self.prepare(network, precision)
+        packed = prepared.buffers.networks[0]
+        layout, spec, tile = packed.layout, packed.layout.spec, packed.layout.tile
+        inputs = torch.cat([block.to(torch.float32) for block in blocks], -1).contiguous()
+        device, batch_size = inputs.device, len(inputs)
+        width = spec.output_dim if cotangent is None else spec.input_dim
+        out = inputs.new_empty(spec.num_members, batch_size, width)
+        if batch_size == 0:
+            return out
+        tiles = spec.num_members * -(-batch_size // tile.block_b)
+        programs = min(tiles, multiprocessors(device) * tile.programs_per_sm)
+        operand = OPERAND_DTYPES[prepared.precision]
+        with self._lock, _on(device):
+            key = (device, layout, operand)
+
+            def scratch() -> tuple[Tensor, Tensor, Tensor]:
+                limit = multiprocessors(device) * tile.programs_per_sm
+                sizes = ((tile.block_b * layout.h_width, operand), (layout.z_size, None), (layout.stat_size, None))
+                made = [torch.empty(limit, n, dtype=d or torch.float32, device=device) for n, d in sizes]
+                return tuple(t if self._fill is None else t.fill_(self._fill) for t in made)  # type: ignore[return-value]
+
+            h, z, stat = self._obtain(self._single, key, scratch)
+            launch(
+                "network", (programs,), in_ptr=inputs,
+                cotangent_ptr=inputs if cotangent is None else cotangent.to(torch.float32).contiguous(), out_ptr=out,
+                w_ptr=packed.weights, vec_ptr=packed.vectors, layer_ptr=packed.layers, h_ptr=h, z_ptr=z, stat_ptr=stat,
+                num_rows=batch_size, num_tiles=tiles, norm_eps=float(spec.layer_norm_eps),
+                IN_DIM=spec.input_dim, OUT_DIM=spec.output_dim, OUT_PAD=layout.out_pad, VJP=cotangent is not None,
+                LDH=layout.h_width, OUT_ROWS=layout.out_rows, DOT=DOT[prepared.precision],
+                BLOCK_B=tile.block_b, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+                num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_constants(layout),
+            )  # fmt: skip
+        return out
+
+    # ------------------------------------------------------------ counts
+
+    def footprint(self, spec: SamplerSpec, batch_size: int) -> Footprint:
+        from .gpu_counts import footprint
+
+        device = torch.device("cuda" if torch.cuda.is_available() and not interpreting() else "cpu")
+        return footprint(self.plan(spec, device), batch_size)
+
+
+class CapturedSampler:
+    """A CUDA graph of one call with its own workspace, weights and static inputs."""
+
+    def __init__(self, plan: SamplerPlan, bound: list[BoundNetwork], batch_size: int) -> None:
+        spec, device = plan.spec, plan.device
+        draws = (spec.num_steps, batch_size, plan.num_draws, spec.flow.action_dim)
+        self._obs = torch.zeros(batch_size, spec.flow.obs_dim, device=device)
+        self._noise = torch.zeros(batch_size, spec.flow.action_dim, device=device)
+        posterior = spec.steering.steers and spec.steering.uses_posterior
+        self._posterior_noise = torch.zeros(draws, device=device) if posterior else None
+        self._actions = torch.empty_like(self._noise)
+        self._workspace = plan.workspace(batch_size)
+        self._buffers = PackedBuffers(plan.layouts, spec.precision, device)
+        self._plan, self._bound = plan, bound
+        with torch.cuda.device(device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._enqueue()  # compiles
+            torch.cuda.current_stream().wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._enqueue()
+
+    def _enqueue(self) -> None:
+        self._buffers.pack(self._bound)
+        self._plan.run(
+            self._workspace, self._buffers, self._obs, self._noise, self._posterior_noise, self._actions
+        )  # fmt: skip
+
+    def __call__(self, obs: Tensor, noise: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
+        """actions [B, A]; the inputs have the captured batch size.
+
+        Raises:
+            ValueError: for other shapes, or where posterior_noise is missing.
+        """
+        given = {"obs": obs, "noise": noise, "posterior_noise": posterior_noise}
+        static = {"obs": self._obs, "noise": self._noise, "posterior_noise": self._posterior_noise}
+        for name, target in static.items():
+            source = given[name]
+            if target is None:
+                continue
+            if source is None or source.shape != target.shape:
+                got = None if source is None else list(source.shape)
+                raise ValueError(f"{name} has shape {got}; the captured graph expects {list(target.shape)}.")
+            target.copy_(source)
+        self._graph.replay()
+        return self._actions.clone()
+
+
+def _bound_list(spec: SamplerSpec, networks: BoundNetworks) -> list[BoundNetwork]:
+    """The networks that the sampler asks, in the order of its layouts."""
+    bound = [networks.flow]
+    if spec.steering.steers:
+        assert networks.critic is not None
+        bound.append(networks.critic)
+        if spec.steering.estimate == "mfm":
+            assert networks.posterior is not None
+            bound.append(networks.posterior)
+    return bound
+
+
+def _on(device: torch.device) -> Any:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
