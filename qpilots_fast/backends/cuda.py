@@ -1,0 +1,578 @@
+"""The whole call in one launch of a persistent CUDA kernel, for small batches at control latency.
+
+The kernels (csrc/cuda) are a shared library of their own, with a C ABI over raw pointers and streams: `build` or
+`qpilots-fast build-cuda` compiles it, and nothing here needs it to import.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendUnavailable
+from ..spec import NetworkSpec, SamplerSpec
+from ..steering import Steering
+from .base import Backend, BoundNetwork, BoundNetworks, Footprint, RawSample
+from .counts import count_flops
+from .cuda_build import build, library_paths
+from .cuda_plan import (
+    STRUCTURES,
+    NetworkLayout,
+    Program,
+    Region,
+    SampleArgs,
+    SteerStepArgs,
+    pack_table,
+    plan_network,
+    plan_sample,
+    presence,
+    steering_params,
+)
+
+__all__ = ["CudaBackend", "Library", "MAX_BATCH_SIZE", "PackedWeights", "build"]
+
+MAX_BATCH_SIZE = 16
+_WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
+_SPIN_LIMIT = 1 << 24  # polls of about 1 us: a block that waits so long has lost the others
+_MAX_STEPS = 100_000
+_BUILD_HINT = "`qpilots-fast build-cuda` compiles it where nvcc is installed"
+_T = TypeVar("_T")
+
+# what a kernel may touch: (first byte, size, name, read-only); asked for by the test emulator alone
+MemoryMap = Callable[[], list[tuple[int, int, str, bool]]]
+
+
+class Library:
+    """The compiled kernels through their C ABI.
+
+    Raises:
+        OSError, RuntimeError: at construction, where the file does not load or was built from other sources.
+    """
+
+    device_type: ClassVar[str] = "cuda"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._functions = ctypes.CDLL(str(path))
+        self._functions.qpilots_cuda_last_error.restype = ctypes.c_char_p
+        compiled = [self._functions.qpilots_cuda_struct_bytes(i) for i in range(len(STRUCTURES))]
+        if compiled != [ctypes.sizeof(structure) for structure in STRUCTURES]:
+            raise RuntimeError(f"{path} was built from another version of the sources; {_BUILD_HINT}")
+
+    def call(self, name: str, *arguments: Any, memory: MemoryMap | None = None) -> None:
+        """Calls qpilots_cuda_<name>; a failure becomes an exception with the message of CUDA."""
+        code = getattr(self._functions, f"qpilots_cuda_{name}")(*arguments)
+        if code != 0:
+            message = self._functions.qpilots_cuda_last_error().decode()
+            raise (BackendUnavailable if code == 1 else RuntimeError)(f"backend 'cuda': {message}")
+
+    def unavailable_reason(self) -> str | None:
+        """Why no kernel can run: the message of the CUDA runtime."""
+        count = ctypes.c_int()
+        try:
+            self.call("device_count", ctypes.byref(count))
+        except RuntimeError as error:
+            return f"the CUDA runtime finds no usable GPU ({error})"
+        return None if count.value > 0 else "the CUDA runtime finds no GPU"
+
+    def stream(self, device: torch.device) -> int:
+        return torch.cuda.current_stream(device).cuda_stream
+
+    def failure_word(self) -> Tensor:
+        """A word of host memory that kernels write to when they give up."""
+        return torch.zeros(1, dtype=torch.int32, pin_memory=True)
+
+
+@dataclass(frozen=True)
+class PackedWeights:
+    """A private copy of the weights in the kernels' layout."""
+
+    weights: Tensor  # [bytes] uint8
+    key: Hashable  # of the program it was made for, batch size apart
+
+
+@dataclass(frozen=True)
+class _DeviceProgram:
+    program: Program
+    phases: Tensor  # uint8
+    tables: tuple[Tensor, ...]
+    steered: Tensor | None
+
+
+class _Recent:
+    """The last few values by key; safe from several threads."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._entries, self._lock = size, OrderedDict[Hashable, Any](), threading.Lock()
+
+    def obtain(self, key: Hashable, make: Callable[[], _T]) -> _T:
+        with self._lock:
+            if key not in self._entries:
+                self._entries[key] = make()
+                if len(self._entries) > self._size:
+                    self._entries.popitem(last=False)
+            self._entries.move_to_end(key)
+            return self._entries[key]
+
+
+class CudaBackend(Backend):
+    """One cooperative launch a call; every result of a row is bitwise the same whatever the batch and the grid.
+
+    Args:
+        library: the kernels; None: the built library, loaded when first asked for.
+        max_blocks: at most this many blocks; 0: one an SM.
+    """
+
+    name: ClassVar[str] = "cuda"
+    precisions: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
+    max_batch_size: ClassVar[int | None] = MAX_BATCH_SIZE
+
+    def __init__(self, library: Library | None = None, max_blocks: int = 0, spin_limit: int = _SPIN_LIMIT) -> None:
+        self._library, self._max_blocks, self._spin_limit = library, max_blocks, spin_limit
+        self._load_failure: str | None = None
+        self._lock = threading.Lock()
+        self._programs, self._pack_tables = _Recent(64), _Recent(32)
+        self._failure_words: dict[torch.device, Tensor] = {}
+
+    # ---------------------------------------------------------------- availability
+
+    def _load(self) -> Library | None:
+        with self._lock:
+            if self._library is None and self._load_failure is None:
+                path = next((p for p in library_paths() if p.is_file()), None)
+                if path is None:
+                    self._load_failure = f"its kernels are not built; {_BUILD_HINT}"
+                else:
+                    try:
+                        self._library = Library(path)
+                    except (OSError, RuntimeError) as error:
+                        self._load_failure = f"its kernels do not load: {error}"
+            return self._library
+
+    def unavailable_reason(self) -> str | None:
+        library = self._load()
+        if library is None:
+            return self._load_failure
+        if library.device_type == "cuda" and not torch.cuda.is_available():
+            built = torch.version.cuda is not None
+            return "torch finds no CUDA GPU" if built else "this torch is built without CUDA"
+        return library.unavailable_reason()
+
+    def refusal(self, spec: SamplerSpec, device: torch.device) -> str | None:
+        library = self._load()
+        if library is None:
+            return self._load_failure
+        if device.type != library.device_type:
+            return f"its tensors must be on a CUDA device, they are on {device}"
+        if spec.precision not in self.precisions:
+            return f"it has the precisions {', '.join(self.precisions)}, not {spec.precision}"
+        if spec.steering.steers and spec.steering.estimate == "glass":
+            return "it has no glass estimate (its inner steps would multiply the barriers); 'triton' has"
+        if spec.num_steps > _MAX_STEPS:
+            return f"it counts barriers in 32 bits and takes at most {_MAX_STEPS} steps, not {spec.num_steps}"
+        for network in (spec.flow, spec.critic, spec.posterior):
+            if network is not None and not network.hidden_dims:
+                return f"its {network.kind} must have a hidden layer"
+        return None
+
+    # ---------------------------------------------------------------- sampling
+
+    def pack(self, spec: SamplerSpec, networks: BoundNetworks) -> PackedWeights:
+        program = self._sample_program(spec, networks, 1)
+        return PackedWeights(self._packed(program, _taking_part(spec, networks)), _pack_key(spec, networks))
+
+    def sample(
+        self,
+        spec: SamplerSpec,
+        networks: BoundNetworks,
+        obs: Tensor,
+        noise: Tensor,
+        posterior_noise: Tensor | None,
+        *,
+        packed: Any = None,
+        return_info: bool = False,
+    ) -> RawSample:
+        batch, action_dim = noise.shape
+        reason = self.refusal(spec, noise.device)
+        if reason is None and batch > MAX_BATCH_SIZE:
+            reason = f"it is for batches up to {MAX_BATCH_SIZE} (candidates counted), this one has {batch}; 'triton' has no limit"
+        if reason is not None:
+            raise BackendUnavailable(f"backend 'cuda' cannot run this call: {reason}.")
+        loaded = self._sample_program(spec, networks, batch)
+        program, args = loaded.program, SampleArgs.from_buffer_copy(loaded.program.args)
+        if packed is None:
+            weights = self._packed(loaded, _taking_part(spec, networks))
+        elif packed.key != _pack_key(spec, networks):
+            raise ValueError("packed was made for another sampler; expected what pack(spec, networks) returned.")
+        else:
+            weights = packed.weights
+        inputs = [_float32(obs), *loaded.tables[:-1]]
+        noise = _float32(noise)
+        eps = None if posterior_noise is None else _float32(posterior_noise)
+        actions = torch.empty_like(noise)
+        norms = nonfinite = None
+        if return_info:
+            norms = noise.new_empty(spec.num_steps, batch)
+            nonfinite = torch.empty(spec.num_steps, batch, dtype=torch.uint8, device=noise.device)
+        args.noise, args.posterior_noise = noise.data_ptr(), _pointer(eps)
+        args.remaining_time, args.steered = loaded.tables[-1].data_ptr(), _pointer(loaded.steered)
+        args.actions, args.gradient_norms, args.nonfinite = actions.data_ptr(), _pointer(norms), _pointer(nonfinite)
+        others = {"noise": noise, "posterior noise": eps, "1 - t": loaded.tables[-1], "steered dims": loaded.steered}
+        outputs = {"actions": actions, "gradient norms": norms, "non-finite rows": nonfinite}
+        self._launch(loaded, args, weights, inputs, others, outputs)
+        return RawSample(actions, norms, None if nonfinite is None else nonfinite.bool())
+
+    def capture(self, spec: SamplerSpec, networks: BoundNetworks, batch_size: int) -> Callable[..., Tensor]:
+        device = _device_of(networks.flow)
+        if device.type != "cuda":
+            return super().capture(spec, networks, batch_size)
+        steering, action_dim = spec.steering, spec.flow.action_dim
+        obs = torch.zeros(batch_size, spec.flow.obs_dim, device=device)
+        noise = torch.zeros(batch_size, action_dim, device=device)
+        eps = None
+        if steering.steers and steering.uses_posterior:
+            eps = torch.zeros(spec.num_steps, batch_size, steering.num_samples, action_dim, device=device)
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.device(device), torch.cuda.stream(side):
+            self.sample(spec, networks, obs, noise, eps)  # programs and tables reach the device before the capture
+        torch.cuda.current_stream(device).wait_stream(side)
+        with torch.cuda.device(device), torch.cuda.graph(graph):
+            actions = self.sample(spec, networks, obs, noise, eps).actions
+
+        def replay(new_obs: Tensor, new_noise: Tensor, new_eps: Tensor | None = None) -> Tensor:
+            obs.copy_(new_obs)
+            noise.copy_(new_noise)
+            if eps is not None and new_eps is not None:
+                eps.copy_(new_eps)
+            graph.replay()
+            return actions.clone()
+
+        return replay
+
+    # ---------------------------------------------------------------- one network
+
+    def forward(self, network: BoundNetwork, blocks: Sequence[Tensor], precision: str) -> Tensor:
+        return self._run_network(network, blocks, None, precision)
+
+    def vjp(self, network: BoundNetwork, blocks: Sequence[Tensor], cotangent: Tensor, precision: str) -> Tensor:
+        per_member = self._run_network(network, blocks, cotangent, precision)
+        total = per_member[0].clone()
+        for member in per_member[1:]:
+            total += member
+        return total
+
+    def _run_network(
+        self, network: BoundNetwork, blocks: Sequence[Tensor], cotangent: Tensor | None, precision: str
+    ) -> Tensor:
+        """[E, B, out], or with a cotangent [E, B, in]."""
+        if precision not in _WEIGHT_BYTES:
+            raise ValueError(f"precision is {precision!r}; backend 'cuda' has {', '.join(_WEIGHT_BYTES)}.")
+        inputs = _float32(torch.cat(list(blocks), dim=-1))
+        batch, width = len(inputs), _WEIGHT_BYTES[precision]
+        differentiable = cotangent is not None
+        key = ("network", network.spec, presence(network), batch, width, differentiable, inputs.device)
+        loaded = self._programs.obtain(
+            key,
+            lambda: _to_device(
+                plan_network(network.spec, presence(network), batch, width, differentiable=differentiable), inputs.device
+            ),
+        )
+        args = SampleArgs.from_buffer_copy(loaded.program.args)
+        cotangents = None if cotangent is None else _float32(cotangent)
+        weights = self._packed(loaded, [network])
+        staged = [inputs] if cotangents is None else [inputs, inputs, inputs, cotangents]
+        workspace = self._launch(loaded, args, weights, staged, {}, {})
+        region = loaded.program.output
+        assert region is not None
+        return workspace[region.start : region.start + region.size].clone().view(network.spec.num_members, batch, -1)
+
+    # ---------------------------------------------------------------- row-wise pieces
+
+    def clean_actions(self, x: Tensor, v: Tensor, t: float, low: float | None = None, high: float | None = None) -> Tensor:
+        """x + (1 - t) v [B, A], clipped to [low, high] where given; one kernel, any batch."""
+        steering = Steering(clip="none" if low is None else "straight_through")
+        args = SteerStepArgs(dt=1 - t, steering=steering_params(steering, low or 0.0, high or 0.0))
+        return self._steer_rows(args, x, v, None, None, None)[0]
+
+    def steer_step(
+        self, x: Tensor, v: Tensor, g: Tensor, dt: float, steering: Steering, q_std: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x + dt (v + scale(v, g) g) over the steered dims, one kernel, any batch.
+
+        Args:
+            x, v, g: [B, A]. q_std: [B], the critics' std, for scale="gaf".
+
+        Returns:
+            The next x [B, A]; norms of g [B]; rows whose g was not finite, which took the plain step [B].
+        """
+        if steering.scale == "gaf" and q_std is None:
+            raise ValueError("q_std is None; scale='gaf' needs the critics' std at the estimate, [B].")
+        steered = None
+        if steering.steered_dims is not None:
+            steered = torch.zeros(x.shape[-1], dtype=torch.uint8)
+            steered[list(steering.steered_dims)] = 1
+            steered = steered.to(x.device)
+        args = SteerStepArgs(dt=dt, steering=steering_params(steering, 0.0, 0.0))
+        return self._steer_rows(args, x, v, g, q_std, steered)
+
+    def _steer_rows(
+        self, args: SteerStepArgs, x: Tensor, v: Tensor, g: Tensor | None, q_std: Tensor | None, steered: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, v = _float32(x), _float32(v)
+        g, q_std = (None if tensor is None else _float32(tensor) for tensor in (g, q_std))
+        result, norms = torch.empty_like(x), x.new_zeros(len(x))
+        nonfinite = torch.zeros(len(x), dtype=torch.uint8, device=x.device)
+        if x.numel() == 0:
+            return result, norms, nonfinite.bool()
+        args.rows, args.action_dim = x.shape
+        args.x, args.v, args.g, args.q_std = x.data_ptr(), v.data_ptr(), _pointer(g), _pointer(q_std)
+        args.steered, args.result = _pointer(steered), result.data_ptr()
+        args.gradient_norms, args.nonfinite = norms.data_ptr(), nonfinite.data_ptr()
+        named = {"x": x, "v": v, "g": g, "q_std": q_std, "steered dims": steered}
+        outputs = {"result": result, "gradient norms": norms, "non-finite rows": nonfinite}
+        library = self._checked_library()
+        library.call(
+            "steer_step", ctypes.byref(args), *_place(library, x.device), memory=lambda: _memory_map(named, outputs)
+        )
+        return result, norms, nonfinite.bool()
+
+    # ---------------------------------------------------------------- counts
+
+    def footprint(self, spec: SamplerSpec, batch_size: int) -> Footprint:
+        steering = spec.steering
+        networks = [n for n in (spec.flow, spec.critic if steering.steers else None) if n is not None]
+        if steering.steers and steering.estimate == "mfm" and spec.posterior is not None:
+            networks.append(spec.posterior)
+        present = tuple(_all_present(network) for network in networks)
+        program = plan_sample(spec, present, batch_size, _WEIGHT_BYTES.get(spec.precision, 4))
+        barriers = count_barriers(program)
+        return Footprint(
+            launches=3,  # pack, the barrier's counter, the persistent kernel; frozen: 2
+            flops=count_flops(spec, batch_size),
+            weight_bytes=program.weights_bytes,
+            traffic_bytes=count_traffic(program),
+            workspace_bytes=program.workspace.size * 4,
+            floor_s=None,
+            notes=(f"{barriers} grid barriers a call", "weights are kept twice, for the forward and backward passes"),
+        )
+
+    # ---------------------------------------------------------------- the way to the kernel
+
+    def _checked_library(self) -> Library:
+        library = self._load()
+        if library is None:
+            raise BackendUnavailable(f"backend 'cuda' cannot run here: {self._load_failure}.")
+        return library
+
+    def _sample_program(self, spec: SamplerSpec, networks: BoundNetworks, batch: int) -> _DeviceProgram:
+        present = tuple(presence(network) for network in _taking_part(spec, networks))
+        device = _device_of(networks.flow)
+        return self._programs.obtain(
+            (spec, present, batch, device),
+            lambda: _to_device(plan_sample(spec, present, batch, _WEIGHT_BYTES[spec.precision]), device),
+        )
+
+    def _packed(self, loaded: _DeviceProgram, networks: Sequence[BoundNetwork]) -> Tensor:
+        """The live weights in the kernels' layout, by one kernel; the table of pointers is kept between calls."""
+        layouts = loaded.program.layouts
+        device = loaded.phases.device
+        key = tuple(
+            (t.data_ptr(), t.stride(), t.dtype, t.device) for network in networks for t in _parameters(network)
+        )
+        wrong = next((d for *_, d in key if d != device), None)
+        if wrong is not None:
+            raise ValueError(f"a parameter is on {wrong}; expected every parameter on {device}.")
+        table, num_items, num_tiles = self._pack_tables.obtain(
+            (id(loaded), key, device), lambda: _device_pack_table(layouts, networks, device)
+        )
+        weights = torch.empty(loaded.program.weights_bytes, dtype=torch.uint8, device=device)
+        library = self._checked_library()
+
+        def memory() -> list[tuple[int, int, str, bool]]:
+            named = {f"parameter {i}": t for i, t in enumerate(t for n in networks for t in _parameters(n))}
+            return _memory_map({"pack table": table, **named}, {}) + _weight_regions(layouts, weights, False)
+
+        library.call(
+            "pack",
+            ctypes.c_void_p(table.data_ptr()),
+            num_items,
+            num_tiles,
+            ctypes.c_void_p(weights.data_ptr()),
+            *_place(library, device),
+            memory=memory,
+        )
+        return weights
+
+    def _launch(
+        self,
+        loaded: _DeviceProgram,
+        args: SampleArgs,
+        weights: Tensor,
+        inputs: Sequence[Tensor],
+        others: dict[str, Tensor | None],
+        outputs: dict[str, Tensor | None],
+    ) -> Tensor:
+        """Queues the persistent kernel; returns its workspace."""
+        library, device, program = self._checked_library(), weights.device, loaded.program
+        with self._lock:
+            if device not in self._failure_words:
+                self._failure_words[device] = library.failure_word()
+            failure = self._failure_words[device]
+        if failure.item() != 0:
+            failure.zero_()
+            raise RuntimeError(
+                "backend 'cuda': an earlier call gave up at a grid barrier, its actions are NaN; "
+                "another process may have kept the GPU busy for seconds."
+            )
+        workspace = torch.empty(program.workspace.size, dtype=torch.float32, device=device)
+        sync = torch.empty(2, dtype=torch.int32, device=device)
+        args.program, args.weights, args.workspace = loaded.phases.data_ptr(), weights.data_ptr(), workspace.data_ptr()
+        args.sync, args.host_failure, args.spin_limit = sync.data_ptr(), failure.data_ptr(), self._spin_limit
+        for index, tensor in enumerate(inputs):
+            args.inputs[index] = tensor.data_ptr()
+
+        def memory() -> list[tuple[int, int, str, bool]]:
+            constants = {"program": loaded.phases, **others}
+            constants |= {f"input {pointer}": tensor for pointer, tensor in {t.data_ptr(): t for t in inputs}.items()}
+            planes = [
+                (workspace.data_ptr() + 4 * region.start, 4 * region.size, region.name, False)
+                for region in program.workspace.regions
+            ]
+            changing = {"barrier": sync, "failure word": failure, **outputs}
+            return _memory_map(constants, changing) + planes + _weight_regions(program.layouts, weights, True)
+
+        library.call(
+            "sample",
+            ctypes.byref(args),
+            program.weight_bytes,
+            program.max_rows,
+            _place(library, device)[0],
+            self._max_blocks,
+            _place(library, device)[1],
+            memory=memory,
+        )
+        return workspace
+
+
+def count_barriers(program: Program) -> int:
+    """Grid barriers of one call."""
+    args = program.args
+    first_steered = 0 if args.steering.steer_first_step else 1
+    steered = args.num_steps - first_steered if args.num_step_phases > args.num_flow_phases else 0
+    plain = args.num_steps - steered
+    once = sum(phase.ends_with_barrier for phase in program.phases[: args.num_once])
+    return once + plain * args.num_flow_phases + steered * args.num_step_phases
+
+
+def count_traffic(program: Program) -> int:
+    """Bytes of weights, and of planes written and read once, that all phases of one call move."""
+    args = program.args
+    first_steered = 0 if args.steering.steer_first_step else 1
+    total = 0
+    for index, phase in enumerate(program.phases):
+        weights = phase.members * phase.out_dim * phase.in_stride * program.weight_bytes
+        planes = 4 * phase.members * phase.rows * (phase.in_dim + phase.out_dim)
+        if index < args.num_once:
+            visits = 1
+        elif index - args.num_once < args.num_flow_phases:
+            visits = args.num_steps
+        else:
+            visits = args.num_steps - first_steered
+        total += visits * (weights + planes)
+    return total
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float32).contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _place(library: Library, device: torch.device) -> tuple[int, ctypes.c_void_p]:
+    """Device index and current stream."""
+    index = device.index if device.index is not None else 0
+    return index, ctypes.c_void_p(library.stream(device))
+
+
+def _taking_part(spec: SamplerSpec, networks: BoundNetworks) -> list[BoundNetwork]:
+    """The networks that the loop asks, in the order of the packed weights."""
+    chosen = [networks.flow]
+    if spec.steering.steers and networks.critic is not None:
+        chosen.append(networks.critic)
+        if spec.steering.estimate == "mfm" and networks.posterior is not None:
+            chosen.append(networks.posterior)
+    return chosen
+
+
+def _pack_key(spec: SamplerSpec, networks: BoundNetworks) -> Hashable:
+    return spec, tuple(presence(network) for network in _taking_part(spec, networks))
+
+
+def _device_of(network: BoundNetwork) -> torch.device:
+    return network.layers[0].weight[0].device
+
+
+def _parameters(network: BoundNetwork) -> list[Tensor]:
+    return [
+        tensor
+        for layer in network.layers
+        for group in (layer.weight, layer.bias, layer.norm_weight, layer.norm_bias)
+        if group is not None
+        for tensor in group
+    ]
+
+
+def _all_present(spec: NetworkSpec) -> Any:
+    from .cuda_plan import Presence
+
+    norms = (*(norm is not None for norm in spec.layer_norm), False)
+    return tuple(Presence(True, norm, norm) for norm in norms)
+
+
+def _bytes_tensor(data: bytes, device: torch.device) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+
+
+def _to_device(program: Program, device: torch.device) -> _DeviceProgram:
+    steered = None if program.steered is None else program.steered.to(device)
+    tables = tuple(table.to(device) for table in program.time_tables)
+    return _DeviceProgram(program, _bytes_tensor(program.program_bytes(), device), tables, steered)
+
+
+def _device_pack_table(
+    layouts: Sequence[NetworkLayout], networks: Sequence[BoundNetwork], device: torch.device
+) -> tuple[Tensor, int, int]:
+    items = [item for layout, network in zip(layouts, networks) for item in layout.pack_items(network)]
+    data, tiles = pack_table(items)
+    return _bytes_tensor(data, device), len(items), tiles
+
+
+def _memory_map(
+    constants: dict[str, Tensor | None], changing: dict[str, Tensor | None]
+) -> list[tuple[int, int, str, bool]]:
+    named = [(name, tensor, True) for name, tensor in constants.items()]
+    named += [(name, tensor, False) for name, tensor in changing.items()]
+    entries = []
+    for name, tensor, read_only in named:
+        if tensor is not None and tensor.numel() > 0:
+            extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+            entries.append((tensor.data_ptr(), extent * tensor.element_size(), name, read_only))
+    return entries
+
+
+def _weight_regions(
+    layouts: Sequence[NetworkLayout], weights: Tensor, read_only: bool
+) -> list[tuple[int, int, str, bool]]:
+    regions: list[Region] = [region for layout in layouts for region in layout.regions()]
+    return [(weights.data_ptr() + region.start, region.size, region.name, read_only) for region in regions]

@@ -1,0 +1,110 @@
+"""The CUDA kernels compiled with g++ against the emulator, and the library object that the backend takes."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qpilots_fast.backends.cuda import Library, MemoryMap
+from qpilots_fast.backends.cuda_build import SOURCES
+
+FOLDER = Path(__file__).resolve().parent
+CSRC = FOLDER.parents[1] / "csrc"
+FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Werror")
+
+
+def compiler() -> str | None:
+    return shutil.which("g++")
+
+
+def compile_shared(sources: Sequence[Path], name: str) -> Path:
+    """A shared object of .cu files for the CPU, kept in the temporary folder under a hash of all it is made of."""
+    files = [*sources, *FOLDER.glob("*.h"), *CSRC.rglob("*.h")]
+    digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in sorted(set(files))) + " ".join(FLAGS).encode())
+    path = Path(tempfile.gettempdir()) / f"qpilots_{name}_{digest.hexdigest()[:16]}.so"
+    if not path.is_file():
+        includes = [f"-I{CSRC / 'include'}", f"-I{CSRC / 'cuda'}", f"-I{FOLDER}"]
+        with tempfile.TemporaryDirectory() as folder:
+            objects = [Path(folder) / f"{source.stem}.o" for source in sources]
+            command = [str(compiler()), "-x", "c++", *FLAGS, *includes, "-c"]
+            running = [
+                subprocess.Popen([*command, str(source), "-o", str(target)]) for source, target in zip(sources, objects)
+            ]
+            assert all([process.wait() == 0 for process in running]), "g++ failed"
+            linked = Path(folder) / "linked.so"
+            subprocess.run([str(compiler()), "-shared", *map(str, objects), "-o", str(linked)], check=True)
+            shutil.move(linked, path)
+    return path
+
+
+class Emulator:
+    """Control of the emulator inside a shared object."""
+
+    def __init__(self, functions: ctypes.CDLL) -> None:
+        self._functions = functions
+        functions.cuda_emulator_error.restype = ctypes.c_char_p
+        functions.cuda_emulator_configure.argtypes = [ctypes.c_uint64, *(ctypes.c_int for _ in range(5))]
+        functions.cuda_emulator_register.argtypes = [
+            ctypes.c_void_p, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_int, ctypes.c_int,
+        ]  # fmt: skip
+
+    def configure(
+        self,
+        seed: int = 0,
+        num_sms: int = 4,
+        max_shared_bytes: int = 232448,
+        preempt_every: int = 256,
+        blocks_per_sm: int = 1,
+        has_device: bool = True,
+    ) -> None:
+        self._functions.cuda_emulator_configure(
+            seed, num_sms, max_shared_bytes, preempt_every, blocks_per_sm, int(has_device)
+        )
+
+    def register(self, pointer: int, size: int, name: str, *, read_only: bool, initialised: bool) -> None:
+        self._functions.cuda_emulator_register(pointer, size, name.encode(), int(read_only), int(initialised))
+
+    def forget_memory(self) -> None:
+        self._functions.cuda_emulator_forget_memory()
+
+    def error(self) -> str:
+        return self._functions.cuda_emulator_error().decode()
+
+
+class EmulatedLibrary(Library):
+    """The same host code and kernels on CPU tensors; every launch is checked."""
+
+    device_type: ClassVar[str] = "cpu"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.emulator = Emulator(self._functions)
+        self.emulator.configure()
+
+    def call(self, name: str, *arguments: Any, memory: MemoryMap | None = None) -> None:
+        for pointer, size, label, read_only in memory() if memory is not None else []:
+            initialised = read_only or label in ("barrier", "failure word", "result")
+            self.emulator.register(pointer, size, label, read_only=read_only, initialised=initialised)
+        try:
+            super().call(name, *arguments)
+        finally:
+            self.emulator.forget_memory()
+
+    def stream(self, device: torch.device) -> int:
+        return 0
+
+    def failure_word(self) -> Tensor:
+        return torch.zeros(1, dtype=torch.int32)
+
+
+def emulated_kernels() -> EmulatedLibrary:
+    return EmulatedLibrary(compile_shared([CSRC / "cuda" / f"{source}.cu" for source in SOURCES], "cuda_emulated"))
