@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from . import backends
+from .errors import BackendUnavailable
 from .ogbench_cube import CubePolicy, CubeTasks, Rollouts, wilson_interval
 from .reference import aggregate
 from .sampler import SteeredSampler
@@ -91,7 +93,7 @@ def compare(
     for method in methods:
         sampler = SteeredSampler(policy.flow, policy.critic, method.steering, backend=backend).freeze()
         limit = {} if max_steps is None else {"max_steps": max_steps}
-        rollouts = tasks.rollout(policy, sampler, rounds, seed, on_round=lambda m=method: on_round(m), **limit)
+        rollouts = tasks.rollout(policy, sampler, rounds, seed, on_round=partial(on_round, method), **limit)
         if value_obs is None:
             seen = torch.stack(rollouts.obs)
             value_obs = seen[:: max(1, len(seen) // VALUE_STATES)][:VALUE_STATES].contiguous()
@@ -133,7 +135,7 @@ def timings(policy: CubePolicy, seconds: float) -> list[tuple[str, str, float | 
                     for steering in (Steering.unsteered(), Steering.qpilots_u(DEFAULT_ALPHA))
                 )
                 rows.append((name, precision, plain, steered))
-            except backends.BackendUnavailable as error:
+            except BackendUnavailable as error:
                 rows.append((name, precision, str(error), ""))
     return rows
 
@@ -182,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--episodes", type=int, default=None, help="per task and method (default 15; 2 with --quick)")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of the picture (default: here)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--backend", default="auto", help="auto, " + ", ".join(backends.BACKENDS))
+    parser.add_argument("--backend", default="auto", choices=("auto", *backends.BACKENDS))
     parser.add_argument("--quick", action="store_true", help="a look in well under a minute: fewer alphas and episodes")
     return parser
 
@@ -203,4 +205,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     from .demo_report import run
 
-    return run(args)
+    try:
+        return run(args)
+    except BackendUnavailable as error:
+        print(f"qpilots-fast demo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("qpilots-fast demo: stopped.", file=sys.stderr)
+        return 130

@@ -24,8 +24,8 @@ def results_table(outcomes: list[Outcome]) -> Table:
     """Success with its interval, steps and value of every method; the default strength in bold."""
     episodes = outcomes[0].rollouts.success.size
     table = Table(title=f"One policy, {episodes} episodes a method (the same starts and noise for all)")
-    for name in ("method", "success", "95 % interval", "steps an episode", "critic value"):
-        table.add_column(name, justify="left" if name == "method" else "right")
+    for name in ("method", "success", "95 % interval", "steps", "critic value"):
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=name == "method")
     for outcome in outcomes:
         steering = outcome.method.steering
         bold = steering.steers and steering.alpha == DEFAULT_ALPHA
