@@ -121,7 +121,9 @@ class Workload:
     def expected(self) -> Tensor:
         """The float64 reference's actions at checked_rows, on the CPU, float64."""
         some = self.rows(self.checked_rows.to(self.obs.device))
-        flow, critic, posterior = (None if n is None else _to_cpu_double(n) for n in (self.flow, self.critic, self.posterior))
+        flow, critic, posterior = (
+            None if n is None else _to_cpu_double(n) for n in (self.flow, self.critic, self.posterior)
+        )
         assert flow is not None
         sampler = SteeredSampler(
             flow, critic, self.steering, posterior=posterior, num_steps=self.num_steps, backend="reference",

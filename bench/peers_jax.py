@@ -137,7 +137,11 @@ def _make_sample(workload: Workload, specs: dict[str, Any], dtype: Any) -> Any:
         x = noise if start == 0 else noise + velocity(noise, params["flow"]["time"][0]) / steps
         over = {"flow_time": params["flow"]["time"][start:], "remaining": 1 - jnp.arange(start, steps) / steps}
         if eps is not None:
-            over |= {"posterior_time": params["posterior"]["time"][start:], "eps": eps[start:], "eps_first": eps_first[start:]}
+            over |= {
+                "posterior_time": params["posterior"]["time"][start:],
+                "eps": eps[start:],
+                "eps_first": eps_first[start:],
+            }
         x, _ = jax.lax.scan(step, x, over)
         return jnp.clip(x, -1, 1)
 

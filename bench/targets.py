@@ -1,0 +1,148 @@
+"""The ratios and limits that a release must reach, and the verdict on a measured set of cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .machine import Peaks
+from .measure import Cell
+
+
+@dataclass(frozen=True)
+class Target:
+    """At least `required` times as fast as the best peer (of float32, or of any precision), with live weights."""
+
+    method: str
+    precision: str
+    batch_size: int
+    required: float
+
+    @property
+    def against(self) -> str | None:
+        """The peers' precision; None for any."""
+        return "float32" if self.precision == "float32" else None
+
+
+def _targets(method: str, precision: str, ratios: dict[int, float]) -> tuple[Target, ...]:
+    return tuple(Target(method, precision, batch, ratio) for batch, ratio in ratios.items())
+
+
+TARGETS: tuple[Target, ...] = (
+    *_targets("U", "float32", {1: 3.0, 16: 2.2, 64: 1.6, 256: 1.4, 1024: 1.4}),
+    *_targets("U", "bfloat16", {1: 6.0, 16: 3.5, 64: 2.0, 256: 1.7, 1024: 1.7}),
+    *_targets("M", "float32", {1: 3.0, 16: 1.8, 64: 1.5}),
+    *_targets("M", "bfloat16", {1: 5.0, 16: 2.0, 64: 1.7}),
+)
+
+PERCENT_OF_PEAK_AT_256 = 65.0
+FIRST_CALL_S = 0.3
+LIVE_OVER_FROZEN = 1.10  # at B >= 16
+WORKSPACE_BYTES_AT_256 = 64_000_000
+P99_OVER_P50_AT_1 = 1.5
+BFLOAT16_ERROR_OVER_TORCH = 1.5
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One requirement, what was measured and whether it passes; measured is None where nothing could be."""
+
+    name: str
+    required: float
+    measured: float | None
+    at_least: bool
+    note: str = ""
+    unit: str = ""
+
+    @property
+    def passed(self) -> bool | None:
+        """None where nothing was measured."""
+        if self.measured is None:
+            return None
+        return self.measured >= self.required if self.at_least else self.measured <= self.required
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+
+def find(cells: Sequence[Cell], method: str, batch_size: int, case: str = "paper") -> Cell | None:
+    """The cell of a method and batch size, or None."""
+    for cell in cells:
+        w = cell.workload
+        if (w.case.name, w.method, w.batch_size) == (case, method, batch_size):
+            return cell
+    return None
+
+
+def judge_ratios(cells: Sequence[Cell]) -> list[Verdict]:
+    """A verdict for every target whose cell was measured."""
+    verdicts = []
+    for target in TARGETS:
+        cell = find(cells, target.method, target.batch_size)
+        if cell is None:
+            continue
+        name = f"{target.method} {target.precision} B={target.batch_size}"
+        ratio = cell.ratio(target.precision, target.against)
+        peer = cell.best_peer(target.against)
+        if ratio is None or peer is None:
+            reason = "no peer ran" if peer is None else "ours did not run, or its actions are wrong"
+            verdicts.append(Verdict(name, target.required, None, True, reason, "x"))
+            continue
+        note = f"{peer.contestant.key}; quartiles over rounds {ratio[1]:.2f} to {ratio[2]:.2f}"
+        verdicts.append(Verdict(name, target.required, ratio[0], True, note, "x"))
+    return verdicts
+
+
+def judge_limits(cells: Sequence[Cell], peaks: Peaks | None, precisions: Sequence[str]) -> list[Verdict]:
+    """Percent of peak, live over frozen, workspace and accuracy."""
+    verdicts = []
+    for precision in precisions:
+        cell = find(cells, "U", 256)
+        ours = cell.ours(precision) if cell else None
+        if cell is not None and ours is not None and ours.timing is not None and peaks is not None:
+            percent = peaks.percent_of_flops(cell.flops, ours.timing.p50, precision)
+            note = f"peak measured by {peaks.source}"
+            verdicts.append(Verdict(f"FMA peak, U {precision} B=256", PERCENT_OF_PEAK_AT_256, percent, True, note, "%"))
+            workspace = cell.workspace_bytes.get(precision)
+            megabytes = None if workspace is None else workspace / 1e6
+            verdicts.append(
+                Verdict(f"workspace, U {precision} B=256", WORKSPACE_BYTES_AT_256 / 1e6, megabytes, False, "", "MB")
+            )
+        for cell in cells:
+            live, frozen = cell.ours(precision), cell.ours(precision, frozen=True)
+            if cell.workload.batch_size < 16 or live is None or frozen is None:
+                continue
+            assert live.timing is not None and frozen.timing is not None
+            name = f"live / frozen, {cell.workload.method} {precision} B={cell.workload.batch_size}"
+            verdicts.append(Verdict(name, LIVE_OVER_FROZEN, live.timing.p50 / frozen.timing.p50, False, "", "x"))
+        verdicts += _judge_accuracy(cells, precision)
+    return verdicts
+
+
+def _judge_accuracy(cells: Sequence[Cell], precision: str) -> list[Verdict]:
+    """The worst error over the cells; in bfloat16 also against torch's own bfloat16 loop."""
+    ours, torchs = [], []
+    for cell in cells:
+        for result in cell.results:
+            if result.check is None or result.contestant.precision != precision:
+                continue
+            if result.contestant.ours:
+                ours.append((cell, result.check))
+            elif result.contestant.name == "torch eager":
+                torchs.append((cell, result.check))
+    if not ours:
+        return []
+    if precision == "float32":
+        worst = max(check.max_error for _, check in ours)
+        return [Verdict("max error, float32", 1e-4, worst, False, "against the float64 reference")]
+    worst = max(check.mean_error for _, check in ours)
+    verdicts = [Verdict(f"mean error, {precision}", 5e-3, worst, False, "against the float64 reference")]
+    theirs = {id(cell): check.mean_error for cell, check in torchs}
+    over = [check.mean_error / theirs[id(cell)] for cell, check in ours if theirs.get(id(cell))]
+    if over:
+        note = "worst cell"
+        verdicts.append(
+            Verdict(f"mean error over torch's, {precision}", BFLOAT16_ERROR_OVER_TORCH, max(over), False, note, "x")
+        )
+    return verdicts
