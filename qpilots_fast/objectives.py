@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .meta_flow_map import meta_flow_map_loss as meta_flow_map_loss
 from .reference import aggregate
 from .steering import AGGREGATIONS
 
