@@ -13,7 +13,9 @@ struct GlassCoefficients {
   double x_drift, xbar_drift, v_drift;
 };
 
-inline GlassCoefficients glass_coefficients(double s, double t) {  // host only: double precision
+static inline GlassCoefficients glass_coefficients(double s, double t) {  // host only: double precision
+  s = s < 1 - 1e-4 ? s : 1 - 1e-4;
+  t = t < 1 - 1e-4 ? t : 1 - 1e-4;
   const double p = t * (1 - s), q = s * (1 - t), g = (1 - t) * (1 - s);
   const double h = std::sqrt(p * p + q * q);
   const double a = h == 0 ? 0 : p / h, b = h == 0 ? 1 : q / h;

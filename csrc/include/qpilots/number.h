@@ -9,7 +9,8 @@
 #if defined(__CUDACC__)
 #define QPILOTS_HD __host__ __device__ __forceinline__
 #else
-#define QPILOTS_HD inline
+// static: a file compiled for AVX-512 must not lend its copy of a function to the portable path at link time
+#define QPILOTS_HD static inline
 #endif
 
 namespace qpilots {

@@ -1,0 +1,8 @@
+// What csrc/module.cpp binds of a device's code.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace qpilots::cpu {
+void bind(pybind11::module_& module);
+}

@@ -1,0 +1,82 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
+
+namespace qpilots::cpu {
+namespace {
+
+struct Path {
+  const char* name;
+  const KernelTable* (*table)();
+  bool supported;
+};
+
+#if defined(QPILOTS_X86_PATHS)
+unsigned long long enabled_state() {  // XCR0: which registers the operating system saves
+  unsigned low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (static_cast<unsigned long long>(high) << 32) | low;
+}
+
+std::vector<Path> paths() {
+  unsigned a, b, c, d;
+  bool avx2 = false, avx512 = false, bf16 = false;
+  if (__get_cpuid(1, &a, &b, &c, &d) && (c & bit_OSXSAVE) && (c & bit_AVX)) {
+    const bool fma = c & bit_FMA;
+    const unsigned long long state = enabled_state();
+    unsigned b7 = 0, max_leaf = 0;
+    if (__get_cpuid_count(7, 0, &a, &b7, &c, &d)) max_leaf = a;
+    avx2 = fma && (b7 & bit_AVX2) && (state & 0x6) == 0x6;
+    const unsigned needed = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    avx512 = avx2 && (b7 & needed) == needed && (state & 0xe6) == 0xe6;
+    if (avx512 && max_leaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) bf16 = a & (1u << 5);
+  }
+  return {{"portable", table_portable, true},
+          {"avx2", table_avx2, avx2},
+          {"avx512", table_avx512, avx512},
+          {"avx512_bf16", table_avx512_bf16, bf16}};
+}
+#else
+std::vector<Path> paths() { return {{"portable", table_portable, true}}; }
+#endif
+
+}  // namespace
+
+std::vector<std::string> available_paths() {
+  std::vector<std::string> names;
+  for (const Path& path : paths()) {
+    if (path.supported) names.emplace_back(path.name);
+  }
+  return names;
+}
+
+const KernelTable& kernels(const std::string& name) {
+  std::string wanted = name;
+  if (wanted.empty()) {
+    const char* forced = std::getenv("QPILOTS_CPU_ISA");
+    if (forced != nullptr) wanted = forced;
+  }
+  const Path* best = nullptr;
+  const std::vector<Path> all = paths();
+  std::string known;
+  for (const Path& path : all) {
+    known += (known.empty() ? "" : ", ") + std::string(path.name);
+    if (wanted == path.name) {
+      if (!path.supported) {
+        throw std::invalid_argument("QPILOTS_CPU_ISA is '" + wanted + "', which this machine lacks; unset it to use the best path.");
+      }
+      return *path.table();
+    }
+    if (path.supported) best = &path;
+  }
+  if (!wanted.empty()) throw std::invalid_argument("QPILOTS_CPU_ISA is '" + wanted + "'; expected one of " + known + ".");
+  return *best->table();
+}
+
+}  // namespace qpilots::cpu

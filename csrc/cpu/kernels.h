@@ -1,0 +1,181 @@
+// What the instruction-set paths offer to the rest of the backend: plain structs and one table of functions each.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "qpilots/types.h"
+
+namespace qpilots::cpu {
+
+// How the operands of a matrix product are stored. kBf16 rounds weights and both operands to bfloat16; products are
+// summed in float32. Paths without vdpbf16ps keep rounded operands in float32 and expand the weights on the fly.
+enum class Format : int { kF32 = 0, kBf16 = 1 };
+
+// One packed matrix [out, in]: a block of columns of a Linear. The same copy serves the product with the weights and
+// with their transpose. Panels of `panel_width` outputs; inside a panel, k-major:
+//   kF32   [in_padded][panel_width]         kBf16  [in_padded / 2][panel_width][2]  (pairs along k, for vdpbf16ps)
+// The last panel is as narrow as a whole number of vectors allows. Padding is zero.
+struct Block {
+  Format format;
+  int in, out;
+  int in_padded;   // multiple of kPad
+  int out_padded;  // multiple of kPad
+  int panel_width;
+  int panels;
+  std::size_t panel_stride;  // bytes
+  std::size_t offset;        // bytes, within a member's arena
+  int column;                // first column in the source matrix
+};
+
+inline constexpr int kPad = 16;  // every width is padded to this, for all paths
+inline int padded(int n) { return (n + kPad - 1) / kPad * kPad; }
+
+// z[r, n] = init[r][n] + add[n] + sum_k a[r, k] W[n, k] for the outputs of panels [panel_begin, panel_end).
+struct ForwardArgs {
+  const Block* block;
+  const char* weights;  // the block's first panel
+  int panel_begin, panel_end;
+  const void* a;             // [rows, in] operand
+  std::ptrdiff_t a_stride;   // bytes
+  int rows;
+  const float* const* init;  // one row each; unused where init_shared is given
+  const float* add;          // or null
+  float* z;                  // [rows, out_padded]
+  std::ptrdiff_t z_stride;
+  const float* init_shared = nullptr;  // the same start for every row
+};
+
+// dx[r, k] = sum_n dy[r, n] W[n, k] for k in [k_begin, k_end), multiples of kPad.
+struct BackwardArgs {
+  const Block* block;
+  const char* weights;
+  int k_begin, k_end;
+  const void* dy;  // [rows, out_padded] operand (of the backward kind)
+  std::ptrdiff_t dy_stride;
+  int rows;
+  float* dx;  // [rows, in_padded]
+  std::ptrdiff_t dx_stride;
+};
+
+// h = act(z), act(LN(z)) or LN(act(z)), written as the next product's operand; keeps what the derivative needs.
+struct ActivateArgs {
+  int rows, width;
+  int begin, end;  // columns; the whole padded width where there is a LayerNorm
+  float* z;        // [rows, width padded]; scratch afterwards
+  std::ptrdiff_t z_stride;
+  const float* gamma;  // padded with zeros
+  const float* beta;
+  float eps;
+  void* h;
+  std::ptrdiff_t h_stride;  // bytes
+  float* slope;             // act'(.), or null where no derivative will be asked
+  float* xhat;              // with LayerNorm
+  float* rstd;
+  std::ptrdiff_t save_stride;
+};
+
+// dz = dL/dz from d = dL/dh.
+struct ActivateVjpArgs {
+  int rows, width;
+  int begin, end;
+  const float* d;
+  std::ptrdiff_t d_stride;  // 0: the same d for every row
+  const float* d_scale;     // per row, or null
+  const float* gamma;
+  const float* slope;
+  const float* xhat;
+  const float* rstd;
+  std::ptrdiff_t save_stride;
+  void* dz;  // operand of the backward kind, or float32
+  std::ptrdiff_t dz_stride;
+};
+
+// dst = src as an operand; clamped to [low, high] first (NaN stays NaN).
+struct ConvertArgs {
+  int rows, width;  // padded width
+  const float* src;
+  std::ptrdiff_t src_stride;
+  float low, high;
+  void* dst;
+  std::ptrdiff_t dst_stride;  // bytes
+};
+
+struct HeadArgs {  // q[r] = bias + h[r] . w
+  int rows, width;
+  const void* h;
+  std::ptrdiff_t h_stride;  // bytes
+  const float* w;
+  float bias;
+  float* q;
+};
+
+enum class DType : std::int64_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+struct Source {  // a live parameter; null data: absent
+  const void* data;
+  std::int64_t row_stride, col_stride;  // elements
+  DType dtype;
+};
+
+// g[i] = sum_j w_j dq[j, i] of the rows [begin, end), with the aggregated value and std of each.
+struct CombineArgs {
+  int begin, end, members, width, padded_width;
+  const SteeringParams* steering;
+  const float* q;  // [members, q_stride]
+  std::ptrdiff_t q_stride;
+  const float* dq;  // [members, q_stride, padded_width]
+  const float* a;   // [rows, padded_width], the unclipped estimate
+  float* weights;   // scratch [members]
+  float* g;         // [rows, padded_width]
+  float* value;
+  float* std;
+};
+
+struct SteerArgs {
+  int begin, end, width, padded_width;
+  const SteeringParams* steering;
+  const unsigned char* mask;  // [width] or null
+  float* x;
+  const float* v;
+  const float* g;
+  const float* std;  // of row i at std[i * std_stride]
+  std::ptrdiff_t std_stride;
+  float dt;
+  float* norms;              // [rows] or null
+  unsigned char* nonfinite;  // [rows] or null
+};
+
+struct FormatKernels {
+  int a_bytes, d_bytes;  // per element of a forward and a backward operand
+  void (*forward)(const ForwardArgs&);
+  void (*backward)(const BackwardArgs&);
+  void (*activate[6][3])(const ActivateArgs&);     // [Activation][NormPlacement]
+  void (*activate_vjp[3])(const ActivateVjpArgs&);  // [NormPlacement]
+  void (*to_operand)(const ConvertArgs&);
+  void (*to_d_operand)(const ConvertArgs&);
+  void (*head)(const HeadArgs&);
+  void (*pack_panel)(const Block&, const Source&, int panel, char* arena);
+};
+
+struct KernelTable {
+  const char* name;
+  int lanes;
+  int panel_width;
+  FormatKernels formats[2];
+  void (*activate_vjp_f32[3])(const ActivateVjpArgs&);  // dz as plain float32
+  // dst[0..width) = src (or fill where absent), rounded to bfloat16 on request, zero up to the padded width
+  void (*pack_vector)(const Source&, int width, float fill, bool round, float* dst);
+  void (*combine)(const CombineArgs&);
+  void (*posterior_softmax)(const float* q, int count, float scale, float* p);
+  void (*steer)(const SteerArgs&);
+  double (*peak)(Format, long iterations);               // flops done by one thread's FMA loop
+  float (*read)(const char* data, std::size_t bytes);    // sums a buffer: read bandwidth
+};
+
+const KernelTable* table_portable();
+const KernelTable* table_avx2();
+const KernelTable* table_avx512();
+const KernelTable* table_avx512_bf16();
+
+}  // namespace qpilots::cpu

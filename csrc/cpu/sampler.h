@@ -1,0 +1,65 @@
+// One sampling call: all K steps inside one parallel region.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "network.h"
+#include "qpilots/glass.h"
+#include "workspace.h"
+
+namespace qpilots::cpu {
+
+// A private packed copy of every network, for many calls.
+struct PackedWeights {
+  Buffer arenas[3];
+};
+
+struct SamplerPlan {
+  std::shared_ptr<const Network> flow, critic, posterior;  // the last two may be null
+  SteeringParams steering{};
+  int steps = 1;
+  int obs_dim = 0, action_dim = 0;
+  bool steers = false;
+  std::vector<unsigned char> mask;    // steered dims, or empty
+  std::vector<float> flow_times;      // [K (+ K m for glass), dim]
+  std::vector<float> posterior_times[3];  // t, s, u: [K, dim] each
+  std::vector<GlassCoefficients> glass;   // [K, m]
+
+  const Network* network(int i) const { return i == 0 ? flow.get() : i == 1 ? critic.get() : posterior.get(); }
+  bool steered(int k) const { return steers && (k > 0 || steering.steer_first_step); }
+  bool draws() const { return steering.estimate == Estimate::kMfm || steering.estimate == Estimate::kGlass; }
+};
+
+enum PhaseIndex { kPack, kPrepare, kDenoise, kGradient, kUpdate, kPhases };
+
+struct SampleArgs {
+  const LayerSource* sources[3] = {};     // live weights, where packed is null
+  const PackedWeights* packed = nullptr;
+  int batch = 0, threads = 1;
+  const float* obs = nullptr;              // [B, S]
+  const float* noise = nullptr;            // [B, A]
+  const float* posterior_noise = nullptr;  // [K, B, N, A]
+  float* actions = nullptr;                // outputs [B, A]
+  float* gradient_norms = nullptr;         // [K, B] or null
+  unsigned char* nonfinite = nullptr;      // [K, B] or null
+  double* phase_seconds = nullptr;         // [kPhases] or null
+};
+
+void sample(const SamplerPlan& plan, const SampleArgs& args, WorkspacePool& pool);
+void pack(const SamplerPlan& plan, const LayerSource* const (&sources)[3], int threads, PackedWeights& out);
+std::size_t workspace_bytes(const SamplerPlan& plan, int batch, int threads);
+
+// One network on its input blocks. out [E, B, out]. blocks: pointers to [B, dim] by InputKind.
+void network_forward(const Network& net, const LayerSource* sources, const float* const (&blocks)[kInputKinds], int batch,
+                     int threads, float* out, WorkspacePool& pool);
+// cotangent [E, B, out] pulled back to the input columns, summed over members: [B, input_dim].
+void network_vjp(const Network& net, const LayerSource* sources, const float* const (&blocks)[kInputKinds],
+                 const float* cotangent, int batch, int threads, int input_dim, float* dx, WorkspacePool& pool);
+
+// Runs body(thread, threads) on up to `threads` threads; on one in a forked child, whose thread pool is gone.
+int usable_threads(int threads);
+
+inline constexpr int kMaxTileRows = 48;
+
+}  // namespace qpilots::cpu

@@ -1,0 +1,52 @@
+// Included once by each instruction-set file, inside its namespace: the table of that path's functions.
+#pragma once
+
+template <class F, Activation kAct>
+static void fill_activation(FormatKernels& t) {
+  auto& row = t.activate[static_cast<int>(kAct)];
+  row[0] = activate_rows<F, kAct, NormPlacement::kNone>;
+  row[1] = activate_rows<F, kAct, NormPlacement::kPre>;
+  row[2] = activate_rows<F, kAct, NormPlacement::kPost>;
+}
+
+template <class F>
+static FormatKernels format_kernels() {
+  FormatKernels t{};
+  t.a_bytes = F::kABytes;
+  t.d_bytes = F::kDBytes;
+  t.forward = forward<F>;
+  t.backward = backward<F>;
+  fill_activation<F, Activation::kGeluTanh>(t);
+  fill_activation<F, Activation::kGelu>(t);
+  fill_activation<F, Activation::kRelu>(t);
+  fill_activation<F, Activation::kSilu>(t);
+  fill_activation<F, Activation::kMish>(t);
+  fill_activation<F, Activation::kTanh>(t);
+  t.activate_vjp[0] = activate_vjp_rows<F, NormPlacement::kNone>;
+  t.activate_vjp[1] = activate_vjp_rows<F, NormPlacement::kPre>;
+  t.activate_vjp[2] = activate_vjp_rows<F, NormPlacement::kPost>;
+  t.to_operand = convert_rows<F, false>;
+  t.to_d_operand = convert_rows<F, true>;
+  t.head = head_rows<F>;
+  t.pack_panel = pack_panel<F>;
+  return t;
+}
+
+static KernelTable make_table(const char* name) {
+  KernelTable t{};
+  t.name = name;
+  t.lanes = Vec::kLanes;
+  t.panel_width = kPanelVectors * Vec::kLanes;
+  t.formats[0] = format_kernels<F32>();
+  t.formats[1] = format_kernels<Bf16>();
+  t.activate_vjp_f32[0] = activate_vjp_rows<F32, NormPlacement::kNone>;
+  t.activate_vjp_f32[1] = activate_vjp_rows<F32, NormPlacement::kPre>;
+  t.activate_vjp_f32[2] = activate_vjp_rows<F32, NormPlacement::kPost>;
+  t.pack_vector = pack_vector;
+  t.combine = combine_rows;
+  t.posterior_softmax = softmax_row;
+  t.steer = steer_rows;
+  t.peak = peak_flops;
+  t.read = read_bytes;
+  return t;
+}

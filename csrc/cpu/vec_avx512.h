@@ -1,0 +1,188 @@
+// 16 floats in a zmm register, with the names of qpilots/number.h.
+#pragma once
+
+#include <immintrin.h>
+
+struct Mask {
+  __mmask16 m;
+};
+
+struct Vec {
+  static constexpr int kLanes = 16;
+  __m512 v;
+  Vec() = default;
+  Vec(__m512 value) : v(value) {}
+  Vec(float value) : v(_mm512_set1_ps(value)) {}
+  static Vec load(const float* p) { return _mm512_loadu_ps(p); }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+};
+
+static inline Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
+static inline Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
+static inline Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
+static inline Vec operator/(Vec a, Vec b) { return _mm512_div_ps(a.v, b.v); }
+static inline Mask operator<(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+static inline Mask operator<=(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)}; }
+static inline Mask operator==(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+static inline Vec fmadd(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+static inline Vec minimum(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
+static inline Vec maximum(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
+static inline Vec select(Mask m, Vec yes, Vec no) { return _mm512_mask_blend_ps(m.m, no.v, yes.v); }
+static inline Vec absolute(Vec x) { return _mm512_abs_ps(x.v); }
+static inline Vec copy_sign(Vec x, Vec sign) {  // (x & ~s) | (sign & s)
+  const __m512i s = _mm512_set1_epi32(static_cast<int>(0x80000000u));
+  return _mm512_castsi512_ps(
+      _mm512_ternarylogic_epi32(s, _mm512_castps_si512(sign.v), _mm512_castps_si512(x.v), 0xCA));
+}
+static inline Vec round_even(Vec x) { return _mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline Vec power_of_two(Vec n) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23));
+}
+
+// Lane sums always as the tree (l, l + 8), (l, l + 4), (l, l + 2), (l, l + 1): the same value wherever it is taken.
+static inline __m512 fold_quarters(__m512 a, __m512 b, __m512 c, __m512 d) {  // quarter i: 4 partial sums of input i
+  const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+  const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xEE));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
+}
+
+// Lane 4 i + j of the result: the sum of acc[4 j + i].
+static inline __m512 sum_16(const Vec* acc) {
+  const __m512 t0 = fold_quarters(acc[0].v, acc[1].v, acc[2].v, acc[3].v);
+  const __m512 t1 = fold_quarters(acc[4].v, acc[5].v, acc[6].v, acc[7].v);
+  const __m512 t2 = fold_quarters(acc[8].v, acc[9].v, acc[10].v, acc[11].v);
+  const __m512 t3 = fold_quarters(acc[12].v, acc[13].v, acc[14].v, acc[15].v);
+  const __m512 u01 = _mm512_add_ps(_mm512_shuffle_ps(t0, t1, 0x44), _mm512_shuffle_ps(t0, t1, 0xEE));
+  const __m512 u23 = _mm512_add_ps(_mm512_shuffle_ps(t2, t3, 0x44), _mm512_shuffle_ps(t2, t3, 0xEE));
+  return _mm512_add_ps(_mm512_shuffle_ps(u01, u23, 0x88), _mm512_shuffle_ps(u01, u23, 0xDD));
+}
+
+static inline float sum(Vec x) {
+  const __m512 q = fold_quarters(x.v, x.v, x.v, x.v);
+  const __m512 u = _mm512_add_ps(q, _mm512_shuffle_ps(q, q, 0x4E));
+  return _mm512_cvtss_f32(_mm512_add_ps(u, _mm512_shuffle_ps(u, u, 0xB1)));
+}
+
+using Pairs = __m512i;  // 16 pairs of bfloat16
+static inline Pairs load_pairs(const void* p) { return _mm512_loadu_si512(p); }
+static inline Vec even_of(Pairs p) { return _mm512_castsi512_ps(_mm512_slli_epi32(p, 16)); }
+static inline Vec odd_of(Pairs p) {
+  return _mm512_castsi512_ps(_mm512_and_si512(p, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+// Nearest even, NaN kept quiet; the bits stay in the upper half of each lane.
+static inline __m512i bf16_bits_of(Vec x) {
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+}
+static inline Vec round_to_bf16(Vec x) {
+  return _mm512_castsi512_ps(_mm512_and_si512(bf16_bits_of(x), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+static inline void store_bf16(Vec x, std::uint16_t* p) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_bits_of(x), 16)));
+}
+static inline Vec load_bf16(const std::uint16_t* p) {
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+static inline void store_pairs(Vec even, Vec odd, void* p) {  // pairs (even, odd) as bfloat16
+  const __m512i high = _mm512_and_si512(bf16_bits_of(odd), _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+  _mm512_storeu_si512(p, _mm512_or_si512(_mm512_srli_epi32(bf16_bits_of(even), 16), high));
+}
+
+// rows[i] lane j -> rows[j] lane i
+static inline void transpose(Vec (&rows)[16]) {
+  __m512 t[16], u[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      u[i + 2 * j] = _mm512_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
+      u[i + 2 * j + 1] = _mm512_shuffle_ps(t[i + j], t[i + j + 2], 0xEE);
+    }
+  }
+  for (int j = 0; j < 4; ++j) {  // u[4 b + j]: column 4 q + j of rows 4 b .. 4 b + 3 in quarter q
+    const __m512 low = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88), low2 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88);
+    const __m512 high = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xDD), high2 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xDD);
+    rows[j].v = _mm512_shuffle_f32x4(low, low2, 0x88);
+    rows[8 + j].v = _mm512_shuffle_f32x4(low, low2, 0xDD);
+    rows[4 + j].v = _mm512_shuffle_f32x4(high, high2, 0x88);
+    rows[12 + j].v = _mm512_shuffle_f32x4(high, high2, 0xDD);
+  }
+}
+
+// Register tiles. 6 rows by 4 vectors leave 8 of 32 registers for weights and broadcasts.
+static constexpr int kTileRows = 6;
+static constexpr int kPanelVectors = 4;
+constexpr int backward_columns(int rows) { return rows == 1 ? 16 : rows <= 3 ? 8 : 4; }
+
+// dx[r][k] = lane sum of acc[r][k]
+template <int R, int K>
+static inline void store_sums(const Vec (&acc)[R][K], float* dx, std::ptrdiff_t stride) {
+  if constexpr (K == 16) {
+    Vec order[16];
+    for (int l = 0; l < 16; ++l) order[4 * (l % 4) + l / 4] = acc[0][l];
+    _mm512_storeu_ps(dx, sum_16(order));
+  } else if constexpr (K == 8) {
+    for (int r = 0; r < R; r += 2) {
+      const int other = r + 1 < R ? r + 1 : r;
+      Vec order[16];
+      for (int l = 0; l < 16; ++l) order[4 * (l % 4) + l / 4] = acc[l < 8 ? r : other][l % 8];
+      const __m512 s = sum_16(order);
+      _mm256_storeu_ps(dx + r * stride, _mm512_castps512_ps256(s));
+      if (r + 1 < R) _mm256_storeu_ps(dx + (r + 1) * stride, _mm512_extractf32x8_ps(s, 1));
+    }
+  } else {
+    static_assert(K == 4);
+    for (int r = 0; r < R; r += 4) {
+      Vec order[16];
+      for (int l = 0; l < 16; ++l) order[4 * (l % 4) + l / 4] = acc[r + l / 4 < R ? r + l / 4 : R - 1][l % 4];
+      const __m512 s = sum_16(order);
+      _mm_storeu_ps(dx + r * stride, _mm512_castps512_ps128(s));
+      if (r + 1 < R) _mm_storeu_ps(dx + (r + 1) * stride, _mm512_extractf32x4_ps(s, 1));
+      if (r + 2 < R) _mm_storeu_ps(dx + (r + 2) * stride, _mm512_extractf32x4_ps(s, 2));
+      if (r + 3 < R) _mm_storeu_ps(dx + (r + 3) * stride, _mm512_extractf32x4_ps(s, 3));
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+static inline Vec dot_pairs(Vec acc, __m512i a, __m512i b) {
+  return _mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+
+// acc[r][p]: per 128-bit lane the partial sums (even, even, odd, odd) of the columns 2 p, 2 p + 1.
+// Lane 4 i + 2 j + parity of the result: acc[4 j + i]; the tree is (l, l + 8), (l, l + 4), (l, l + 1).
+static inline __m512 sum_8_pairs(const Vec* acc) {
+  const __m512 t0 = fold_quarters(acc[0].v, acc[1].v, acc[2].v, acc[3].v);
+  const __m512 t1 = fold_quarters(acc[4].v, acc[5].v, acc[6].v, acc[7].v);
+  return _mm512_add_ps(_mm512_shuffle_ps(t0, t1, 0x88), _mm512_shuffle_ps(t0, t1, 0xDD));
+}
+
+template <int R, int P>
+static inline void store_pair_sums(const Vec (&acc)[R][P], float* dx, std::ptrdiff_t stride) {
+  if constexpr (P == 8) {
+    for (int r = 0; r < R; ++r) {
+      Vec order[8];
+      for (int p = 0; p < 8; ++p) order[4 * (p % 2) + p / 2] = acc[r][p];
+      _mm512_storeu_ps(dx + r * stride, sum_8_pairs(order));
+    }
+  } else {
+    static_assert(P == 4);
+    for (int r = 0; r < R; r += 2) {
+      const int other = r + 1 < R ? r + 1 : r;
+      Vec order[8];
+      for (int p = 0; p < 8; ++p) order[4 * (p % 2) + p / 2] = acc[p < 4 ? r : other][p % 4];
+      const __m512 s = sum_8_pairs(order);
+      _mm256_storeu_ps(dx + r * stride, _mm512_castps512_ps256(s));
+      if (r + 1 < R) _mm256_storeu_ps(dx + (r + 1) * stride, _mm512_extractf32x8_ps(s, 1));
+    }
+  }
+}
+#endif

@@ -1,0 +1,59 @@
+// Memory of a call: taken from a pool, so that calls in a row allocate nothing and concurrent calls never share.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+namespace qpilots::cpu {
+
+// Page-aligned memory that only grows.
+class Buffer {
+ public:
+  Buffer() = default;
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  char* reserve(std::size_t bytes);
+  char* data() const { return data_; }
+  std::size_t size() const { return size_; }
+
+ private:
+  char* data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+struct Workspace {
+  Buffer scratch;
+  Buffer arenas[3];  // live weights, packed anew by each call: flow, critic, posterior
+};
+
+class WorkspacePool {
+ public:
+  std::unique_ptr<Workspace> acquire();
+  void release(std::unique_ptr<Workspace> workspace);
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Workspace>> free_;
+};
+
+// Hands out aligned pieces of a buffer; with a null base it only counts.
+class Carver {
+ public:
+  explicit Carver(char* base) : base_(base) {}
+  template <class T>
+  T* take(std::size_t count) {
+    T* piece = reinterpret_cast<T*>(base_ + used_);
+    used_ += (count * sizeof(T) + 127) / 128 * 128;
+    return piece;
+  }
+  std::size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  std::size_t used_ = 0;
+};
+
+}  // namespace qpilots::cpu

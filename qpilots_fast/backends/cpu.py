@@ -1,0 +1,363 @@
+"""The native CPU backend: plans and pointer tables for the compiled module; the maths is in csrc/cpu."""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..networks import time_features
+from ..reference import glass_coefficients
+from ..spec import NetworkSpec, SamplerSpec
+from .base import Backend, BoundNetwork, BoundNetworks, Footprint, RawSample
+from .counts import count_flops
+
+_INPUT_KINDS = {"obs": 0, "noisy_actions": 1, "actions": 1, "xbar": 2, "t": 3, "s": 4, "u": 5}
+_NUM_INPUT_KINDS = 6
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+ISA_VARIABLE = "QPILOTS_CPU_ISA"
+PHASES = ("pack", "prepare", "denoise", "gradient", "update")  # of `sample_phases`, in order
+
+
+def load_module() -> ModuleType:
+    """The compiled module. torch is imported first (see docs/performance.md): its OpenMP then serves both."""
+    from .. import _C  # type: ignore[attr-defined]
+
+    return _C
+
+
+@lru_cache(maxsize=1)
+def build_info() -> dict[str, Any]:
+    """What the install recorded about the native build: native, reason, cuda."""
+    path = Path(__file__).parent.parent / "_build_info.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _import_failure() -> str | None:
+    try:
+        load_module()
+    except ImportError as error:
+        recorded = build_info().get("reason")
+        return f"the compiled module is missing ({recorded or error})"
+    return None
+
+
+class MachineLimits(NamedTuple):
+    """Measured once a process, on as many threads as torch uses."""
+
+    flops_float32: float  # per second
+    flops_bfloat16: float
+    cache_bytes: float  # per second, read from a buffer that fits the last-level cache
+    memory_bytes: float
+
+
+@lru_cache(maxsize=8)
+def machine_limits(threads: int) -> MachineLimits:
+    """FMA peak and read bandwidth of this machine, by the backend's own instructions (about half a second)."""
+    module = load_module()
+    return MachineLimits(
+        module.cpu_peak_flops("float32", threads, 0.1),
+        module.cpu_peak_flops("bfloat16", threads, 0.1),
+        module.cpu_read_bandwidth(12 << 20, threads, 0.1),
+        module.cpu_read_bandwidth(256 << 20, threads, 0.2),
+    )
+
+
+# ---------------------------------------------------------------- plans and pointer tables
+
+_Value = TypeVar("_Value")
+
+
+class _IdentityCache:
+    """Values by the identity of an object, dropped with it: hashing a spec or its tensors would cost more."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Any, tuple[weakref.ref, Any]] = {}
+
+    def get(self, owner: object, key: Any, make: Callable[[], _Value]) -> _Value:
+        index = (id(owner), key)
+        entry = self._entries.get(index)
+        if entry is not None and entry[0]() is owner:
+            return entry[1]
+        value = make()
+        self._entries[index] = (weakref.ref(owner, lambda _: self._entries.pop(index, None)), value)
+        return value
+
+
+class _Plan(NamedTuple):
+    handle: Any  # _C.CpuPlan
+    networks: tuple[Any, Any, Any]  # _C.CpuNetwork of flow, critic, posterior; None where the call does not use it
+
+
+def _isa() -> str:
+    return os.environ.get(ISA_VARIABLE, "")
+
+
+@lru_cache(maxsize=256)
+def _network(spec: NetworkSpec, precision: str, isa: str) -> Any:
+    inputs = [(_INPUT_KINDS[name], part.start, part.stop - part.start) for name, part in spec.block_slices.items()]
+    shape = {
+        "members": spec.num_members,
+        "widths": [*spec.hidden_dims, spec.output_dim],
+        "norms": list(spec.layer_norm),
+        "activation": spec.activation,
+        "eps": spec.layer_norm_eps,
+        "inputs": inputs,
+    }
+    return load_module().cpu_network(shape, precision, isa)
+
+
+def _times(spec: NetworkSpec, times: Sequence[float]) -> np.ndarray:
+    features = time_features(torch.tensor(times, dtype=torch.float64).unsqueeze(-1), spec.time_embedding, spec.time_embedding_dim)
+    return features.to(torch.float32).numpy()
+
+
+@lru_cache(maxsize=64)
+def _plan(spec: SamplerSpec, isa: str) -> _Plan:
+    steering, steps = spec.steering, spec.num_steps
+    times = [k / steps for k in range(steps)]
+    uses_map = steering.steers and steering.estimate == "mfm"
+    flow = _network(spec.flow, spec.precision, isa)
+    critic = _network(spec.critic, spec.precision, isa) if steering.steers and spec.critic is not None else None
+    posterior = _network(spec.posterior, spec.precision, isa) if uses_map and spec.posterior is not None else None
+    flow_times = list(times)
+    if steering.steers and steering.estimate == "glass":
+        m = steering.glass_steps
+        flow_times += [glass_coefficients(t, i / m).t_star for t in times for i in range(m)]
+    fields = {
+        "flow": flow,
+        "critic": critic,
+        "posterior": posterior,
+        "steering": {**vars(steering), "action_low": spec.action_low, "action_high": spec.action_high},
+        "num_steps": steps,
+        "obs_dim": spec.flow.obs_dim,
+        "action_dim": spec.flow.action_dim,
+        "steered_dims": None if steering.steered_dims is None else list(steering.steered_dims),
+        "flow_times": _times(spec.flow, flow_times),
+    }
+    if posterior is not None:
+        assert spec.posterior is not None
+        fields["posterior_t"] = _times(spec.posterior, times)
+        fields["posterior_s"] = _times(spec.posterior, [0.0] * steps)
+        fields["posterior_u"] = _times(spec.posterior, [1.0] * steps)
+    return _Plan(load_module().cpu_plan(fields), (flow, critic, posterior))
+
+
+def _table_entry(parameter: Tensor | None) -> tuple[int, int, int, int]:
+    """(address, row stride, column stride, dtype code) of a weight [out, in] or a vector [out]."""
+    if parameter is None:
+        return (0, 0, 0, 0)
+    if parameter.device.type != "cpu" or parameter.dtype not in _DTYPE_CODES:
+        raise ValueError(
+            f"backend 'cpu' got a parameter of {parameter.dtype} on {parameter.device}; expected a floating dtype on "
+            "the CPU. Move the networks with .to('cpu'), or use backend='auto'."
+        )
+    strides = parameter.stride()
+    return (parameter.data_ptr(), strides[0], strides[1] if len(strides) > 1 else 0, _DTYPE_CODES[parameter.dtype])
+
+
+def _sources(network: BoundNetwork, handle: Any) -> Any:
+    rows = []
+    for member in range(network.spec.num_members):
+        for layer in network.layers:
+            vectors = (layer.bias, layer.norm_weight, layer.norm_bias)
+            parts = [_table_entry(layer.weight[member])]
+            parts += [_table_entry(None if vector is None else vector[member]) for vector in vectors]
+            rows.append([value for part in parts for value in part])
+    return load_module().cpu_bind(handle, np.array(rows, dtype=np.int64))
+
+
+class CpuBackend(Backend):
+    """One parallel region a call runs all K steps on packed weights."""
+
+    name = "cpu"
+    precisions = ("float32", "bfloat16")
+
+    def __init__(self) -> None:
+        self._plans = _IdentityCache()
+        self._tables = _IdentityCache()
+
+    def unavailable_reason(self) -> str | None:
+        failure = _import_failure()
+        if failure is not None:
+            return failure
+        try:
+            load_module().cpu_isa(_isa())
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def refusal(self, spec: SamplerSpec, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"the tensors are on {device}, not on the CPU"
+        if spec.precision not in self.precisions:
+            return f"precision {spec.precision!r} is not one of {', '.join(self.precisions)}"
+        return None
+
+    def _get_plan(self, spec: SamplerSpec) -> _Plan:
+        isa = _isa()
+        return self._plans.get(spec, isa, lambda: _plan(spec, isa))
+
+    def _get_sources(self, plan: _Plan, networks: BoundNetworks) -> list[Any]:
+        bound = (networks.flow, networks.critic, networks.posterior)
+        return [
+            None if handle is None or network is None else self._bind(network, handle)
+            for network, handle in zip(bound, plan.networks)
+        ]
+
+    def _bind(self, network: BoundNetwork, handle: Any) -> Any:
+        return self._tables.get(network, handle, lambda: _sources(network, handle))
+
+    def pack(self, spec: SamplerSpec, networks: BoundNetworks) -> Any:
+        plan = self._get_plan(spec)
+        packed = load_module().cpu_pack(plan.handle, *self._get_sources(plan, networks), torch.get_num_threads())
+        return plan, packed
+
+    def sample(
+        self,
+        spec: SamplerSpec,
+        networks: BoundNetworks,
+        obs: Tensor,
+        noise: Tensor,
+        posterior_noise: Tensor | None,
+        *,
+        packed: Any = None,
+        return_info: bool = False,
+    ) -> RawSample:
+        return self._sample(spec, networks, obs, noise, posterior_noise, packed, return_info, 0)
+
+    def sample_phases(
+        self,
+        spec: SamplerSpec,
+        networks: BoundNetworks,
+        obs: Tensor,
+        noise: Tensor,
+        posterior_noise: Tensor | None,
+        packed: Any = None,
+    ) -> tuple[RawSample, dict[str, float]]:
+        """`sample`, and the seconds that its first thread spent in each of PHASES."""
+        seconds = np.zeros(len(PHASES))
+        raw = self._sample(spec, networks, obs, noise, posterior_noise, packed, False, seconds.ctypes.data)
+        return raw, dict(zip(PHASES, seconds.tolist()))
+
+    def _sample(
+        self,
+        spec: SamplerSpec,
+        networks: BoundNetworks,
+        obs: Tensor,
+        noise: Tensor,
+        posterior_noise: Tensor | None,
+        packed: Any,
+        return_info: bool,
+        phases: int,
+    ) -> RawSample:
+        if packed is None:
+            plan, weights = self._get_plan(spec), None
+            sources = self._get_sources(plan, networks)
+        else:
+            (plan, weights), sources = packed, [None, None, None]
+        batch = noise.shape[0]
+        _check(obs, (batch, spec.flow.obs_dim), "obs")
+        _check(noise, (batch, spec.flow.action_dim), "noise")
+        if posterior_noise is not None:
+            shape = (spec.num_steps, batch, spec.steering.num_samples, spec.flow.action_dim)
+            _check(posterior_noise, shape, "posterior_noise")
+        actions = torch.empty(noise.shape)
+        norms = nonfinite = None
+        if return_info:
+            norms = torch.zeros(spec.num_steps, batch)
+            nonfinite = torch.zeros(spec.num_steps, batch, dtype=torch.bool)
+        load_module().cpu_sample(
+            plan.handle,
+            *sources,
+            weights,
+            obs.data_ptr(),
+            noise.data_ptr(),
+            0 if posterior_noise is None else posterior_noise.data_ptr(),
+            actions.data_ptr(),
+            0 if norms is None else norms.data_ptr(),
+            0 if nonfinite is None else nonfinite.data_ptr(),
+            batch,
+            torch.get_num_threads(),
+            phases,
+        )
+        return RawSample(actions, norms, nonfinite)
+
+    def forward(self, network: BoundNetwork, blocks: Sequence[Tensor], precision: str) -> Tensor:
+        batch = blocks[0].shape[0]
+        out = torch.empty(network.spec.num_members, batch, network.spec.output_dim)
+        self._apply(network, blocks, precision, None, out)
+        return out
+
+    def vjp(self, network: BoundNetwork, blocks: Sequence[Tensor], cotangent: Tensor, precision: str) -> Tensor:
+        batch = blocks[0].shape[0]
+        out = torch.empty(batch, network.spec.input_dim)
+        _check(cotangent, (network.spec.num_members, batch, network.spec.output_dim), "cotangent")
+        self._apply(network, blocks, precision, cotangent, out)
+        return out
+
+    def _apply(
+        self, network: BoundNetwork, blocks: Sequence[Tensor], precision: str, cotangent: Tensor | None, out: Tensor
+    ) -> None:
+        spec, batch = network.spec, blocks[0].shape[0]
+        if batch == 0:
+            return
+        handle = _network(spec, precision, _isa())
+        pointers = [0] * _NUM_INPUT_KINDS
+        for name, block in zip(spec.input_order, blocks):
+            _check(block, (batch, spec.block_dim(name)), name)
+            pointers[_INPUT_KINDS[name]] = block.data_ptr()
+        load_module().cpu_network_apply(
+            self._bind(network, handle),
+            pointers,
+            0 if cotangent is None else cotangent.data_ptr(),
+            out.data_ptr(),
+            batch,
+            torch.get_num_threads(),
+            cotangent is not None,
+        )
+
+    def footprint(self, spec: SamplerSpec, batch_size: int) -> Footprint:
+        plan, threads = self._get_plan(spec), torch.get_num_threads()
+        steering, steps = spec.steering, spec.num_steps
+        steered = 0 if not steering.steers else steps - (0 if steering.steer_first_step else 1)
+        flow, critic, posterior = (0 if n is None else n.arena_bytes for n in plan.networks)
+        flow_visits = steps
+        if steering.estimate == "tweedie" and steering.jacobian == "full":
+            flow_visits += steered
+        elif steering.estimate == "glass":
+            flow_visits += 2 * steering.glass_steps * steered
+        traffic = flow * flow_visits + 2 * steered * (critic + posterior)
+        flops = count_flops(spec, batch_size)
+        limits = machine_limits(threads)
+        peak = limits.flops_bfloat16 if spec.precision == "bfloat16" else limits.flops_float32
+        return Footprint(
+            launches=1,
+            flops=flops,
+            weight_bytes=flow + critic + posterior,
+            traffic_bytes=traffic,
+            workspace_bytes=load_module().cpu_workspace_bytes(plan.handle, batch_size, threads),
+            floor_s=max(flops / peak, traffic / limits.cache_bytes),
+            notes=(
+                f"instruction set {plan.networks[0].isa}, {threads} threads",
+                f"FMA peak {peak / 1e9:.0f} GF/s, cache {limits.cache_bytes / 1e9:.0f} GB/s, "
+                f"memory {limits.memory_bytes / 1e9:.0f} GB/s (measured in this process)",
+            ),
+        )
+
+
+def _check(tensor: Tensor, shape: tuple[int, ...], name: str) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or not tensor.is_contiguous():
+        raise ValueError(
+            f"backend 'cpu': {name} is {tensor.dtype} {list(tensor.shape)} "
+            f"({'contiguous' if tensor.is_contiguous() else 'strided'}); expected contiguous float32 {list(shape)}."
+        )

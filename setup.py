@@ -1,0 +1,82 @@
+"""Drives CMake + ninja. Everything about the package itself is in pyproject.toml.
+
+Environment variables:
+    QPILOTS_NATIVE   0: pure Python only. 1: a failing build fails the install. Unset: build, and where that fails
+                     install as pure Python and record the reason (`qpilots-fast info` shows it).
+    QPILOTS_CUDA     1: also build the CUDA backend (needs nvcc).
+    QPILOTS_CMAKE_ARGS   further arguments for CMake, separated by spaces.
+    QPILOTS_BUILD_JOBS   parallel compile jobs (default: all processors).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+INFO = "_build_info.json"
+
+
+class CMakeBuild(build_ext):
+    """Builds qpilots_fast._C with CMake, or records why it could not."""
+
+    def run(self) -> None:
+        target = Path(self.get_ext_fullpath("qpilots_fast._C")).resolve()
+        if self.inplace:
+            target = ROOT / "qpilots_fast" / target.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        mode = os.environ.get("QPILOTS_NATIVE", "auto")
+        reason = None
+        if mode == "0":
+            reason = "built with QPILOTS_NATIVE=0"
+        else:
+            try:
+                self._build(target)
+            except (OSError, subprocess.CalledProcessError, ImportError) as error:
+                if mode == "1":
+                    raise
+                output = getattr(error, "output", None) or str(error)
+                reason = f"the native build failed: {output.strip()[-1500:]}"
+                print(f"warning: {reason}\nwarning: installing qpilots_fast without its native backend", file=sys.stderr)
+        if reason is not None:
+            target.unlink(missing_ok=True)  # never leave a module of an older build behind
+        info = {"native": reason is None, "reason": reason, "cuda": os.environ.get("QPILOTS_CUDA") == "1"}
+        (target.parent / INFO).write_text(json.dumps(info, indent=2) + "\n")
+
+    def _build(self, target: Path) -> None:
+        import pybind11
+
+        cmake = shutil.which("cmake")
+        if cmake is None:
+            raise OSError("cmake was not found")
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            cmake, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DQPILOTS_CUDA={'ON' if os.environ.get('QPILOTS_CUDA') == '1' else 'OFF'}",
+            *os.environ.get("QPILOTS_CMAKE_ARGS", "").split(),
+        ]  # fmt: skip
+        if shutil.which("ninja") is not None and not (build / "CMakeCache.txt").exists():
+            configure += ["-G", "Ninja"]
+        self._call(configure)
+        jobs = os.environ.get("QPILOTS_BUILD_JOBS", str(os.cpu_count() or 1))
+        self._call([cmake, "--build", str(build), "--parallel", jobs])
+        self._call([cmake, "--install", str(build), "--prefix", str(target.parent)])
+
+    @staticmethod
+    def _call(command: list[str]) -> None:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        sys.stdout.write(done.stdout)
+        if done.returncode:
+            raise subprocess.CalledProcessError(done.returncode, command, output=done.stdout)
+
+
+setup(ext_modules=[Extension("qpilots_fast._C", sources=[], optional=True)], cmdclass={"build_ext": CMakeBuild})
