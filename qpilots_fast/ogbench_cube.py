@@ -132,7 +132,7 @@ class CubeTasks:
             import gymnasium
             import ogbench.manipspace  # noqa: F401  (registers the environments)
 
-            self.envs = [
+            self.envs: list[Any] = [
                 gymnasium.make(f"cube-single-singletask-task{task}-v0", visualize_info=False) for task in tasks
             ]
 
