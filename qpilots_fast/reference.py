@@ -32,7 +32,7 @@ _GELU_CUBIC = 0.044715
 def activation(z: Tensor, kind: str) -> Tensor:
     """act(z); kind is one of spec.ACTIVATIONS."""
     if kind == "gelu_tanh":
-        return 0.5 * z * (1 + torch.tanh(_SQRT_2_OVER_PI * (z + _GELU_CUBIC * z * z * z)))
+        return 0.5 * z * (1 + _gelu_tanh(z)[0])
     if kind == "gelu":
         return 0.5 * z * (1 + torch.erf(z / math.sqrt(2)))
     if kind == "relu":
@@ -47,11 +47,11 @@ def activation(z: Tensor, kind: str) -> Tensor:
 def activation_derivative(z: Tensor, kind: str) -> Tensor:
     """d act / dz; at relu's kink, 0 as in PyTorch."""
     if kind == "gelu_tanh":
-        tanh = torch.tanh(_SQRT_2_OVER_PI * (z + _GELU_CUBIC * z * z * z))
-        slope = _SQRT_2_OVER_PI * (1 + 3 * _GELU_CUBIC * z * z)
-        return 0.5 * (1 + tanh) + 0.5 * z * (1 - tanh * tanh) * slope
+        tanh, slope = _gelu_tanh(z)
+        return 0.5 * (1 + tanh) + 0.5 * z.clamp(-_FLAT, _FLAT) * slope
     if kind == "gelu":
-        return 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+        density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+        return 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * density
     if kind == "relu":
         return (z > 0).to(z.dtype)
     if kind == "silu":
@@ -62,6 +62,16 @@ def activation_derivative(z: Tensor, kind: str) -> Tensor:
         return tanh + z * (1 - tanh * tanh) * torch.sigmoid(z)
     tanh = torch.tanh(z)
     return 1 - tanh * tanh
+
+
+_FLAT = 100.0  # tanh is 1 in float64 long before: beyond, the derivative would only be infinity times zero
+
+
+def _gelu_tanh(z: Tensor) -> tuple[Tensor, Tensor]:
+    """tanh(u) and d tanh(u) / dz for u = sqrt(2/pi) (z + 0.044715 z^3)."""
+    z = z.clamp(-_FLAT, _FLAT)
+    tanh = torch.tanh(_SQRT_2_OVER_PI * (z + _GELU_CUBIC * z * z * z))
+    return tanh, (1 - tanh * tanh) * _SQRT_2_OVER_PI * (1 + 3 * _GELU_CUBIC * z * z)
 
 
 def _softplus(z: Tensor) -> Tensor:

@@ -1,0 +1,166 @@
+"""Inputs and tolerances for the tests and the benchmark harness: written once, used by both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .networks import CriticEnsemble, FlowMLP, MetaFlowMap
+from .sampler import SteeredSampler
+from .spec import ACTIVATIONS
+from .steering import Steering
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Bounds on |actions - float64 reference| at K = 10, actions in [-1, 1]; None leaves a bound out."""
+
+    max_error: float | None
+    mean_error: float | None
+
+
+# float32: K steps of products over up to 1024 terms, each with 2^-24 relative rounding, stay below 1e-4.
+# 16-bit operands round each factor by 2^-9 (bfloat16) or 2^-12 (float16, tf32): single rows may amplify this where
+# a steering gradient nearly vanishes, so the bound is on the mean.
+TOLERANCES: dict[str, Tolerance] = {
+    "float32": Tolerance(1e-4, 1e-5),
+    "bfloat16": Tolerance(None, 5e-3),
+    "float16": Tolerance(None, 1e-3),
+    "tf32": Tolerance(None, 1e-3),
+}
+
+PRESETS: dict[str, Steering] = {
+    "qpilots_u": Steering.qpilots_u(),
+    "qpilots_u_identity": Steering.qpilots_u(jacobian="identity"),
+    "qpilots_m": Steering.qpilots_m(),
+    "qgf": Steering.qgf(0.1),
+    "qgf_jacobian": Steering.qgf(0.1, jacobian="full"),
+    "noisy": Steering.noisy(0.1),
+    "gaf": Steering.gaf(0.5),
+    "best_of_n": Steering.best_of_n(3),
+    "unsteered": Steering.unsteered(),
+    "glass": Steering(estimate="glass", num_samples=2, glass_steps=2),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Networks, steering and inputs of one sampling call."""
+
+    flow: FlowMLP
+    critic: CriticEnsemble
+    posterior: MetaFlowMap
+    steering: Steering
+    obs: Tensor
+    noise: Tensor
+    posterior_noise: Tensor | None
+    num_steps: int
+
+    def sampler(self, backend: str, precision: str = "float32") -> SteeredSampler:
+        return SteeredSampler(
+            self.flow, self.critic, self.steering, posterior=self.posterior, num_steps=self.num_steps, backend=backend,
+            precision=precision,
+        )  # fmt: skip
+
+    def expected(self) -> Tensor:
+        """Actions of the float64 reference, from the same (float32) weights and noise."""
+        return self.double().run("reference")
+
+    def run(self, backend: str, precision: str = "float32") -> Tensor:
+        return self.sampler(backend, precision)(self.obs, self.noise, self.posterior_noise)
+
+    def double(self) -> Case:
+        """The same values in float64."""
+        import copy
+
+        networks = {name: copy.deepcopy(getattr(self, name)).double() for name in ("flow", "critic", "posterior")}
+        eps = None if self.posterior_noise is None else self.posterior_noise.double()
+        return replace(self, **networks, obs=self.obs.double(), noise=self.noise.double(), posterior_noise=eps)
+
+    def with_steering(self, steering: Steering) -> Case:
+        """Another steering of the same networks, with posterior noise of its shape."""
+        generator = torch.Generator().manual_seed(1)
+        return replace(self, steering=steering, posterior_noise=_draws(steering, self.num_steps, self.noise, generator))
+
+
+def _draws(steering: Steering, num_steps: int, noise: Tensor, generator: torch.Generator) -> Tensor | None:
+    if not (steering.steers and steering.uses_posterior):
+        return None
+    shape = (num_steps, noise.shape[0], steering.num_samples, noise.shape[1])
+    return torch.randn(shape, generator=generator)
+
+
+def make_case(
+    steering: Steering | None = None,
+    *,
+    seed: int = 0,
+    batch_size: int = 17,
+    obs_dim: int = 7,
+    action_dim: int = 5,
+    num_critics: int = 3,
+    hidden_dims: tuple[int, ...] = (37, 24),
+    activation: str = "gelu_tanh",
+    layer_norm: str | None | tuple[str | None, ...] = None,
+    critic_layer_norm: str | None | tuple[str | None, ...] = "post",
+    time_embedding: str = "raw",
+    num_steps: int = 10,
+) -> Case:
+    """Random networks and inputs, float32, with LayerNorm weights and biases away from their initial 1 and 0."""
+    generator = torch.Generator().manual_seed(seed)
+    steering = Steering.qpilots_u() if steering is None else steering
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        common = dict(hidden_dims=hidden_dims, activation=activation)
+        timed = dict(common, layer_norm=layer_norm, time_embedding=time_embedding)
+        flow = FlowMLP(obs_dim, action_dim, **timed)  # type: ignore[arg-type]
+        posterior = MetaFlowMap(obs_dim, action_dim, **timed)  # type: ignore[arg-type]
+        critic = CriticEnsemble(obs_dim, action_dim, num_critics, layer_norm=critic_layer_norm, **common)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for network in (flow, posterior, critic):
+            for parameter in network.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    noise = torch.randn(batch_size, action_dim, generator=generator)
+    obs = torch.randn(batch_size, obs_dim, generator=generator)
+    eps = _draws(steering, num_steps, noise, generator)
+    return Case(flow, critic, posterior, steering, obs, noise, eps, num_steps)
+
+
+def random_case(seed: int, *, batch_size: int | None = None) -> Case:
+    """A case whose every choice (shape, activation, norms, steering) follows from the seed."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    norms = (None, "pre", "post")
+    presets = [steering for name, steering in PRESETS.items() if name != "best_of_n"]
+    depth = pick(1, 4)
+    return make_case(
+        presets[pick(0, len(presets) - 1)],
+        seed=seed,
+        batch_size=pick(1, 40) if batch_size is None else batch_size,
+        obs_dim=pick(1, 20),
+        action_dim=pick(1, 30),
+        num_critics=pick(1, 5),
+        hidden_dims=tuple(pick(1, 90) for _ in range(depth)),
+        activation=ACTIVATIONS[pick(0, len(ACTIVATIONS) - 1)],
+        layer_norm=tuple(norms[pick(0, 2)] for _ in range(depth)),
+        critic_layer_norm=tuple(norms[pick(0, 2)] for _ in range(depth)),
+        time_embedding=("raw", "sinusoidal", "fourier")[pick(0, 2)],
+        num_steps=pick(1, 10),
+    )
+
+
+def assert_close(actual: Tensor, expected: Tensor, precision: str = "float32", scale: float = 1.0) -> None:
+    """Raises AssertionError where actions leave the precision's tolerance; scale widens it for larger quantities."""
+    error = (actual.double() - expected.double()).abs()
+    tolerance = TOLERANCES[precision]
+    assert actual.shape == expected.shape, f"shape {list(actual.shape)}, expected {list(expected.shape)}"
+    assert bool(torch.isfinite(actual).all()), "non-finite values"
+    worst, mean = error.max().item(), error.mean().item()
+    for name, got, bound in (("max", worst, tolerance.max_error), ("mean", mean, tolerance.mean_error)):
+        assert bound is None or got <= bound * scale, (
+            f"{precision}: {name} error {got:.3e}, expected <= {bound * scale:.1e}"
+        )

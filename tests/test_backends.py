@@ -1,0 +1,149 @@
+"""Every backend that runs on CPU tensors against the float64 reference."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qpilots_fast import Steering, backends
+from qpilots_fast.spec import ACTIVATIONS
+from qpilots_fast.testing import PRESETS, assert_close, make_case, random_case
+
+BATCHES = (1, 3, 17, 257)  # single row, below and above every row tile, not multiples of any
+
+
+@pytest.mark.parametrize("batch_size", BATCHES)
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_presets(preset, batch_size, backend):
+    case = make_case(PRESETS[preset], batch_size=batch_size)
+    assert_close(case.run(backend), case.expected())
+
+
+@pytest.mark.parametrize("norms", [(None, "post"), ("pre", "pre"), ("post", None), ((None, "pre"), ("post", None))])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_and_norms(activation, norms, backend):
+    case = make_case(Steering.qpilots_m(), activation=activation, layer_norm=norms[0], critic_layer_norm=norms[1])
+    assert_close(case.run(backend), case.expected())
+
+
+@pytest.mark.parametrize("hidden", [(1,), (16,), (64, 48), (37, 24, 129), (200, 7, 65, 33)])
+@pytest.mark.parametrize("num_critics", [1, 2, 7])
+def test_widths_and_members(hidden, num_critics, backend):
+    case = make_case(hidden_dims=hidden, num_critics=num_critics, time_embedding="fourier")
+    assert_close(case.run(backend), case.expected())
+
+
+@pytest.mark.parametrize("time_embedding", ["raw", "sinusoidal", "fourier"])
+def test_time_embeddings(time_embedding, backend):
+    case = make_case(Steering.qpilots_m(), time_embedding=time_embedding)
+    assert_close(case.run(backend), case.expected())
+
+
+SETTINGS = {
+    f"{estimate}-{clip}-{aggregation}-{scale}": Steering(
+        alpha=0.3, estimate=estimate, num_samples=2 if estimate in ("mfm", "glass") else 1, clip=clip,
+        aggregation=aggregation, scale=scale, tau=1.7,
+    )
+    for estimate in ("noisy", "tweedie", "mfm", "glass")
+    for clip, aggregation, scale in (
+        ("straight_through", "pessimistic", "norm_match"),
+        ("masked", "min", "absolute"),
+        ("none", "mean", "gaf"),
+        ("masked", "pessimistic", "gaf"),
+    )
+} | {
+    "steered_dims": Steering(steered_dims=(0, 3)),
+    "q_scale": Steering(estimate="mfm", num_samples=3, q_scale=2.5),
+    "batch_std": Steering(estimate="mfm", num_samples=3, q_scale="batch_std"),
+    "first_step": Steering(steer_first_step=True),
+    "five_glass_steps": Steering(estimate="glass", num_samples=2, glass_steps=5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(SETTINGS))
+def test_settings(name, backend):
+    case = make_case(SETTINGS[name])
+    sampler = case.sampler(backend)
+    reason = backends.get(backend).refusal(sampler._spec, torch.device("cpu"))
+    if reason is not None:
+        with pytest.raises(backends.BackendUnavailable):
+            case.run(backend)
+        pytest.skip(f"{backend} refuses it: {reason}")
+    assert_close(case.run(backend), case.expected())
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 2**31))
+def test_random_cases(seed):
+    case = random_case(seed)
+    expected = case.expected()
+    for name in ("reference", "cpu"):
+        if backends.unavailable_reason(name) is None:
+            assert_close(case.run(name), expected)
+
+
+def test_bfloat16(backend):
+    """The bound of TOLERANCES, and at most 1.5 times the error of the same sampler in torch's own bfloat16."""
+    for preset in ("qpilots_u", "qpilots_m", "qgf"):
+        case = make_case(PRESETS[preset], batch_size=64, hidden_dims=(128, 96), num_critics=5)
+        expected = case.expected()
+        actual = case.run(backend, "bfloat16")
+        assert_close(actual, expected, "bfloat16")
+        torch_error = (torch_bfloat16(case).double() - expected).abs().mean()
+        assert (actual.double() - expected).abs().mean() <= 1.5 * torch_error
+
+
+def torch_bfloat16(case):
+    """The sampler with the networks' modules in bfloat16, state in float32."""
+    networks = {name: getattr(case, name).bfloat16().requires_grad_(False) for name in ("flow", "critic", "posterior")}
+
+    def low(function):
+        return lambda *inputs: function(*(x.bfloat16() if isinstance(x, torch.Tensor) else x for x in inputs)).float()
+
+    from qpilots_fast import SteeredSampler
+
+    sampler = SteeredSampler(
+        low(networks["flow"]), low(networks["critic"]), case.steering, posterior=low(networks["posterior"]),
+        num_steps=case.num_steps, backend="reference",
+    )  # fmt: skip
+    return sampler(case.obs, case.noise, case.posterior_noise)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("preset", ["qpilots_u", "qpilots_m", "qgf"])
+def test_rows_do_not_see_their_batch(preset, precision):
+    """Bitwise: neither the other rows, nor their number, nor the thread count reach a row."""
+    if backends.unavailable_reason("cpu"):
+        pytest.skip("no native backend")
+    case = make_case(PRESETS[preset], batch_size=70, hidden_dims=(100, 64), num_critics=4)
+    sampler = case.sampler("cpu", precision)
+    whole = sampler(case.obs, case.noise, case.posterior_noise)
+    eps = case.posterior_noise
+    for rows in (slice(0, 1), slice(69, 70), slice(3, 10), slice(1, 50)):
+        part = sampler(case.obs[rows], case.noise[rows], None if eps is None else eps[:, rows])
+        assert torch.equal(part, whole[rows])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(sampler(case.obs, case.noise, eps), whole)
+            assert torch.equal(sampler(case.obs[:1], case.noise[:1], None if eps is None else eps[:, :1]), whole[:1])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_frozen_equals_live(backend):
+    case = make_case(Steering.qpilots_m())
+    inputs = (case.obs, case.noise, case.posterior_noise)
+    assert torch.equal(case.sampler(backend).freeze()(*inputs), case.sampler(backend)(*inputs))
+
+
+def test_extreme_inputs(backend):
+    case = make_case()
+    big = dataclasses.replace(case, obs=case.obs * 1e4, noise=case.noise * 10)
+    actions = big.run(backend)
+    assert torch.isfinite(actions).all() and actions.abs().max() <= 1
