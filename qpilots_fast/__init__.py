@@ -2,6 +2,7 @@
 
 from . import networks, objectives, ops
 from .errors import BackendUnavailable
+from .from_module import from_module
 from .networks import CriticEnsemble, FlowMLP, MetaFlowMap
 from .sampler import SampleInfo, SteeredSampler
 from .steering import Steering
@@ -16,6 +17,7 @@ __all__ = [
     "SampleInfo",
     "SteeredSampler",
     "Steering",
+    "from_module",
     "networks",
     "objectives",
     "ops",

@@ -1,0 +1,298 @@
+"""from_module: the user's own nn.Module as a network that the backends can run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..networks import PackableNetwork
+from ..spec import ACTIVATIONS, INPUT_ORDER, KINDS, TIME_EMBEDDINGS, NetworkSpec
+from . import layers, stacked
+from .calling import OutputLayout, UserCall, critic_layout, describe
+from .modules import ModuleNetwork, network_class
+from .proof import batch_size_apart_from, prove, random_blocks
+from .refusal import Refused
+from .sources import named_sources, randomise, submodule
+
+__all__ = ["ModuleNetwork", "from_module"]
+
+_HINTS = (
+    "obs_dim", "action_dim", "call", "input_order", "time_embedding", "time_embedding_dim", "activation", "layer_norm",
+    "layer_norm_eps", "weights", "biases", "norm_weights", "norm_biases",
+)  # fmt: skip
+
+
+def from_module(module: nn.Module | Sequence[nn.Module], kind: str = "flow", **hints: Any) -> PackableNetwork:
+    """Recognises an MLP, or an ensemble of equal MLPs, in the user's module; the result shares its parameters.
+
+    The structure is read from the module's own numbers and then proved: on float64 copies with random parameters,
+    outputs and input gradients must agree on several batches. The result's forward calls the user's module, so
+    training goes on as before; optimiser steps, load_state_dict, `.data` writes and `.to()` are seen by the next
+    sampling call. The original module is not changed.
+
+    Args:
+        module: called as module(obs, noisy_actions, t) ("flow"), module(obs, actions) ("critic"), or
+            module(obs, xbar, noisy_actions, t, s, u) ("meta_flow_map"), t being [B, 1] or [B]; or as
+            module(columns) with one tensor, the blocks concatenated in `input_order`. A list, tuple or ModuleList of
+            critics is an ensemble. Critics may return [E, B], [B, E], [E, B, 1], [B, 1], [B], or a list of these last.
+        kind: "flow", "critic" or "meta_flow_map".
+        hints: what the numbers cannot tell, or what shortens the search:
+            obs_dim, action_dim: the widths (read from attributes of that name, or inferred for flows, where absent).
+            call: (module, *blocks) -> output, for another argument order or output; blocks as above, times [B, 1].
+            input_order: of the blocks "obs", "actions" | "noisy_actions", "xbar", "t", "s", "u" among the columns.
+            time_embedding, time_embedding_dim: "raw", "sinusoidal" or "fourier", and its width.
+            activation, layer_norm, layer_norm_eps: for modules that hold plain tensors.
+            weights, biases, norm_weights, norm_biases: for these, per layer, dotted names or the tensors themselves.
+
+    Returns:
+        A PackableNetwork; pass it to SteeredSampler.
+
+    Raises:
+        ValueError: where the module is none of these, with the reason and the numbers. SteeredSampler accepts any
+            callable as it is: then the network stays PyTorch.
+        TypeError: for arguments of the wrong type.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"from_module: kind is {kind!r}; expected one of {', '.join(map(repr, KINDS))}.")
+    if isinstance(module, PackableNetwork):
+        if module.spec.kind != kind:
+            raise ValueError(f"from_module: kind is {kind!r}, but the module is a packed {module.spec.kind}.")
+        return module
+    if isinstance(module, (list, tuple)) and module and all(isinstance(member, nn.Module) for member in module):
+        module = nn.ModuleList(module)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"from_module: module is {type(module).__name__}; expected an nn.Module or a list of them.")
+    _check_hints(kind, hints)
+    module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper would compile anew for the proof
+    try:
+        _check_layers(module)
+        return _recognise(module, kind, hints)
+    except Refused as refusal:
+        raise ValueError(
+            f"from_module: {type(module).__name__} cannot run as a packed {kind}: {refusal}. Give a hint "
+            f"({', '.join(_HINTS[:5])}, ...; see from_module's docstring), or pass the module itself: SteeredSampler "
+            "accepts any callable."
+        ) from None
+
+
+def _check_hints(kind: str, hints: dict[str, Any]) -> None:
+    unknown = [name for name in hints if name not in _HINTS]
+    if unknown:
+        raise TypeError(f"from_module: unknown hint {unknown[0]!r}; expected some of {', '.join(_HINTS)}.")
+    for name, allowed in (("activation", ACTIVATIONS), ("time_embedding", tuple(TIME_EMBEDDINGS))):
+        if hints.get(name) is not None and hints[name] not in allowed:
+            raise ValueError(f"from_module: {name} is {hints[name]!r}; expected one of {', '.join(allowed)}.")
+    for name in ("obs_dim", "action_dim", "time_embedding_dim"):
+        value = hints.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise ValueError(f"from_module: {name} is {value!r}; expected a non-negative integer.")
+    order = hints.get("input_order")
+    if order is not None and sorted(order) != sorted(INPUT_ORDER[kind]):
+        raise ValueError(f"from_module: input_order is {order!r}; expected an order of {', '.join(INPUT_ORDER[kind])}.")
+
+
+def _check_layers(module: nn.Module) -> None:
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.training and layer.p > 0:
+            raise Refused(f"{name} is {layer} in training mode, so its output is random; call .eval() or set p=0 first")
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            raise Refused(f"{name} is {type(layer).__name__}, which is not supported")
+    if any(tensor.is_meta for tensor in module.parameters()) and not named_sources(module):
+        raise Refused("its parameters are on the meta device")
+
+
+# ---------------------------------------------------------------- widths and calls to try
+
+
+def _known_dim(module: nn.Module, hints: dict[str, Any], names: Sequence[str]) -> int | None:
+    if hints.get(names[0]) is not None:
+        return hints[names[0]]
+    owners = [module, *module.children()] if isinstance(module, nn.ModuleList) else [module]
+    values = (getattr(owner, name, None) for owner in owners for name in names)
+    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), None)
+
+
+def _dims_to_try(module: nn.Module, kind: str, hints: dict[str, Any]) -> list[tuple[int, int]]:
+    """(obs_dim, action_dim): from hints and attributes, else what the first and last widths leave open."""
+    obs_dim = _known_dim(module, hints, ("obs_dim", "observation_dim", "state_dim"))
+    action_dim = _known_dim(module, hints, ("action_dim", "act_dim"))
+    if obs_dim is not None and action_dim is not None:
+        return [(obs_dim, action_dim)]
+    linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    if not linears or (kind == "critic" and obs_dim is None and action_dim is None):
+        missing = [name for name, value in (("obs_dim", obs_dim), ("action_dim", action_dim)) if value is None]
+        raise Refused(f"{' and '.join(missing)} cannot be told from its weights; give the hint(s)")
+    width = linears[0].in_features
+    if kind == "critic":
+        return [(width - action_dim, action_dim) if action_dim is not None else (obs_dim, width - obs_dim)]  # type: ignore[list-item,operator]
+    if action_dim is None:
+        action_dim = linears[-1].out_features
+    n_times, n_actions = (1, 1) if kind == "flow" else (3, 2)
+    embedding = hints.get("time_embedding_dim")
+    widths = [embedding] if embedding else list(dict.fromkeys([*TIME_EMBEDDINGS.values(), 8, 32, 128, 256]))
+    left = [width - n_actions * action_dim - n_times * w for w in widths]
+    found = [(rest, action_dim) for rest in left if rest > 0 and obs_dim in (None, rest)]
+    if not found:
+        raise Refused(f"its first Linear reads {width} columns, which leaves none for obs; give the hint obs_dim")
+    return found
+
+
+def _calls_to_try(kind: str, hints: dict[str, Any]) -> list[UserCall]:
+    if hints.get("call") is not None:
+        return [UserCall(kind, custom=hints["call"])]
+    order = tuple(hints.get("input_order") or INPUT_ORDER[kind])
+    embedding = hints.get("time_embedding") or "raw"
+    width = hints.get("time_embedding_dim") or TIME_EMBEDDINGS[embedding]
+    joined = UserCall(kind, "concatenated", None, order, embedding, width)
+    return [UserCall(kind), *([UserCall(kind, "flat_time")] if kind != "critic" else []), joined]
+
+
+# ---------------------------------------------------------------- recognition
+
+
+def _double_copy(module: nn.Module) -> nn.Module:
+    """A float64 copy on the CPU that shares nothing."""
+    try:
+        probe = copy.deepcopy(module).to("cpu") if not _has_meta(module) else copy.deepcopy(module)
+    except Exception as error:
+        raise Refused(f"it cannot be copied for the proof ({type(error).__name__}: {error})") from None
+    probe = probe.double()
+    for source, tensor in named_sources(probe):
+        if tensor.dtype != torch.float64 and source.keys:  # a mapping held as a plain attribute: .double() passed it by
+            holder = submodule(probe, source.path)
+            holder = getattr(holder, source.name) if source.name else holder
+            for key in source.keys[:-1]:
+                holder = holder[key]
+            holder[source.keys[-1]] = tensor.detach().cpu().double().requires_grad_(tensor.requires_grad)
+    return probe
+
+
+def _has_meta(module: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in module.parameters())
+
+
+def _recognise(module: nn.Module, kind: str, hints: dict[str, Any]) -> PackableNetwork:
+    generator = torch.Generator().manual_seed(0)
+    probe = _double_copy(module)
+    with torch.random.fork_rng(devices=[]):
+        reasons: list[str] = []
+        for dims, call, named in _attempts(probe, kind, hints, generator):
+            try:
+                with torch.no_grad():
+                    traced = layers.trace(probe, call, list(named.values()))
+            except Exception as error:
+                shapes = ", ".join(f"{name} {list(block.shape)}" for name, block in named.items())
+                reasons.append(
+                    f"{call} with {shapes} raised {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                )
+                continue
+            if traced.traceable and traced.calls:
+                return _from_layers(module, probe, kind, dims, call, traced, hints, generator)
+            return _from_tensors(module, probe, kind, dims, call, hints, generator)
+    raise Refused("it could not be called: " + "; ".join(reasons[:3]))
+
+
+def _attempts(
+    probe: nn.Module, kind: str, hints: dict[str, Any], generator: torch.Generator
+) -> Iterator[tuple[tuple[int, int], UserCall, dict[str, Tensor]]]:
+    for dims in _dims_to_try(probe, kind, hints):
+        if dims[0] < 0 or dims[1] < 1:
+            raise Refused(f"obs_dim={dims[0]}, action_dim={dims[1]} do not fit its first Linear")
+        for call in _calls_to_try(kind, hints):
+            yield dims, call, random_blocks(kind, dims, batch_size_apart_from(0), generator)
+
+
+def _layout(kind: str, output: Any, batch_size: int, members: int) -> OutputLayout:
+    if kind != "critic":
+        if not isinstance(output, Tensor):
+            raise Refused(f"it returns {describe(output)}; expected a tensor [B, action_dim] (use the hint call)")
+        return OutputLayout("plain")
+    found = critic_layout(output, batch_size, members)
+    if found is None or found[1] != members:
+        raise Refused(
+            f"it returns {describe(output)} for a batch of {batch_size} and {members} member(s); expected [E, B], "
+            "[B, E], [E, B, 1], or a list of [B, 1] (use the hint call)"
+        )
+    return found[0]
+
+
+def _from_layers(
+    module: nn.Module, probe: nn.Module, kind: str, dims: tuple[int, int], call: UserCall, traced: layers.Trace,
+    hints: dict[str, Any], generator: torch.Generator,
+) -> PackableNetwork:  # fmt: skip
+    """A module whose nn.Linears were seen at work."""
+    used = {id(p): p for c in traced.calls for layer in (c.linear, *c.norms) for p in layer.parameters()}
+    randomise(list(used.values()), generator)
+    members = len(traced.chains())
+    named = random_blocks(kind, dims, batch_size_apart_from(members), generator)
+    blocks = list(named.values())
+    with torch.no_grad():
+        traced = layers.trace(probe, call, blocks)
+    columns = layers.read_columns(traced.calls[0].input, named, hints.get("time_embedding"))
+    spec = layers.read_spec(traced, kind, dims, columns)
+    if "input_order" in hints and tuple(hints["input_order"]) != spec.input_order:
+        raise Refused(f"the hint input_order is {hints['input_order']}, but its columns are {list(spec.input_order)}")
+    sources = layers.read_sources(probe, traced, spec)
+    layout = _layout(kind, traced.output, len(blocks[0]), members)
+
+    def first_columns(inputs: dict[str, Tensor]) -> Tensor:
+        found = layers.trace(probe, call, [block.detach() for block in inputs.values()]).calls[0].input
+        layers.read_columns(found, {name: block.detach() for name, block in inputs.items()}, spec.time_embedding)
+        return found
+
+    layouts = [layout] if kind != "meta_flow_map" else [layout, OutputLayout("plain", is_velocity=True)]
+    for candidate in layouts:
+        try:
+            prove(probe, call, candidate, spec, sources, generator, first_columns)
+        except Refused:
+            if candidate is layouts[-1]:
+                raise
+            continue
+        return network_class(kind)(module, spec, sources, call, candidate)
+    raise AssertionError("unreachable: the last layout raises")
+
+
+def _from_tensors(
+    module: nn.Module, probe: nn.Module, kind: str, dims: tuple[int, int], call: UserCall, hints: dict[str, Any],
+    generator: torch.Generator,
+) -> PackableNetwork:  # fmt: skip
+    """A module that holds its weights as plain tensors."""
+    if hints.get("weights"):
+        given = stacked.roles_from_hints(module, hints)
+        proposals = [given, stacked.transposed(given)]
+    else:
+        proposals = list(stacked.propose_roles(probe))
+    reasons = ["none of its tensors look like the weights of an MLP (expected [E, in, out], [E, out, in] or [out, in])"]
+    for roles in proposals:
+        shapes = [source.find(probe).shape for source in roles.weights]
+        if any(b[2] != a[1] for a, b in pairwise(shapes)):
+            continue
+        randomise([source.base(submodule(probe, source.path)) for source in roles.flat], generator)
+        try:
+            found = _search(probe, kind, dims, call, roles, shapes, hints, generator)
+            prove(probe, call, found[1], found[0], roles.flat, generator)
+        except Refused as refusal:
+            reasons.append(str(refusal))
+            continue
+        return network_class(kind)(module, found[0], roles.flat, call, found[1])
+    raise Refused(reasons[-1])
+
+
+def _search(
+    probe: nn.Module, kind: str, dims: tuple[int, int], call: UserCall, roles: stacked.Roles,
+    shapes: Sequence[torch.Size], hints: dict[str, Any], generator: torch.Generator,
+) -> tuple[NetworkSpec, OutputLayout]:  # fmt: skip
+    members = shapes[0][0]
+    size = batch_size_apart_from(members)
+    named = random_blocks(kind, dims, size, generator)
+    with torch.no_grad():
+        output = call(probe, list(named.values()))
+        layout = _layout(kind, output, size, members)
+        layouts = [layout] if kind != "meta_flow_map" else [layout, OutputLayout("plain", is_velocity=True)]
+        specs = stacked.propose_specs(kind, dims, shapes, roles, hints)
+        return stacked.search(probe, specs, roles, named, layout.apply(output), layouts)

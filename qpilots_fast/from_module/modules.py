@@ -1,0 +1,116 @@
+"""The user's module as a PackableNetwork."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..networks import PackableNetwork
+from ..spec import NetworkSpec
+from .calling import OutputLayout, UserCall
+from .sources import Source, submodule
+
+
+class ModuleNetwork(PackableNetwork):
+    """A packed view of the user's module: its forward calls the module, its parameters are the module's own.
+
+    Args:
+        module: the user's module; registered as `.module`.
+        spec: what `from_module` proved it to be.
+        sources: where each entry of flat_parameters lives.
+        call, layout: how it is called, and how its output is read.
+    """
+
+    def __init__(
+        self, module: nn.Module, spec: NetworkSpec, sources: Sequence[Source], call: UserCall, layout: OutputLayout
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.spec = spec
+        self._paths = tuple(dict.fromkeys(source.path for source in sources))
+        # (owner, source, whether it is a parameter as it is)
+        self._entries = tuple(
+            (
+                self._paths.index(s.path),
+                s,
+                not s.keys and not s.views and s.name in submodule(module, s.path)._parameters,
+            )
+            for s in sources
+        )
+        self._call_module = call
+        self._layout = layout
+        self._dropouts = [
+            layer for layer in module.modules() if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0
+        ]
+        self.train(module.training)
+
+    def flat_parameters(self) -> list[Tensor]:
+        """The user's live parameters, or views of them, layer by layer."""
+        for layer in self._dropouts:
+            if layer.training and layer.p > 0:
+                raise ValueError(
+                    f"{layer} of {type(self.module).__name__} is in training mode, and the packed network has no "
+                    "dropout; call .eval() on the module before sampling, or pass the module itself as a callable."
+                )
+        owners = [submodule(self.module, path) for path in self._paths]  # each once: ensembles have hundreds
+        return [
+            owners[index]._parameters[source.name] if plain else source.resolve(owners[index])
+            for index, source, plain in self._entries
+        ]
+
+    def _run(self, *blocks: Tensor) -> Tensor:
+        return self._layout.apply(self._call_module(self.module, blocks))
+
+
+def _as_time(t: Tensor | float, like: Tensor) -> Tensor:
+    """[B, 1] from a number, [1, 1] or [B, 1]."""
+    t = torch.as_tensor(t, dtype=like.dtype, device=like.device)
+    return t.reshape(-1, 1).expand(like.shape[0], 1)
+
+
+class FlowModule(ModuleNetwork):
+    """velocity = v(obs, noisy_actions, t), computed by the user's module."""
+
+    def forward(self, obs: Tensor, noisy_actions: Tensor, t: Tensor | float) -> Tensor:
+        """Returns the velocity [B, A] at obs [B, S], noisy_actions [B, A], t [B, 1] (or a number)."""
+        return self._run(obs, noisy_actions, _as_time(t, noisy_actions))
+
+
+class CriticModule(ModuleNetwork):
+    """q_values [E, B], computed by the user's module."""
+
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """Returns q_values [E, B] at obs [B, S], actions [B, A]."""
+        return self._run(obs, actions)
+
+
+class MetaFlowMapModule(ModuleNetwork):
+    """The mapped point X_{s,u}(xbar; t, x), computed by the user's module."""
+
+    def forward(
+        self,
+        obs: Tensor,
+        xbar: Tensor,
+        noisy_actions: Tensor,
+        t: Tensor | float,
+        s: Tensor | float = 0.0,
+        u: Tensor | float = 1.0,
+    ) -> Tensor:
+        """Returns the mapped point [B, A]; xbar, noisy_actions [B, A]; t, s, u [B, 1] or numbers in [0, 1]."""
+        t, s, u = (_as_time(value, xbar) for value in (t, s, u))
+        output = self._run(obs, xbar, noisy_actions, t, s, u)
+        return xbar + (u - s) * output if self._layout.is_velocity else output
+
+    def average_velocity(
+        self, obs: Tensor, xbar: Tensor, noisy_actions: Tensor, t: Tensor | float, s: Tensor | float, u: Tensor | float
+    ) -> Tensor:
+        """vhat [B, A]; where the module returns the mapped point, s and u must differ."""
+        t, s, u = (_as_time(value, xbar) for value in (t, s, u))
+        output = self._run(obs, xbar, noisy_actions, t, s, u)
+        return output if self._layout.is_velocity else (output - xbar) / (u - s)
+
+
+def network_class(kind: str) -> type[ModuleNetwork]:
+    return {"flow": FlowModule, "critic": CriticModule, "meta_flow_map": MetaFlowMapModule}[kind]

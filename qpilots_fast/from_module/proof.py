@@ -1,0 +1,127 @@
+"""Random inputs, and the comparison of a packed network with the user's module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..networks import bind
+from ..reference import ReferenceNetwork, ordered_blocks, time_block
+from ..spec import NetworkSpec
+from .calling import BLOCKS_OF_KIND, TIMES, OutputLayout, UserCall
+from .refusal import Refused, number
+from .sources import Source
+
+TOLERANCE = 1e-8  # relative, float64 against float64
+SCALES = (1.0, 4.0, 40.0)  # larger inputs find a clip inside the module
+MOVING = {"flow": "noisy_actions", "critic": "actions", "meta_flow_map": "noisy_actions"}
+
+
+def random_blocks(
+    kind: str, dims: tuple[int, int], batch_size: int, generator: torch.Generator, scale: float = 1.0
+) -> dict[str, Tensor]:
+    """The inputs of a kind, float64; times are float32 numbers in (0, 1), so that a cast inside changes nothing."""
+    named = {}
+    for name in BLOCKS_OF_KIND[kind]:
+        if name in TIMES:
+            named[name] = torch.rand(batch_size, 1, generator=generator).double()
+        else:
+            width = dims[0] if name == "obs" else dims[1]
+            named[name] = scale * torch.randn(batch_size, width, generator=generator, dtype=torch.float64)
+    return named
+
+
+def batch_size_apart_from(members: int, offset: int = 0) -> int:
+    """A batch size that cannot be mistaken for the number of members."""
+    size = 6 + offset
+    return size if size != members else size + 1
+
+
+def evaluate(spec: NetworkSpec, flat: Sequence[Tensor], named: dict[str, Tensor], columns: Tensor | None) -> tuple:
+    """Our output [E, B, out], and its pullback, from the blocks or from the columns that the user's module made."""
+    network = ReferenceNetwork(bind(spec, flat), torch.float64)
+    if columns is not None:
+        return network([columns])
+    blocks = {
+        name: time_block(spec, block, len(block), block.device) if name in TIMES else block
+        for name, block in named.items()
+    }
+    return network(ordered_blocks(spec, blocks))
+
+
+def to_module_output(spec: NetworkSpec, output: Tensor, named: dict[str, Tensor], layout: OutputLayout) -> Tensor:
+    """Our [E, B, out] as the module's own output after layout.apply."""
+    if spec.kind == "critic":
+        return output.squeeze(-1)
+    if spec.kind == "meta_flow_map" and not layout.is_velocity:
+        return named["xbar"] + (named["u"] - named["s"]) * output[0]
+    return output[0]
+
+
+def prove(
+    module: nn.Module,
+    call: UserCall,
+    layout: OutputLayout,
+    spec: NetworkSpec,
+    sources: Sequence[Source],
+    generator: torch.Generator,
+    first_columns: object = None,
+) -> float:
+    """Compares outputs and input gradients on several batches; returns the largest relative difference.
+
+    Args:
+        module: a float64 copy of the user's module with random parameters.
+        first_columns: function (named) -> the columns that the module's first Linear reads, where they are known:
+            then the time features are compared apart, to the precision that the user computes them in.
+
+    Raises:
+        Refused: with the numbers, where they differ.
+    """
+    worst = 0.0
+    moving = MOVING[spec.kind]
+    dims = (spec.obs_dim, spec.action_dim)
+    for offset, scale in enumerate(SCALES):
+        size = batch_size_apart_from(spec.num_members, offset)
+        named = random_blocks(spec.kind, dims, size, generator, scale)
+        leaves = [named[name].requires_grad_() for name in ("obs", moving)]
+        with torch.enable_grad():
+            theirs = layout.apply(call(module, list(named.values())))
+        cotangent = torch.randn(theirs.shape, generator=generator, dtype=torch.float64)
+        their_grads = _gradients(theirs, leaves, cotangent)
+        with torch.no_grad():
+            columns = first_columns(named) if callable(first_columns) else None
+            flat = [source.find(module).double() for source in sources]
+            output, pullback = evaluate(spec, flat, named, columns)
+            ours = to_module_output(spec, output, named, layout)
+            d_output = cotangent.unsqueeze(-1) if spec.kind == "critic" else cotangent.unsqueeze(0)
+            if spec.kind == "meta_flow_map" and not layout.is_velocity:
+                d_output = d_output * (named["u"] - named["s"])
+            d_columns = pullback(d_output).sum(0)
+        worst = max(worst, _compare("outputs", ours, theirs.detach(), scale))
+        for name, grad in zip(("obs", moving), their_grads):
+            if spec.block_dim(name):
+                ours = d_columns[:, spec.block_slices[name]]
+                worst = max(worst, _compare(f"gradient with respect to {name}", ours, grad, scale))
+    return worst
+
+
+def _gradients(output: Tensor, leaves: Sequence[Tensor], cotangent: Tensor) -> Sequence[Tensor]:
+    if not output.requires_grad:
+        raise Refused("its output carries no gradient (does it run under no_grad, or detach?)")
+    grads = torch.autograd.grad(output, leaves, cotangent.to(output.dtype), allow_unused=True)
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads)]
+
+
+def _compare(what: str, ours: Tensor, theirs: Tensor, scale: float) -> float:
+    if ours.shape != theirs.shape:
+        raise Refused(f"its {what} have shape {list(theirs.shape)}, expected {list(ours.shape)}")
+    size = 1 + ours.abs().max().item()
+    gap = (ours - theirs).abs().max().item() / size
+    if not gap <= TOLERANCE:
+        raise Refused(
+            f"its {what} differ from those of the recognised structure by {number(gap)} (relative, float64; allowed "
+            f"{number(TOLERANCE)}) on random inputs of scale {scale:g}"
+        )
+    return gap

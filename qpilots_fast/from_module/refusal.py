@@ -1,0 +1,11 @@
+"""Why a module cannot be packed."""
+
+from __future__ import annotations
+
+
+class Refused(Exception):
+    """Carries the reason; from_module turns it into a ValueError that names the module."""
+
+
+def number(value: float) -> str:
+    return f"{value:.3g}"

@@ -1,0 +1,696 @@
+"""from_module: what is recognised, that it shares the user's parameters, and what is refused, with the reason."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering, ops
+from qpilots_fast.from_module import from_module
+from qpilots_fast.networks import time_features
+from qpilots_fast.objectives import td_loss
+
+S, A, H = 5, 3, 9  # obs, action and hidden widths
+B = 4
+DIMS = {"obs_dim": S, "action_dim": A}
+
+# float32 against float64 over three small layers
+FLOAT32_TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+def mlp(width_in: int, width_out: int, *hidden: int, act=nn.ReLU, norm: str | None = None, **linear) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for width in hidden:
+        layers.append(nn.Linear(width_in, width, **linear))
+        if norm == "pre":
+            layers += [nn.LayerNorm(width), act()]
+        else:
+            layers += [act(), *([nn.LayerNorm(width)] if norm == "post" else [])]
+        width_in = width
+    return nn.Sequential(*layers, nn.Linear(width_in, width_out, **linear))
+
+
+class Flow(nn.Module):
+    """A flow with its inputs in any order and any time features."""
+
+    def __init__(self, order=("obs", "noisy_actions", "t"), embed=lambda t: t, width=1, net=None, times=None):
+        super().__init__()
+        self.order, self.embed, self.times = order, embed, times
+        self.net = mlp(S + A + width, A, H, 2 * H, act=nn.SiLU) if net is None else net
+
+    def forward(self, obs: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        named = {"obs": obs, "noisy_actions": x, "t": self.embed(t)}
+        return self.net(torch.cat([named[name] for name in self.order], -1))
+
+
+class Critic(nn.Module):
+    def __init__(self, order=("obs", "actions"), squeeze=False, **kwargs):
+        super().__init__()
+        self.q = mlp(S + A, 1, H, H, **kwargs)
+        self.order, self.squeeze = order, squeeze
+
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        named = {"obs": obs, "actions": actions}
+        q = self.q(torch.cat([named[name] for name in self.order], -1))
+        return q.squeeze(-1) if self.squeeze else q
+
+
+class TwoCritics(nn.Module):
+    """CleanRL and TD3 style: layers as attributes, activations as calls."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("a", "b"):
+            setattr(self, f"{name}1", nn.Linear(S + A, H))
+            setattr(self, f"{name}2", nn.Linear(H, H))
+            setattr(self, f"{name}3", nn.Linear(H, 1))
+
+    def forward(self, obs, actions):
+        x = torch.cat([actions, obs], 1)
+        q1 = self.a3(F.relu(self.a2(F.relu(self.a1(x)))))
+        q2 = self.b3(F.relu(self.b2(F.relu(self.b1(x)))))
+        return q1, q2
+
+
+def inputs(dtype=torch.float32, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    obs = torch.randn(B, S, generator=generator, dtype=dtype)
+    return obs, torch.randn(B, A, generator=generator, dtype=dtype)
+
+
+def assert_packed_runs_as(network, *blocks: Tensor) -> None:
+    """The packed network, run from its parameters alone, agrees with the user's own forward and its gradient."""
+    moving = blocks[1].clone().requires_grad_()
+    blocks = (blocks[0], moving, *blocks[2:])
+    packed = ops.critic_values if network.spec.kind == "critic" else ops.velocity
+    with torch.no_grad():
+        torch.testing.assert_close(packed(*blocks, network, backend="reference"), network(*blocks), **FLOAT32_TOLERANCE)
+    theirs = network(*blocks)
+    cotangent = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(7)).to(theirs.dtype)
+    (want,) = torch.autograd.grad(theirs, moving, cotangent)
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    (got,) = torch.autograd.grad(packed(*blocks, network, backend="reference"), moving, cotangent)
+    torch.testing.assert_close(got, want, **FLOAT32_TOLERANCE)
+
+
+# ---------------------------------------------------------------- recognised
+
+
+@pytest.mark.parametrize("norm", [None, "pre", "post"])
+@pytest.mark.parametrize(
+    ("name", "act"),
+    [
+        ("gelu", nn.GELU), ("gelu_tanh", lambda: nn.GELU(approximate="tanh")), ("relu", nn.ReLU),
+        ("relu", lambda: nn.ReLU(inplace=True)), ("silu", nn.SiLU), ("mish", nn.Mish), ("tanh", nn.Tanh),
+    ],
+)  # fmt: skip
+def test_sequential_flow(norm, name, act):
+    module = mlp(S + A + 1, A, H, 7, act=act, norm=norm)
+    network = from_module(module, "flow")  # widths are inferred
+    spec = network.spec
+    assert (spec.obs_dim, spec.action_dim, spec.hidden_dims, spec.activation) == (S, A, (H, 7), name)
+    assert spec.layer_norm == (norm, norm) and (norm is None or spec.layer_norm_eps == 1e-5)
+    obs, x = inputs()
+    assert_packed_runs_as(network, obs, x, torch.full((B, 1), 0.3))
+
+
+@pytest.mark.parametrize(
+    "order",
+    [("obs", "noisy_actions", "t"), ("noisy_actions", "obs", "t"), ("obs", "t", "noisy_actions"),
+     ("t", "noisy_actions", "obs"), ("noisy_actions", "t", "obs"), ("t", "obs", "noisy_actions")],
+)  # fmt: skip
+def test_order_of_inputs(order):
+    network = from_module(Flow(order), "flow")
+    assert network.spec.input_order == order
+    assert_packed_runs_as(network, *inputs(), torch.full((B, 1), 0.7))
+
+
+@pytest.mark.parametrize(("embedding", "width"), [("sinusoidal", 16), ("fourier", 64), ("fourier", 8)])
+@pytest.mark.parametrize("float32", [False, True])
+def test_time_embedding(embedding, width, float32):
+    def embed(t):  # float32: as users compute it, with angles up to 1e4
+        if not float32:
+            return time_features(t, embedding, width).to(t.dtype)
+        index = torch.arange(width // 2)
+        scale = 1e4 * torch.exp(-math.log(1e4) * index / (width // 2)) if embedding == "sinusoidal" else index
+        angles = t.float() * scale
+        return torch.cat([angles.cos(), angles.sin()], -1).to(t.dtype)
+
+    network = from_module(Flow(embed=embed, width=width), "flow", obs_dim=S)
+    assert (network.spec.time_embedding, network.spec.time_embedding_dim) == (embedding, width)
+    if not float32:
+        assert_packed_runs_as(network, *inputs(), torch.full((B, 1), 0.3))
+
+
+def test_layers_without_bias_or_affine_norm():
+    module = nn.Sequential(
+        nn.Linear(S + A, H, bias=False), nn.LayerNorm(H, elementwise_affine=False, eps=1e-3), nn.Mish(),
+        nn.Linear(H, H), nn.LayerNorm(H, elementwise_affine=False, eps=1e-3), nn.Mish(), nn.Linear(H, 1, bias=False),
+    )  # fmt: skip
+    network = from_module(module, "critic", **DIMS)
+    spec = network.spec
+    assert spec.biases == (False, True, False) and not spec.norm_weight and not spec.norm_bias
+    assert spec.layer_norm_eps == 1e-3 and len(network.flat_parameters()) == 4
+    assert_packed_runs_as(network, *inputs())
+
+
+def test_norm_on_some_layers_and_idle_modules():
+    module = nn.Sequential(
+        nn.Identity(), nn.Linear(S + A, H), nn.LayerNorm(H), nn.GELU(), nn.Dropout(0.0), nn.Linear(H, H), nn.GELU(),
+        nn.Dropout(0.3), nn.Linear(H, 1),
+    ).eval()  # fmt: skip
+    network = from_module(module, "critic", **DIMS)
+    assert network.spec.layer_norm == ("pre", None)
+    assert_packed_runs_as(network, *inputs())
+    network.train()
+    with pytest.raises(ValueError, match=r"Dropout.*training mode"):
+        network.flat_parameters()
+
+
+@pytest.mark.parametrize("squeeze", [False, True])
+@pytest.mark.parametrize("container", [list, tuple, nn.ModuleList])
+def test_list_of_critics(container, squeeze):
+    members = [Critic(squeeze=squeeze, norm="post", act=nn.GELU) for _ in range(B)]  # as many members as rows
+    network = from_module(container(members), "critic", **DIMS)
+    assert network.spec.num_members == B and network.spec.layer_norm == ("post", "post")
+    obs, actions = inputs()
+    want = torch.stack([member(obs, actions).reshape(B) for member in members])
+    torch.testing.assert_close(network(obs, actions), want)
+    assert_packed_runs_as(network, obs, actions)
+
+
+def test_list_of_sequential_critics_and_double_q_module():
+    network = from_module([mlp(S + A, 1, H) for _ in range(3)], "critic", **DIMS)
+    assert network.spec.num_members == 3
+    assert_packed_runs_as(network, *inputs())
+    double = from_module(TwoCritics(), "critic", **DIMS)
+    assert double.spec.num_members == 2 and double.spec.input_order == ("actions", "obs")
+    assert double.spec.activation == "relu"
+    assert_packed_runs_as(double, *inputs())
+
+
+@pytest.mark.parametrize("layout", ["EB", "EB1", "BE", "BE1"])
+def test_critic_output_layouts(layout):
+    class Ensemble(nn.Module):
+        obs_dim, action_dim = S, A
+
+        def __init__(self):
+            super().__init__()
+            self.members = nn.ModuleList(Critic() for _ in range(B))
+
+        def forward(self, obs, actions):
+            q = torch.stack([member(obs, actions) for member in self.members])  # [E, B, 1]
+            q = q if layout.startswith("EB") else q.transpose(0, 1)
+            return q if layout.endswith("1") else q.squeeze(-1)
+
+    module = Ensemble()
+    network = from_module(module, "critic")
+    obs, actions = inputs()
+    want = torch.stack([member(obs, actions).squeeze(-1) for member in module.members])
+    torch.testing.assert_close(network(obs, actions), want)  # B == E: the layout was settled before
+    assert_packed_runs_as(network, obs, actions)
+
+
+def test_call_hint():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp(S + A + 1, A, H)
+
+        def forward(self, inputs, *, scale):
+            return {"v": self.net(torch.cat([inputs["x"], scale * inputs["t"], inputs["o"]], -1))}
+
+    network = from_module(
+        Odd(), "flow", **DIMS, call=lambda m, obs, x, t: m({"o": obs, "x": x, "t": t}, scale=1.0)["v"]
+    )
+    assert network.spec.input_order == ("noisy_actions", "t", "obs")
+    assert_packed_runs_as(network, *inputs(), torch.full((B, 1), 0.3))
+
+
+def test_flat_time_argument():
+    class FlatTime(Flow):
+        def forward(self, obs, x, t):
+            assert t.ndim == 1
+            return super().forward(obs, x, t[:, None])
+
+    assert_packed_runs_as(from_module(FlatTime(), "flow"), *inputs(), torch.full((B, 1), 0.3))
+
+
+@pytest.mark.parametrize("is_velocity", [False, True])
+def test_meta_flow_map(is_velocity):
+    class Map(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp(S + 2 * A + 3, A, H, H, act=nn.GELU)
+
+        def forward(self, obs, xbar, x, t, s, u):
+            vhat = self.net(torch.cat([xbar, x, obs, t, s, u], -1))
+            return vhat if is_velocity else xbar + (u - s) * vhat
+
+    module = Map()
+    network = from_module(module, "meta_flow_map", obs_dim=S)
+    assert network.spec.input_order == ("xbar", "noisy_actions", "obs", "t", "s", "u")
+    obs, x = inputs()
+    eps = torch.randn(B, A, generator=torch.Generator().manual_seed(3))
+    vhat = module.net(torch.cat([eps, x, obs, torch.tensor([0.4, 0.0, 1.0]).expand(B, 3)], -1))
+    torch.testing.assert_close(network(obs, eps, x, 0.4), eps + vhat)
+    torch.testing.assert_close(network.average_velocity(obs, eps, x, 0.4, 0.0, 1.0), vhat)
+    sampler = SteeredSampler(
+        FlowMLP(S, A, (H,)), CriticEnsemble(S, A, 2, (H,)), Steering.qpilots_m(num_samples=2), posterior=network,
+        num_steps=3, backend="reference",
+    )  # fmt: skip
+    own = SteeredSampler(
+        sampler.flow, sampler.critic, sampler.steering, posterior=lambda *blocks: network(*blocks), num_steps=3,
+        backend="reference",
+    )  # fmt: skip
+    noise = torch.randn(3, B, 2, A, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(sampler(obs, x, noise), own(obs, x, noise), **FLOAT32_TOLERANCE)
+
+
+# ---------------------------------------------------------------- plain tensors
+
+
+class Stacked(nn.Module):
+    """[E, in, out] or [E, out, in] weights in one of the layouts that people write."""
+
+    def __init__(self, orientation="io", bias_shape="E1d", grouped=True, norm=None, members=3, act=F.silu):
+        super().__init__()
+        self.orientation, self.norm, self.act = orientation, norm, act
+        widths = (S + A, H, H, 1)
+        shapes = list(pairwise(widths))
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape):
+            return nn.Parameter(0.5 * torch.randn(shape, generator=generator))
+
+        def vector(width):
+            return random(members, 1, width) if bias_shape == "E1d" else random(members, width)
+
+        def matrix(i, o):
+            return random(members, i, o) if orientation == "io" else random(members, o, i)
+
+        if grouped:
+            weights, biases = [matrix(*shape) for shape in shapes], [vector(o) for _, o in shapes]
+            self.weights, self.biases = nn.ParameterList(weights), nn.ParameterList(biases)
+            if norm:
+                self.scales = nn.ParameterList([vector(H), vector(H)])
+                self.shifts = nn.ParameterList([vector(H), vector(H)])
+        else:
+            for index, shape in enumerate(shapes):
+                setattr(self, f"w{index}", matrix(*shape))
+                setattr(self, f"b{index}", vector(shape[1]))
+                if norm and index < 2:
+                    setattr(self, f"norm_weight{index}", vector(H))
+                    setattr(self, f"norm_bias{index}", vector(H))
+        self.grouped = grouped
+
+    def layer(self, index):
+        if self.grouped:
+            norm = (self.scales[index], self.shifts[index]) if self.norm and index < 2 else ()
+            return self.weights[index], self.biases[index], *norm
+        names = ["w", "b", *(["norm_weight", "norm_bias"] if self.norm and index < 2 else [])]
+        return tuple(getattr(self, f"{name}{index}") for name in names)
+
+    def forward(self, obs, actions):
+        h = torch.cat([obs, actions], -1)
+        for index in range(3):
+            weight, bias, *norm = self.layer(index)
+            weight = weight if self.orientation == "io" else weight.transpose(1, 2)
+            h = h @ weight + bias.reshape(len(bias), 1, -1)
+            if index < 2:
+                h = self.act(h) if self.norm != "pre" else h
+                if norm:
+                    h = F.layer_norm(h, (H,), eps=1e-6)
+                    h = h * norm[0].reshape(len(bias), 1, -1) + norm[1].reshape(len(bias), 1, -1)
+                h = self.act(h) if self.norm == "pre" else h
+        return h
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize(("orientation", "bias_shape"), [("io", "E1d"), ("io", "Ed"), ("oi", "Ed")])
+@pytest.mark.parametrize("norm", [None, "pre", "post"])
+def test_stacked_parameters(grouped, orientation, bias_shape, norm):
+    module = Stacked(orientation, bias_shape, grouped, norm)
+    network = from_module(module, "critic", **DIMS)
+    assert network.spec.stacked and network.spec.num_members == 3 and network.spec.activation == "silu"
+    assert network.spec.layer_norm == (norm, norm)
+    assert {p.data_ptr() for p in network.flat_parameters()} == {p.data_ptr() for p in module.parameters()}
+    assert_packed_runs_as(network, *inputs())
+
+
+def test_stacked_hints():
+    module = Stacked("oi", "E1d", True, "post")  # [E, 1, H] is a weight here and a bias there: say which
+    with pytest.raises(ValueError, match="cannot run as a packed critic"):
+        from_module(module, "critic", **DIMS)
+    network = from_module(
+        module, "critic", **DIMS, weights=list(module.weights), biases=[f"biases.{i}" for i in range(3)],
+        norm_weights=list(module.scales), norm_biases=list(module.shifts), activation="silu", layer_norm="post",
+    )  # fmt: skip
+    assert_packed_runs_as(network, *inputs())
+    with pytest.raises(ValueError, match="which the module does not hold"):
+        from_module(module, "critic", **DIMS, weights=["weights.0", "weights.9"])
+    with pytest.raises(ValueError, match=r"closest .* is off by"):
+        from_module(module, "critic", **DIMS, weights=list(module.weights), biases=list(module.biases))
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_vmapped_ensemble(registered):
+    """torch.func.stack_module_state, with the tensors in a plain dict or in a ParameterDict."""
+
+    class Vmapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            members = [Critic(norm="pre", act=nn.GELU) for _ in range(3)]
+            params, _ = torch.func.stack_module_state(members)
+            self.params = (
+                nn.ParameterDict({name.replace(".", "/"): value for name, value in params.items()})
+                if registered
+                else {name: value.detach().requires_grad_() for name, value in params.items()}
+            )
+            self.skeleton = [copy.deepcopy(members[0]).to("meta")]
+
+        def forward(self, obs, actions):
+            params = {name.replace("/", "."): value for name, value in self.params.items()}
+            return torch.vmap(lambda p: torch.func.functional_call(self.skeleton[0], p, (obs, actions)))(params)
+
+    module = Vmapped()
+    network = from_module(module, "critic", **DIMS)
+    assert network.spec.layer_norm == ("pre", "pre") and network.spec.stacked
+    obs, actions = inputs()
+    before = ops.critic_values(obs, actions, network, backend="reference")
+    torch.testing.assert_close(before, network(obs, actions), **FLOAT32_TOLERANCE)
+    with torch.no_grad():
+        next(iter(module.params.values()))[:, 0] += 0.5
+    after = ops.critic_values(obs, actions, network, backend="reference")
+    assert (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(after, network(obs, actions), **FLOAT32_TOLERANCE)
+
+
+def test_functional_flow_without_modules():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            generator = torch.Generator().manual_seed(0)
+            for index, (i, o) in enumerate([(S + A + 1, H), (H, H), (H, A)]):
+                setattr(self, f"weight{index}", nn.Parameter(torch.randn(o, i, generator=generator) * 0.4))
+                setattr(self, f"bias{index}", nn.Parameter(torch.randn(o, generator=generator)))
+
+        def forward(self, obs, x, t):
+            h = torch.cat([x, t, obs], -1)
+            h = F.mish(F.linear(h, self.weight0, self.bias0))
+            h = F.mish(F.linear(h, self.weight1, self.bias1))
+            return F.linear(h, self.weight2, self.bias2)
+
+    network = from_module(Functional(), "flow", **DIMS)
+    assert network.spec.input_order == ("noisy_actions", "t", "obs") and network.spec.activation == "mish"
+    assert_packed_runs_as(network, *inputs(), torch.full((B, 1), 0.3))
+
+
+def test_mapping_of_tensors():
+    """A module that is itself a mapping of tensors (as TensorDictParams is), nested."""
+
+    class Tensors(nn.Module):
+        def __init__(self, tree):
+            super().__init__()
+            self.__dict__["tree"] = tree
+
+        def keys(self):
+            return self.tree.keys()
+
+        def items(self):
+            return self.tree.items()
+
+        def __getitem__(self, key):
+            return self.tree[key]
+
+        def __setitem__(self, key, value):
+            self.tree[key] = value
+
+    generator = torch.Generator().manual_seed(0)
+    widths = [(S + A, H), (H, H), (H, 1)]
+    tree = {
+        f"layer{i}": {
+            "weight": torch.randn(2, a, b, generator=generator, requires_grad=True),
+            "bias": torch.randn(2, 1, b, generator=generator, requires_grad=True),
+        }
+        for i, (a, b) in enumerate(widths)
+    }
+
+    class Owner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.params = Tensors(tree)
+
+        def forward(self, obs, actions):
+            h = torch.cat([obs, actions], -1).expand(2, -1, -1)
+            for index in range(3):
+                layer = self.params[f"layer{index}"]
+                h = torch.baddbmm(layer["bias"], h, layer["weight"])
+                h = F.relu(h) if index < 2 else h
+            return h
+
+    network = from_module(Owner(), "critic", **DIMS)
+    obs, actions = inputs()
+    got = ops.critic_values(obs, actions, network, backend="reference")
+    torch.testing.assert_close(got, network(obs, actions), **FLOAT32_TOLERANCE)
+
+
+# ---------------------------------------------------------------- sharing
+
+
+def _sampler(flow, critic, **kwargs):
+    return SteeredSampler(flow, critic, Steering.qpilots_u(), num_steps=4, backend="reference", **kwargs)
+
+
+def test_follows_the_users_parameters():
+    flow, critic = Flow(), TwoCritics()
+    packed = from_module(critic, "critic", **DIMS)
+    network = from_module(flow, "flow")
+    sampler = _sampler(network, packed)
+    assert {id(p) for p in network.parameters()} == {id(p) for p in flow.parameters()}
+    obs, noise = inputs()
+    actions = [sampler(obs, noise)]
+
+    def changed() -> Tensor:
+        actions.append(sampler(obs, noise))
+        plain = _sampler(lambda *blocks: network(*blocks), lambda *blocks: packed(*blocks))
+        torch.testing.assert_close(actions[-1], plain(obs, noise), **FLOAT32_TOLERANCE)
+        assert (actions[-1] - actions[-2]).abs().max() > 1e-4
+        return actions[-1]
+
+    optimiser = torch.optim.SGD([*flow.parameters(), *critic.parameters()], lr=0.5)
+    loss = td_loss(packed, packed, obs, noise, torch.ones(B), torch.full((B,), 0.9), obs, sampler=sampler)
+    loss = loss + network(obs, noise, torch.rand(B, 1)).square().mean()
+    loss.backward()
+    assert all(p.grad is not None for p in flow.parameters()) and all(p.grad is not None for p in critic.parameters())
+    optimiser.step()
+    changed()
+    flow.net[0].weight.data += 0.3
+    changed()
+    critic.load_state_dict({name: value + 0.1 for name, value in critic.state_dict().items()})
+    flow.load_state_dict({name: value * 1.1 for name, value in flow.state_dict().items()})
+    changed()
+    flow.net[0] = nn.Linear(S + A + 1, H)  # a layer replaced by one of the same shape
+    changed()
+    sampler.double()
+    assert sampler(obs.double(), noise.double()).dtype == torch.float64
+    assert network.flat_parameters()[0].data_ptr() == flow.net[0].weight.data_ptr()
+
+
+def test_recognition_leaves_the_module_and_the_random_state_alone():
+    module = Flow().eval()
+    state = copy.deepcopy(module.state_dict())
+    torch.manual_seed(3)
+    want = torch.rand(3)
+    torch.manual_seed(3)
+    network = from_module(module, "flow")
+    torch.testing.assert_close(torch.rand(3), want)
+    assert not network.training and not module.training
+    assert not any(m._forward_hooks for m in module.modules())
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, state[name])
+
+
+def test_copies_and_pickles():
+    network = from_module(mlp(S + A + 1, A, H), "flow")
+    clone = copy.deepcopy(network)
+    buffer = io.BytesIO()
+    torch.save(network, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    obs, x = inputs()
+    for other in (clone, loaded):
+        assert not {p.data_ptr() for p in other.flat_parameters()} & {p.data_ptr() for p in network.flat_parameters()}
+        assert other.flat_parameters()[0] is other.module[0].weight
+        torch.testing.assert_close(other(obs, x, 0.3), network(obs, x, 0.3))
+
+
+def test_zero_weights_are_no_excuse():
+    module = mlp(S + A, 1, H, H, act=nn.Mish, norm="post")
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    network = from_module(module, "critic", **DIMS)
+    assert network.spec.activation == "mish" and network.spec.layer_norm == ("post", "post")
+    assert not any(p.any() for p in module.parameters())
+
+
+def test_compiled_sampling():
+    network, critic = from_module(Flow(), "flow"), from_module(TwoCritics(), "critic", **DIMS)
+    sampler = _sampler(network, critic)
+    obs, noise = inputs()
+    compiled = torch.compile(sampler, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(obs, noise), sampler(obs, noise))
+
+
+def test_already_packed():
+    flow = FlowMLP(S, A, (H,))
+    assert from_module(flow, "flow") is flow
+    with pytest.raises(ValueError, match="a packed flow"):
+        from_module(flow, "critic")
+
+
+# ---------------------------------------------------------------- fuzz
+
+_activations = {
+    "gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU(approximate="tanh"), "relu": nn.ReLU, "silu": nn.SiLU,
+    "mish": nn.Mish, "tanh": nn.Tanh,
+}  # fmt: skip
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    widths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    act=st.sampled_from(sorted(_activations)),
+    norms=st.lists(st.sampled_from([None, "pre", "post"]), min_size=4, max_size=4),
+    biases=st.lists(st.booleans(), min_size=5, max_size=5),
+    members=st.integers(1, 7),
+    eps=st.sampled_from([1e-6, 1e-5, 1e-3]),
+    dims=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    first=st.booleans(),
+)
+def test_random_critics(widths, act, norms, biases, members, eps, dims, first):
+    def member():
+        layers, width_in = [], sum(dims)
+        for width, norm, bias in zip(widths, norms, biases):
+            layer_norm = [nn.LayerNorm(width, eps=eps)] if norm else []
+            inner = [*layer_norm, _activations[act]()] if norm == "pre" else [_activations[act](), *layer_norm]
+            layers += [nn.Linear(width_in, width, bias=bias), *inner]
+            width_in = width
+        return nn.Sequential(*layers, nn.Linear(width_in, 1, bias=biases[4]))
+
+    order = ("obs", "actions") if first else ("actions", "obs")
+    module = nn.ModuleList(member() for _ in range(members))
+    network = from_module(module, "critic", obs_dim=dims[0], action_dim=dims[1], input_order=order)
+    spec = network.spec
+    assert spec.hidden_dims == tuple(widths) and spec.num_members == members
+    generator = torch.Generator().manual_seed(0)
+    obs, actions = (torch.randn(B, d, generator=generator) for d in dims)
+    got = ops.critic_values(obs, actions, network, backend="reference")
+    torch.testing.assert_close(got, network(obs, actions), rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------- refused
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(S + A, H), nn.Linear(H, H), nn.Linear(H, 1)
+
+    def forward(self, obs, actions):
+        h = F.relu(self.a(torch.cat([obs, actions], -1)))
+        return self.c(h + F.relu(self.b(h)))
+
+
+class Wrapped(nn.Module):
+    """A critic (or flow) whose inputs or output are changed on the way."""
+
+    def __init__(self, inner, before=lambda *blocks: blocks, after=lambda out: out):
+        super().__init__()
+        self.inner, self.before, self.after = inner, before, after
+
+    def forward(self, *blocks):
+        return self.after(self.inner(*self.before(*blocks)))
+
+
+class LearnedTime(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.time, self.net = nn.Linear(1, 8), mlp(S + A + 8, A, H)
+
+    def forward(self, obs, x, t):
+        return self.net(torch.cat([obs, x, self.time(t)], -1))
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "reason"),
+    [
+        (Residual(), "critic", r"no known activation.*off by"),
+        (mlp(S + A, 51, H), "critic", "51 outputs, expected 1"),
+        (mlp(S + A, 1, H, act=nn.ELU), "critic", r"no known activation.*off by"),
+        (mlp(S + A, 1, H, act=nn.Identity), "critic", "no known activation"),
+        (mlp(S + A, 1), "critic", "no hidden layer"),
+        (nn.Sequential(nn.Linear(S + A, H), nn.BatchNorm1d(H), nn.ReLU(), nn.Linear(H, 1)), "critic", "BatchNorm1d"),
+        (nn.Sequential(nn.Linear(S + A, H), nn.ReLU(), nn.Dropout(0.1), nn.Linear(H, 1)), "critic", "training mode"),
+        (nn.Sequential(nn.Linear(S + A, H), nn.RMSNorm(H), nn.ReLU(), nn.Linear(H, 1)), "critic", "known activation"),
+        (nn.Sequential(nn.Linear(S + A, H), nn.ReLU(), nn.Linear(H, H), nn.SiLU(), nn.Linear(H, 1)), "critic",
+         "differs"),
+        (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(S + A, H)), nn.ReLU(), nn.Linear(H, 1)),
+         "critic", "no registered parameter"),
+        (Wrapped(Critic(), before=lambda o, a: (o, a.clamp(-1, 1))), "critic", r"actions: off by"),
+        (Wrapped(Critic(), before=lambda o, a: (o.clamp(-10, 10), a)), "critic", r"obs: off by"),
+        (Wrapped(Critic(), before=lambda o, a: ((o - 1) / 2, a)), "critic", r"obs: off by"),
+        (Wrapped(Critic(), after=torch.tanh), "critic", r"outputs differ .* by .*float64"),
+        (Wrapped(Critic(), before=lambda o, a: (o, a.detach())), "critic", "gradient with respect to actions differ"),
+        (Wrapped(Critic(), after=lambda q: {"q": q}), "critic", r"returns dict"),
+        (Wrapped(Critic(), after=torch.no_grad()(lambda q: q.detach())), "critic", "no gradient"),
+        (Wrapped(Flow(), after=torch.tanh), "flow", r"outputs differ"),
+        (Wrapped(Flow(), before=lambda o, x, t: (o, x, 1 - t)), "flow", r"raw features of t \(1 wide\): off by"),
+        (LearnedTime(), "flow", "first Linear reads"),
+        (Flow(embed=lambda t: torch.cat([(t * 3).sin(), (t * 3).cos()], -1), width=2), "flow", "fourier features of t"),
+        (nn.GRUCell(S + A, H), "critic", "none of its tensors look like"),
+        (nn.Sequential(nn.Conv1d(1, 2, 3)), "critic", "could not be called"),
+    ],
+)  # fmt: skip
+def test_refused(module, kind, reason):
+    with pytest.raises(ValueError, match=reason) as error:
+        from_module(module, kind, **DIMS)
+    assert "accepts any callable" in str(error.value) and type(module).__name__ in str(error.value)
+
+
+def test_refused_members_that_differ():
+    members = [mlp(S + A, 1, H), mlp(S + A, 1, H + 1)]
+    with pytest.raises(ValueError, match="the shape differs"):
+        from_module(members, "critic", **DIMS)
+    with pytest.raises(ValueError, match=r"the activation or .* differs .*gelu, relu"):
+        from_module([mlp(S + A, 1, H), mlp(S + A, 1, H, act=nn.GELU)], "critic", **DIMS)
+
+
+def test_wrong_arguments():
+    module = mlp(S + A, 1, H)
+    with pytest.raises(ValueError, match="obs_dim and action_dim cannot be told"):
+        from_module(module, "critic")
+    with pytest.raises(ValueError, match="kind is 'policy'"):
+        from_module(module, "policy")
+    with pytest.raises(TypeError, match="unknown hint 'hidden'"):
+        from_module(module, "critic", hidden=3)
+    with pytest.raises(TypeError, match="module is function"):
+        from_module(lambda obs, actions: obs, "critic")
+    with pytest.raises(ValueError, match="activation is 'elu'"):
+        from_module(module, "critic", activation="elu")
+    with pytest.raises(ValueError, match="input_order is"):
+        from_module(module, "critic", input_order=("obs",))
+    with pytest.raises(ValueError, match="obs_dim is -1"):
+        from_module(module, "critic", obs_dim=-1, action_dim=2)
+    with pytest.raises(ValueError, match=r"hint input_order is .* but its columns are"):
+        from_module(Critic(), "critic", **DIMS, input_order=("actions", "obs"))
