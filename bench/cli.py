@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,8 @@ from .timing import combine_loads
 
 # at this size every peer takes seconds a call: only the ones that won at the size below run
 _WINNERS_ONLY_FROM = 1024
+# --quick begins no cell after this, so that it ends within a minute on a slow machine too
+_QUICK_STOPS_AFTER_S = 30.0
 
 
 @dataclass
@@ -56,7 +59,7 @@ class Session:
             peers = [peer for peer in peers if peer.name == "torch eager"]
         if workload.batch_size >= _WINNERS_ONLY_FROM:
             peers = [peer for peer in peers if peer.key in self._winners(workload)] or peers
-        return [*our_contestants(workload, self.precisions, "cpu"), *peers]
+        return [*our_contestants(workload, self.precisions, "cpu", frozen=not self.quick), *peers]
 
     def _peer_precisions(self) -> tuple[str, ...]:
         # bfloat16 answers to the best peer of any precision
@@ -267,9 +270,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     _print_peaks(session)
     record = header("targets" if options.table else "quick" if options.quick else "bench", arguments, session.peaks)
-    complete = True
+    complete, start = True, time.perf_counter()
     try:
         for case, method, batch in plan:
+            if options.quick and time.perf_counter() - start > _QUICK_STOPS_AFTER_S:
+                console.print(f"out of time: {method} B={batch} is left out")
+                continue
             session.measure(make_workload(CASES[case], method, batch))
         if session.control_rows:
             console.print(report.row_table("control loop, B=1", control_loop_rows(session.control_rows)))

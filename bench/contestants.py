@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -65,7 +66,7 @@ def our_contestants(
             if device == "cuda":
                 graph = partial(build_captured, precision=precision, backend=name)
                 found.append(Contestant(f"qpilots_fast {name} captured", precision, graph, ours=True, frozen=True))
-            elif frozen:
+            elif frozen and name != "reference":  # the reference packs nothing
                 packed = partial(build_ours, precision=precision, backend=name, frozen=True)
                 found.append(Contestant(f"qpilots_fast {name} frozen", precision, packed, ours=True, frozen=True))
     return found
@@ -75,8 +76,6 @@ def _accepts(name: str, workload: Workload, precision: str) -> bool:
     backend = backends.get(name)
     spec = workload.sampler("reference", "float32")._spec
     assert spec is not None
-    from dataclasses import replace
-
     return backend.refusal(replace(spec, precision=precision), workload.obs.device) is None
 
 

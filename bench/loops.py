@@ -38,7 +38,8 @@ def torch_operation() -> Callable[[], object]:
 def measure_control_loop(runs: dict[str, Run]) -> list[dict[str, Any]]:
     """Each contestant back to back, and again with a torch operation right before every call."""
     rows = []
-    for mode, between in (("back to back", None), ("after a torch op", torch_operation())):
+    modes: dict[str, Callable[[], object] | None] = {"back to back": None, "after a torch op": torch_operation()}
+    for mode, between in modes.items():
         for key, run in runs.items():
             guess = control_loop(run, 5, between)["p50_s"]
             stats = control_loop(run, int(min(max(_LOOP_S / guess, 30), 1000)), between)

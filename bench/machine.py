@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -83,16 +84,12 @@ def _torch_peaks(device: str) -> Peaks:
 def _native_peaks() -> Peaks | None:
     """The native module's micro-benchmarks, where it was built with them."""
     try:
-        from qpilots_fast.backends import cpu
-
-        measured: dict[str, float] = cpu.measure_peaks()
+        measure = importlib.import_module("qpilots_fast.backends.cpu").measure_peaks
+        measured: dict[str, float] = measure()
     except (ImportError, AttributeError, RuntimeError):
         return None
-    flops = {
-        name: measured[key]
-        for name, key in (("float32", "flops_float32"), ("bfloat16", "flops_bfloat16"))
-        if measured.get(key)
-    }
+    keys = {precision: f"flops_{precision}" for precision in ("float32", "bfloat16")}
+    flops = {precision: measured[key] for precision, key in keys.items() if measured.get(key)}
     if not flops:
         return None
     return Peaks(flops, measured.get("dram_bytes"), measured.get("cache_bytes"), "native micro-benchmarks")

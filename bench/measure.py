@@ -198,7 +198,7 @@ def measure_cell(
         results.append(result)
         if run is not None and result.timing is not None and result.check is not None and result.check.correct:
             if memory:
-                result.timing.peak_extra_bytes = peak_extra_bytes(run)
+                result.timing.peak_extra_bytes = peak_extra_bytes(run, cuda)
             runs[contestant.key] = run
             timings[contestant.key] = result.timing
     load = None

@@ -88,10 +88,10 @@ def plot_percent_of_peak(cells: list[dict[str, Any]], title: str, path: Path) ->
         for ours, dash in ((True, "o-"), (False, ".:")):
             points = []
             for cell in cells:
-                rates = [
-                    r["percent_of_peak_flops"] for r in cell["results"]
-                    if (r["ours"], r["precision"], r["frozen"]) == (ours, precision, False) and r.get("percent_of_peak_flops")
-                ]  # fmt: skip
+                fair = [
+                    r for r in cell["results"] if (r["ours"], r["precision"], r["frozen"]) == (ours, precision, False)
+                ]
+                rates = [r["percent_of_peak_flops"] for r in fair if r.get("percent_of_peak_flops")]
                 if rates:
                     points.append((cell["batch_size"], max(rates)))
             if points:

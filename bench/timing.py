@@ -162,12 +162,12 @@ def _status_kib(name: str) -> int | None:
     return next((int(line.split()[1]) for line in lines if line.startswith(name)), None)
 
 
-def peak_extra_bytes(run: Run) -> int | None:
+def peak_extra_bytes(run: Run, cuda: bool = False) -> int | None:
     """How far one call raises memory above where it stood; None where it cannot be known.
 
     On a GPU the allocator's peak; on Linux the resident set's high-water mark, after freed memory was given back.
     """
-    if torch.cuda.is_available():
+    if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before_gpu = torch.cuda.memory_allocated()
@@ -201,13 +201,16 @@ def prepare(build: Callable[[], Run]) -> tuple[Run, Timing, Tensor]:
 
 
 def _timed(run: Run, cuda: bool) -> float:
-    if cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    if not cuda:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
     run()
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3
 
 
 def interleave(
@@ -226,7 +229,8 @@ def interleave(
     fill 40 ms. The order rotates by one each round.
 
     Args:
-        rounds: how many; None for as many as fit budget_s, between min_rounds and max_rounds.
+        rounds: how many; None for as many as fit budget_s, between min_rounds and max_rounds. They stop early, but
+            not before the third, where they take three times budget_s.
 
     Returns:
         How busy other processes kept the machine meanwhile.
@@ -240,8 +244,11 @@ def interleave(
         round_s = sum(once[name] * (calls[name] + warms[name]) for name in runs)
         rounds = min(max(int(budget_s / round_s), min_rounds), max_rounds)
     names = list(runs)
+    start = time.perf_counter()
     with LoadMonitor() as monitor:
         for index in range(rounds):
+            if index >= min(3, rounds) and time.perf_counter() - start > 3 * budget_s:
+                break
             shift = index % len(names)
             for name in names[shift:] + names[:shift]:
                 if warms[name]:

@@ -1,0 +1,164 @@
+"""`qpilots-fast bench --gpu`: every kernel checked on the card first, then the measured table.
+
+Nothing here was run by its authors on a GPU: its first run on one is the measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from qpilots_fast import BackendUnavailable, backends
+from qpilots_fast.reference import ordered_blocks, time_block
+from qpilots_fast.spec import ACTIVATIONS
+from qpilots_fast.testing import PRESETS, TOLERANCES, Case, make_case
+
+from . import plots, report
+from .cases import CASES, PRECISIONS, make_workload
+from .contestants import forget_compiled, our_contestants, peer_contestants
+from .machine import header, measure_peaks
+from .measure import measure_cell
+
+GPU_BACKENDS = ("triton", "cuda")
+_BATCH_SIZES = (1, 16, 64, 256, 1024, 4096, 16384)
+# odd on purpose: each leaves a different remainder in every block shape
+_CHECKED_BATCHES = (1, 17, 257)
+
+
+@dataclass(frozen=True)
+class KernelCheck:
+    """One comparison with the float64 reference on the CPU."""
+
+    backend: str
+    what: str
+    precision: str
+    max_error: float
+    mean_error: float
+    correct: bool
+
+
+def _on_gpu(case: Case) -> Case:
+    networks = {name: getattr(case, name).cuda() for name in ("flow", "critic", "posterior")}
+    eps = None if case.posterior_noise is None else case.posterior_noise.cuda()
+    return replace(case, **networks, obs=case.obs.cuda(), noise=case.noise.cuda(), posterior_noise=eps)
+
+
+def _verdict(
+    backend: str, what: str, precision: str, actual: torch.Tensor, expected: torch.Tensor, scale: float
+) -> KernelCheck:
+    error = (actual.detach().cpu().double() - expected).abs()
+    worst, mean = error.max().item(), error.mean().item()
+    tolerance = TOLERANCES[precision]
+    correct = all(
+        bound is None or got <= bound * scale
+        for got, bound in ((worst, tolerance.max_error), (mean, tolerance.mean_error))
+    )
+    return KernelCheck(backend, what, precision, worst, mean, correct)
+
+
+def check_samplers(backend: str, precision: str) -> list[KernelCheck]:
+    """Every preset at every checked batch size."""
+    found = []
+    for name, steering in PRESETS.items():
+        for batch in _CHECKED_BATCHES:
+            case = make_case(steering, batch_size=batch, hidden_dims=(96, 72))
+            expected = case.expected()
+            try:
+                actions = _on_gpu(case).run(backend, precision)
+            except BackendUnavailable:  # the backend states that it does not run this setting
+                continue
+            found.append(_verdict(backend, f"sample {name} B={batch}", precision, actions, expected, 1.0))
+    return found
+
+
+def check_networks(backend: str, precision: str) -> list[KernelCheck]:
+    """forward and vjp of the three kinds of network, over activations and LayerNorm placements."""
+    found = []
+    engine, oracle = backends.get(backend), backends.get("reference")
+    for activation in ACTIVATIONS:
+        for norm in (None, "pre", "post"):
+            case = make_case(activation=activation, layer_norm=norm, critic_layer_norm=norm, batch_size=33)
+            there = _on_gpu(make_case(activation=activation, layer_norm=norm, critic_layer_norm=norm, batch_size=33))
+            for kind in ("flow", "critic", "posterior"):
+                exact, bound = getattr(case.double(), kind).bound(), getattr(there, kind).bound()
+                named = {"obs": case.obs, "actions": case.noise, "noisy_actions": case.noise, "xbar": case.noise}
+                times = {t: time_block(exact.spec, value, 33, case.obs.device) for t, value in zip("tsu", (0.3, 0, 1))}
+                blocks = ordered_blocks(exact.spec, {**named, **times})
+                wide = [block.double() for block in blocks]
+                here = [block.float().cuda() for block in blocks]
+                expected = oracle.forward(exact, wide, "float64")
+                cotangent = torch.ones_like(expected)
+                handle = engine.prepare(bound, precision)
+                actual = {
+                    "forward": engine.forward(handle, here, precision),
+                    "vjp": engine.vjp(handle, here, cotangent.float().cuda(), precision),
+                }
+                exactly = {"forward": expected, "vjp": oracle.vjp(exact, wide, cotangent, "float64")}
+                for what, value in actual.items():
+                    scale = max(exactly[what].abs().max().item(), 1.0) * 4  # outputs are not within [-1, 1]
+                    label = f"{what} {kind} {activation} {norm}"
+                    found.append(_verdict(backend, label, precision, value, exactly[what], scale))
+    return found
+
+
+def check_every_kernel(console: Console) -> list[KernelCheck]:
+    """Runs all checks of the backends that can run; prints the failures and one line a backend."""
+    found: list[KernelCheck] = []
+    for backend in GPU_BACKENDS:
+        reason = backends.unavailable_reason(backend)
+        if reason is not None:
+            console.print(f"{backend}: not here ({reason})")
+            continue
+        for precision in PRECISIONS:
+            checks = check_samplers(backend, precision) + check_networks(backend, precision)
+            wrong = [check for check in checks if not check.correct]
+            worst = max((check.max_error for check in checks), default=float("nan"))
+            console.print(f"{backend} {precision}: {len(checks)} checks, {len(wrong)} wrong, worst error {worst:.1e}")
+            for check in wrong:
+                console.print(
+                    f"  [red]WRONG[/red] {check.what}: max {check.max_error:.1e}, mean {check.mean_error:.1e}"
+                )
+            found += checks
+    return found
+
+
+def main(options: argparse.Namespace) -> int:
+    """Checks, then times; the exit status is 2 without a GPU, 1 where a kernel is wrong."""
+    console = Console(width=max(Console().width, 160))
+    if not torch.cuda.is_available():
+        console.print(
+            "bench --gpu needs an NVIDIA GPU and a CUDA build of torch; torch.cuda.is_available() is False here. "
+            "Without one: `python -m bench.gpu_static` compiles every kernel and reads its machine code."
+        )
+        return 2
+    checks = check_every_kernel(console)
+    if any(not check.correct for check in checks):
+        console.print("[red]no times: some kernels are wrong[/red]")
+        return 1
+    peaks = measure_peaks("cuda")
+    console.print(report.peaks_text(peaks))
+    cells = []
+    for name in options.case:
+        for method in options.method or CASES[name].methods:
+            for batch in options.batch or _BATCH_SIZES:
+                forget_compiled()
+                workload = make_workload(CASES[name], method, batch, device="cuda")
+                ours = our_contestants(workload, options.precision, "cuda")
+                peers = peer_contestants(workload, options.peers, device="cuda")
+                cell = measure_cell(
+                    workload, [*ours, *peers], precisions=options.precision, rounds=options.rounds,
+                    budget_s=min(options.budget, 5.0),
+                )  # fmt: skip
+                cells.append(cell)
+                console.print(report.cell_table(cell, peaks))
+    record: dict[str, Any] = header("gpu", ["--gpu"], peaks)
+    record |= {"cells": [cell.to_json(peaks) for cell in cells], "checks": [vars(check) for check in checks]}
+    path = report.save(record, options.out)
+    console.print(f"saved {path}")
+    if not options.no_plots:
+        plots.plot_all(record, path)
+    return int(any(r.contestant.ours and not r.usable for cell in cells for r in cell.results))
