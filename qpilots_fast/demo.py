@@ -111,7 +111,7 @@ def time_per_action(policy: CubePolicy, backend: str, steering: Steering, precis
     with torch.inference_mode():
         for _ in range(3):
             sampler(obs, noise)
-        while len(times) < 10 or time.perf_counter() < deadline:
+        while len(times) < 5 or time.perf_counter() < deadline:
             start = time.perf_counter()
             sampler(obs, noise)
             times.append(time.perf_counter() - start)

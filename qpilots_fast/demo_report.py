@@ -38,13 +38,17 @@ def results_table(outcomes: list[Outcome]) -> Table:
 
 
 def timings_table(rows: list[tuple[str, str, float | str, float | str]]) -> Table:
-    """Milliseconds an action of each backend."""
-    table = Table(title=f"Time per action chunk, batch of 1, median (QPILOTS-U at alpha {DEFAULT_ALPHA:g})")
+    """Milliseconds an action of each backend that runs; the caption says why the others do not."""
+    absent = [f"{name}: {escape(reason)}" for name, _, reason, _ in rows if isinstance(reason, str)]
+    table = Table(
+        title=f"Time per action chunk, batch of 1, median (QPILOTS-U at alpha {DEFAULT_ALPHA:g})",
+        caption="\n".join(["not here:", *absent]) if absent else None, caption_justify="left",
+    )  # fmt: skip
     for name in ("backend", "precision", "unsteered", "QPILOTS-U"):
-        table.add_column(name, justify="left" if name == "backend" else "right", overflow="fold")
+        table.add_column(name, justify="left" if name == "backend" else "right")
     for name, precision, plain, steered in rows:
-        cells = [f"{1e3 * t:.3f} ms" if isinstance(t, float) else f"[dim]{escape(t)}[/dim]" for t in (plain, steered)]
-        table.add_row(name, precision, *cells)
+        if isinstance(plain, float) and isinstance(steered, float):
+            table.add_row(name, precision, f"{1e3 * plain:.3f} ms", f"{1e3 * steered:.3f} ms")
     return table
 
 
