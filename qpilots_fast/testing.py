@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,11 +74,15 @@ class Case:
 
     def double(self) -> Case:
         """The same values in float64."""
-        import copy
-
         networks = {name: copy.deepcopy(getattr(self, name)).double() for name in ("flow", "critic", "posterior")}
         eps = None if self.posterior_noise is None else self.posterior_noise.double()
         return replace(self, **networks, obs=self.obs.double(), noise=self.noise.double(), posterior_noise=eps)
+
+    def to(self, device: torch.device | str) -> Case:
+        """The same case on another device."""
+        networks = {name: copy.deepcopy(getattr(self, name)).to(device) for name in ("flow", "critic", "posterior")}
+        eps = None if self.posterior_noise is None else self.posterior_noise.to(device)
+        return replace(self, **networks, obs=self.obs.to(device), noise=self.noise.to(device), posterior_noise=eps)
 
     def with_steering(self, steering: Steering) -> Case:
         """Another steering of the same networks, with posterior noise of its shape."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.library import opcheck
 
 from qpilots_fast import CriticEnsemble, FlowMLP, MetaFlowMap, SteeredSampler, Steering, ops, reference
@@ -131,7 +132,7 @@ def test_compile_fullgraph_without_recompiles(backend):
     sampler = SteeredSampler(flow, critic, Steering.qpilots_u(), num_steps=3, backend=backend)
     obs, noise = rows(S, A, dtype=torch.float32, grad=False)
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(lambda o, n: sampler(o, n) * 2, backend=counter, fullgraph=True)
     for _ in range(3):
         assert torch.equal(compiled(obs, noise), sampler(obs, noise) * 2)

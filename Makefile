@@ -1,0 +1,50 @@
+# `make demo` runs the main job, `make test` passes the tests; both first create .venv and build what they need.
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test lint types check bench profile format clean
+
+demo: $(VENV)/.built
+	$(BIN)/qpilots-fast demo
+
+test: lint types
+	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m bench.gpu_static --quick
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+types: $(VENV)/.built
+	$(BIN)/mypy
+
+bench: $(VENV)/.built
+	$(BIN)/pip install -q -e ".[peers]"
+	$(BIN)/qpilots-fast bench --table targets
+
+profile: $(VENV)/.built
+	$(BIN)/qpilots-fast profile
+
+format: $(VENV)/.built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info qpilots_fast/*.so qpilots_fast/_build_info.json
+
+# torch first and pinned: a range could bring in a CUDA build of several gigabytes
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q torch==$(TORCH) numpy
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install -q -e ".[demo,bench,triton,dev]"
+	touch $@

@@ -1,0 +1,7 @@
+"""`python -m qpilots_fast` is `qpilots-fast`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
