@@ -146,7 +146,7 @@ def _make_spec(
         action_dim=_positive_int(owner, "action_dim", action_dim),
         hidden_dims=hidden,
         activation=activation,
-        layer_norm=placements,  # type: ignore[arg-type]
+        layer_norm=placements,
         layer_norm_eps=layer_norm_eps,
         time_embedding=time_embedding,  # type: ignore[arg-type]
         time_embedding_dim=dim,
@@ -171,9 +171,9 @@ class _TimedMLP(PackableNetwork):
     def flat_parameters(self) -> list[Tensor]:
         flat: list[Tensor] = []
         for linear, norm, placement in zip(self.hidden, self.norms, self.spec.layer_norm):
-            flat += [linear.weight, linear.bias]
+            flat += [linear.weight, linear.bias]  # type: ignore[list-item]
             if placement:
-                flat += [norm.weight, norm.bias]
+                flat += [norm.weight, norm.bias]  # type: ignore[list-item]
         return [*flat, self.output.weight, self.output.bias]
 
     def _time(self, t: Tensor | float, like: Tensor) -> Tensor:

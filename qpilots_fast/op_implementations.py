@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends, reference
-from .backends.base import Backend, BoundNetworks
+from .backends.base import Backend, BoundNetwork, BoundNetworks
 from .backends.reference import compute_dtype, evaluators
 from .inputs import check_actions
 from .networks import bind
@@ -98,7 +97,7 @@ def _steer_step_reference(
     backend: str,
 ) -> Tensor:
     obs, noisy_actions, v, t = tensors
-    steering, spec = _steering_from_json(steering_json), network_spec_from_json(spec_json)
+    steering, spec = Steering.from_json(steering_json), network_spec_from_json(spec_json)
     network = reference.ReferenceNetwork(bind(spec, parameters), compute_dtype(precision, noisy_actions), precision)
 
     def critic(a: Tensor) -> tuple[Tensor, reference.Pullback]:
@@ -132,14 +131,10 @@ def _sample_reference(
     return raw.actions, raw.gradient_norms, raw.nonfinite
 
 
-@lru_cache(maxsize=256)
-def _steering_from_json(text: str) -> Steering:
-    return Steering(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()})
-
-
 def _bind_sampler(spec: SamplerSpec, parameters: Sequence[Tensor]) -> BoundNetworks:
     """Splits the flat list of flow, critic and posterior parameters."""
-    bound, start = [], 0
+    bound: list[BoundNetwork | None] = []
+    start = 0
     for network in (spec.flow, spec.critic, spec.posterior):
         if network is None:
             bound.append(None)
@@ -228,7 +223,7 @@ def _steer_step_forward(
     backend: str,
 ) -> Tensor:
     obs, noisy_actions, v, t = tensors
-    spec, steering = network_spec_from_json(spec_json), _steering_from_json(steering_json)
+    spec, steering = network_spec_from_json(spec_json), Steering.from_json(steering_json)
     chosen = _network_backend(backend, precision, noisy_actions)
     handle = chosen.prepare(bind(spec, [p.detach() for p in parameters]), precision)
 

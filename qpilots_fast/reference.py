@@ -399,7 +399,7 @@ def steering_gradient(
     x: Tensor,
     v: Tensor,
     flow_pullback: Pullback,
-    t: float,
+    t: float | Tensor,
     eps: Tensor | None,
     bounds: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
@@ -415,7 +415,7 @@ def steering_gradient(
         if steering.estimate == "tweedie" and steering.jacobian == "full":
             d_a = d_a + (1 - t) * flow_pullback(d_a)
         return d_a * steering.tau / _q_scale(q_bar, steering), std
-    assert eps is not None
+    assert eps is not None and isinstance(t, float)
     gradients, values, stds = [], [], []
     for n in range(steering.num_samples):
         if steering.estimate == "mfm":

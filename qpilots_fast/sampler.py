@@ -222,7 +222,7 @@ class SteeredSampler(nn.Module):
 
     def _make_spec(self) -> SamplerSpec | None:
         """The whole call as data, or None where a network that it needs is a callable."""
-        needed = [self.flow]
+        needed: list[Any] = [self.flow]
         if self.steering.steers:
             needed.append(self.critic)
             if self.steering.estimate == "mfm":

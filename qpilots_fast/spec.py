@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -134,7 +134,8 @@ class SamplerSpec:
 def _network_from_dict(values: dict | None) -> NetworkSpec | None:
     if values is None:
         return None
-    return NetworkSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return NetworkSpec(**fields)
 
 
 @lru_cache(maxsize=256)
@@ -147,6 +148,6 @@ def network_spec_from_json(text: str) -> NetworkSpec:
 @lru_cache(maxsize=256)
 def _sampler_spec_from_json(text: str) -> SamplerSpec:
     values = json.loads(text)
-    steering = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("steering").items()}
+    steering = Steering.from_json(json.dumps(values.pop("steering")))
     networks = {name: _network_from_dict(values.pop(name)) for name in ("flow", "critic", "posterior")}
-    return SamplerSpec(**networks, steering=Steering(**steering), **values)  # type: ignore[arg-type]
+    return SamplerSpec(**networks, steering=steering, **values)  # type: ignore[arg-type]

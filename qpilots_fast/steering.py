@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import ClassVar, Literal
+from functools import lru_cache
+from typing import Any, ClassVar, Literal
 
 Estimate = Literal["noisy", "tweedie", "mfm", "glass"]
 Jacobian = Literal["full", "identity"]
@@ -143,6 +144,11 @@ class Steering:
 
     json: ClassVar[str]  # these settings as text, ready before torch.compile traces through
 
+    @classmethod
+    def from_json(cls, text: str) -> Steering:
+        """The settings that `json` was written from."""
+        return _from_json(text)
+
     @property
     def uses_posterior(self) -> bool:
         """Whether each step asks the critic at num_samples posterior draws rather than one point."""
@@ -208,3 +214,11 @@ class Steering:
     def unsteered(cls) -> Steering:
         """The base policy: plain Euler integration of the flow, no critic."""
         return cls(alpha=0.0)
+
+
+@lru_cache(maxsize=256)
+def _from_json(text: str) -> Steering:
+    values: dict[str, Any] = json.loads(text)
+    if values["steered_dims"] is not None:
+        values["steered_dims"] = tuple(values["steered_dims"])
+    return Steering(**values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,20 +72,7 @@ class ReferenceBackend(Backend):
         return None
 
     def pack(self, spec: SamplerSpec, networks: BoundNetworks) -> Any:
-        def copy(network: BoundNetwork | None) -> BoundNetwork | None:
-            if network is None:
-                return None
-            layers = tuple(
-                type(layer)(
-                    *(None if p is None else tuple(m.detach().clone() for m in p) for p in vars(layer).values())
-                )
-                for layer in network.layers
-            )
-            return BoundNetwork(network.spec, layers)
-
-        flow = copy(networks.flow)
-        assert flow is not None
-        return BoundNetworks(flow, copy(networks.critic), copy(networks.posterior))
+        return copy.deepcopy(networks)
 
     @torch.no_grad()
     def sample(
