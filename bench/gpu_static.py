@@ -146,7 +146,7 @@ def triton_kernels(sm: int, quick: bool, precisions: tuple[str, ...]) -> Iterato
     for case in cases(sm, precisions):
         if case.quick or not quick:
             label = f"{case.label} ({case.precision})"
-            yield Kernel(f"triton {case.kernel}", label, case.multiplies, builder(case))
+            yield Kernel(f"triton {case.kernel}", label, case.needs_tensor_cores, builder(case))
 
 
 FAMILIES: dict[str, Callable[[int, bool, tuple[str, ...]], Iterator[Kernel]]] = {"triton": triton_kernels}

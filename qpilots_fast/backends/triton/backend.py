@@ -16,7 +16,7 @@ from torch import Tensor
 from ...errors import BackendUnavailable
 from ...spec import SamplerSpec
 from ..base import Backend, BoundNetwork, BoundNetworks, Footprint, RawSample
-from .launch_table import DOT, MAX_ACTION_PAD, LaunchTable, default_table
+from .launch_table import MAX_ACTION_PAD, LaunchTable, default_table, dot_mode
 from .launcher import launch
 from .packing import OPERAND_DTYPES, NetworkLayout, PackedBuffers, launch_constants, padded_width, parameter_addresses
 from .plan import SamplerPlan, Workspace, capability, multiprocessors
@@ -254,9 +254,8 @@ class TritonBackend(Backend):
                 w_ptr=packed.weights, vec_ptr=packed.vectors, layer_ptr=packed.layers, h_ptr=h, z_ptr=z, stat_ptr=stat,
                 num_rows=batch_size, num_tiles=tiles, norm_eps=float(spec.layer_norm_eps),
                 IN_DIM=spec.input_dim, OUT_DIM=spec.output_dim, OUT_PAD=layout.out_pad, VJP=cotangent is not None,
-                LDH=layout.h_width, OUT_ROWS=layout.out_rows, DOT=DOT[prepared.precision],
-                BLOCK_B=tile.block_b, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-                num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_constants(layout),
+                LDH=layout.h_width, OUT_ROWS=layout.out_rows, DOT=dot_mode(prepared.precision, capability(device)),
+                **tile.options(), **launch_constants(layout),
             )  # fmt: skip
         return out
 

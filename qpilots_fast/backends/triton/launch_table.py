@@ -13,7 +13,12 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-DOT = {"float32": "ieee", "tf32": "tf32", "bfloat16": "ieee", "float16": "ieee"}
+_DOT = {"float32": "ieee", "tf32": "tf32", "bfloat16": "ieee", "float16": "ieee"}
+
+
+def dot_mode(precision: str, capability: int) -> str:
+    """input_precision of tl.dot; the interpreter (capability 0) multiplies half operands after widening them."""
+    return "emulated" if capability == 0 and precision in ("bfloat16", "float16") else _DOT[precision]
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Tile:
         block_b: rows of a program. block_n: hidden columns of an accumulator tile. block_k: depth of one product step.
         num_warps, num_stages: Triton's compile options.
         programs_per_sm: resident programs that the persistent grid asks for.
+        max_registers: per thread; stated because ptxas otherwise spills to fit two blocks on a multiprocessor.
     """
 
     block_b: int
@@ -32,6 +38,18 @@ class Tile:
     num_warps: int
     num_stages: int
     programs_per_sm: int = 1
+    max_registers: int = 255
+
+    def options(self) -> dict[str, int]:
+        """Block sizes and compile options as launch arguments."""
+        return {
+            "BLOCK_B": self.block_b,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": self.max_registers,
+        }
 
 
 @dataclass(frozen=True)
@@ -60,31 +78,32 @@ _ANY = (80, 999)
 
 TABLE: tuple[LaunchRow, ...] = (
     LaunchRow(
-        "critic", _HALF, _ANY, 64, Tile(64, 128, 64, 4, 3, 1),
-        "64 rows are one warpgroup's MMA height on sm_90 and up, and halve the weight traffic of 32; 72 KiB of shared "
-        "memory in 3 stages fits the 99 KiB of sm_86 and sm_120.",
+        "critic", _HALF, _ANY, 64, Tile(64, 64, 64, 8, 3),
+        "64 rows are one warpgroup's MMA height on sm_90 and up, and halve the weight traffic of 32; 64 columns over 8 "
+        "warps keep LayerNorm's backward under 255 registers on every target (128 columns spill on sm_90, sm_100 and "
+        "sm_120); 48 KiB of shared memory in 3 stages fits the 99 KiB of sm_86 and sm_120.",
     ),
     LaunchRow(
-        "critic", ("tf32",), _ANY, 64, Tile(64, 64, 32, 4, 3, 1),
-        "4-byte operands: half the depth and half the columns keep the stages at 48 KiB.",
+        "critic", ("tf32",), _ANY, 64, Tile(64, 64, 32, 8, 3),
+        "4-byte operands: half the columns keep the stages at 48 KiB.",
     ),
     LaunchRow(
         "critic", ("float32",), _ANY, 64, Tile(32, 64, 16, 4, 2, 2),
         "No tensor cores in IEEE float32: the tile is bounded by registers of the FMA loop, not by shared memory.",
     ),
     LaunchRow(
-        "step", _HALF, _ANY, 64, Tile(32, 128, 64, 4, 3, 1),
-        "One flow against E critics: fewer rows a program spread a batch of 256 over 8 multiprocessors, and the "
-        "critics' [32, action] tiles leave registers free.",
+        "step", _HALF, _ANY, 64, Tile(32, 128, 32, 8, 4),
+        "One flow against E critics: fewer rows a program spread a batch of 256 over 8 multiprocessors, and leave "
+        "registers for the [rows, action] tiles of the combination.",
     ),
-    LaunchRow("step", ("tf32",), _ANY, 64, Tile(32, 64, 32, 4, 3, 1), "As for half precision, with 4-byte operands."),
+    LaunchRow("step", ("tf32",), _ANY, 64, Tile(32, 64, 32, 8, 3), "As for half precision, with 4-byte operands."),
     LaunchRow("step", ("float32",), _ANY, 64, Tile(16, 64, 16, 4, 2, 2), "As for the critics, fewer rows as above."),
-    LaunchRow("critic", (*_HALF, "tf32"), _ANY, 256, Tile(32, 64, 32, 4, 3, 1), "Wide actions: d_a [rows, A] is held in registers."),
+    LaunchRow("critic", (*_HALF, "tf32"), _ANY, 256, Tile(32, 64, 32, 8, 3), "Wide actions: d_a [rows, A] is held in registers."),
     LaunchRow("critic", ("float32",), _ANY, 256, Tile(16, 64, 16, 4, 2, 2), "Wide actions, as above."),
-    LaunchRow("step", (*_HALF, "tf32"), _ANY, 256, Tile(16, 64, 32, 4, 3, 1), "Wide actions: six [rows, A] tiles at once."),
-    LaunchRow("step", ("float32",), _ANY, 256, Tile(16, 64, 16, 4, 2, 2), "Wide actions, as above."),
-    LaunchRow("network", _HALF, _ANY, 256, Tile(32, 64, 64, 4, 3, 1), "Serves single forward and vjp calls only."),
-    LaunchRow("network", ("tf32",), _ANY, 256, Tile(32, 64, 32, 4, 3, 1), "Serves single forward and vjp calls only."),
+    LaunchRow("step", (*_HALF, "tf32"), _ANY, 256, Tile(16, 64, 32, 8, 3), "Wide actions: six [rows, A] tiles at once."),
+    LaunchRow("step", ("float32",), _ANY, 256, Tile(16, 64, 16, 8, 2, 2), "Wide actions, as above."),
+    LaunchRow("network", _HALF, _ANY, 256, Tile(32, 64, 32, 8, 4), "Serves single forward and vjp calls only."),
+    LaunchRow("network", ("tf32",), _ANY, 256, Tile(32, 64, 32, 8, 3), "Serves single forward and vjp calls only."),
     LaunchRow("network", ("float32",), _ANY, 256, Tile(16, 64, 16, 4, 2, 2), "Serves single forward and vjp calls only."),
 )  # fmt: skip
 

@@ -110,7 +110,10 @@ def _mlp_forward(h_ptr, z_ptr, stat_ptr, w_ptr, vec_ptr, first_bias_ptr, layer_p
     offs_b = tl.arange(0, BLOCK_B)
     offs_n = tl.arange(0, BLOCK_N)
     offs_z = offs_b[:, None] * H_PAD + offs_n[None, :]
-    offs_h = offs_b[:, None] * LDH + offs_n[None, :]
+    BLOCK_E: tl.constexpr = BLOCK_N if BLOCK_N < 64 else 64  # elementwise passes: a wider tile only costs registers
+    offs_e = tl.arange(0, BLOCK_E)
+    offs_ze = offs_b[:, None] * H_PAD + offs_e[None, :]
+    offs_he = offs_b[:, None] * LDH + offs_e[None, :]
     tl.debug_barrier()
     for layer in range(L):
         width = tl.load(layer_ptr + 4 * layer)
@@ -147,21 +150,21 @@ def _mlp_forward(h_ptr, z_ptr, stat_ptr, w_ptr, vec_ptr, first_bias_ptr, layer_p
             tl.store(stat_ptr + layer * BLOCK_B + offs_b, mean)
             tl.store(stat_ptr + (L + layer) * BLOCK_B + offs_b, rstd)
         tl.debug_barrier()
-        for n in range(0, end, BLOCK_N):
-            hidden = tl.load(layer_z + n + offs_z)
+        for n in range(0, end, BLOCK_E):
+            hidden = tl.load(layer_z + n + offs_ze)
             if NORM == "none":
                 hidden = _activation(hidden, ACT)
             else:
                 y = _layer_norm_input(hidden, is_pre, ACT, NORM)
                 hidden = (y - mean[:, None]) * rstd[:, None]
-                hidden *= tl.load(gain_ptr + n + offs_n)[None, :]
-                hidden += tl.load(gain_ptr + H_PAD + n + offs_n)[None, :]
+                hidden *= tl.load(gain_ptr + n + offs_e)[None, :]
+                hidden += tl.load(gain_ptr + H_PAD + n + offs_e)[None, :]
                 if NORM == "pre":
                     hidden = _activation(hidden, ACT)
                 elif NORM == "mixed":
                     hidden = tl.where(is_pre, _activation(hidden, ACT), hidden)
-            hidden = tl.where((n + offs_n < width)[None, :], hidden, 0.0)
-            tl.store(h_ptr + n + offs_h, hidden.to(h_ptr.dtype.element_ty))
+            hidden = tl.where((n + offs_e < width)[None, :], hidden, 0.0)
+            tl.store(h_ptr + n + offs_he, hidden.to(h_ptr.dtype.element_ty))
         tl.debug_barrier()
     depth = tl.load(layer_ptr + 4 * L + 2)
     out = _product(h_ptr, LDH, w_ptr + L * (H_PAD * LD), 1, LD, depth, BLOCK_B, OUT_PAD, BLOCK_K, DOT)
@@ -193,7 +196,10 @@ def _mlp_backward(h_ptr, z_ptr, stat_ptr, w_ptr, vec_ptr, layer_ptr,
     offs_b = tl.arange(0, BLOCK_B)
     offs_n = tl.arange(0, BLOCK_N)
     offs_z = offs_b[:, None] * H_PAD + offs_n[None, :]
-    offs_h = offs_b[:, None] * LDH + offs_n[None, :]
+    BLOCK_E: tl.constexpr = BLOCK_N if BLOCK_N < 64 else 64  # elementwise passes: a wider tile only costs registers
+    offs_e = tl.arange(0, BLOCK_E)
+    offs_ze = offs_b[:, None] * H_PAD + offs_e[None, :]
+    offs_he = offs_b[:, None] * LDH + offs_e[None, :]
     tl.debug_barrier()
     for i in range(L):
         layer = L - 1 - i
@@ -232,22 +238,22 @@ def _mlp_backward(h_ptr, z_ptr, stat_ptr, w_ptr, vec_ptr, layer_ptr,
         d_mean = d_mean / width
         d_spread = d_spread / width
         tl.debug_barrier()
-        for n in range(0, end, BLOCK_N):
-            d_hidden = tl.load(layer_d + n + offs_z)
-            z = tl.load(layer_z + n + offs_z)
+        for n in range(0, end, BLOCK_E):
+            d_hidden = tl.load(layer_d + n + offs_ze)
+            z = tl.load(layer_z + n + offs_ze)
             if NORM == "none":
                 d_z = d_hidden * _activation_derivative(z, ACT)
             else:
-                gain = tl.load(gain_ptr + n + offs_n)[None, :]
-                shift = tl.load(gain_ptr + H_PAD + n + offs_n)[None, :]
+                gain = tl.load(gain_ptr + n + offs_e)[None, :]
+                shift = tl.load(gain_ptr + H_PAD + n + offs_e)[None, :]
                 d_xhat, xhat = _through_norm(d_hidden, z, mean, rstd, gain, shift, is_pre, ACT, NORM)
                 d_z = rstd[:, None] * (d_xhat - d_mean[:, None] - xhat * d_spread[:, None])
                 if NORM == "post":
                     d_z *= _activation_derivative(z, ACT)
                 elif NORM == "mixed":
                     d_z = tl.where(is_pre, d_z, d_z * _activation_derivative(z, ACT))
-            d_z = tl.where((n + offs_n < width)[None, :], d_z, 0.0)
-            tl.store(h_ptr + n + offs_h, d_z.to(h_ptr.dtype.element_ty))
+            d_z = tl.where((n + offs_e < width)[None, :], d_z, 0.0)
+            tl.store(h_ptr + n + offs_he, d_z.to(h_ptr.dtype.element_ty))
         tl.debug_barrier()
 
 

@@ -327,7 +327,7 @@ def launch_constants(layout: NetworkLayout, prefix: str = "") -> dict[str, Any]:
     """The constexpr arguments that describe a packed network."""
     return {
         f"{prefix}L": layout.depth,
-        f"{prefix}K0" if prefix else "K0": layout.input_pad,
+        f"{prefix}K0": layout.input_pad,
         f"{prefix}H" if prefix else "H_PAD": layout.hidden_pad,
         f"{prefix}LD": layout.leading_dim,
         f"{prefix}ACT": layout.spec.activation,

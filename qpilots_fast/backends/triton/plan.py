@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...reference import glass_coefficients
 from ...spec import SamplerSpec
-from .launch_table import DOT, LaunchTable, Tile
+from .launch_table import LaunchTable, Tile, dot_mode
 from .launcher import launch
 from .packing import OPERAND_DTYPES, PackedBuffers, PackedNetwork, launch_constants, padded_width, sampler_layouts
 
@@ -192,16 +192,15 @@ class SamplerPlan:
                 steer=True, propose=not last, step=k, flow=(k + 1, k + 2), plain_end=0,
             )  # fmt: skip
 
-    def critic_arguments(self, grid: Grid) -> dict[str, Any]:
+    def critic_arguments(self) -> dict[str, Any]:
         """Constexpr arguments and options of the critic kernel."""
         layout, tile = self.critic_layout, self.critic_tile
         assert layout is not None
         return dict(
             OBS_DIM=layout.spec.obs_dim, ACTION_DIM=layout.spec.action_dim, COLUMN=layout.first_action_column,
             A_PAD=layout.action_pad, LDH=layout.h_width, OUT_ROWS=layout.out_rows,
-            CLIP=self.spec.steering.clip != "none", DOT=DOT[self.spec.precision],
-            BLOCK_B=tile.block_b, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-            num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_constants(layout),
+            CLIP=self.spec.steering.clip != "none", DOT=dot_mode(self.spec.precision, self.capability),
+            **tile.options(), **launch_constants(layout),
         )  # fmt: skip
 
     def step_arguments(self, steer: bool, propose: bool, recompute: bool) -> dict[str, Any]:
@@ -218,9 +217,8 @@ class SamplerPlan:
             OBS_DIM=flow.spec.obs_dim, ACTION_DIM=flow.spec.action_dim, COLUMN=flow.first_action_column,
             A_PAD=flow.action_pad, LDH=max(n.h_width for n in self.step_layouts()), Z_SIZE=z_size, STAT_SIZE=stat_size,
             **launch_constants(flow, "FLOW_"), **launch_constants(posterior, "MAP_"),
-            OUT_ROWS=flow.out_rows, DOT=DOT[self.spec.precision],
-            BLOCK_B=tile.block_b, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            OUT_ROWS=flow.out_rows, DOT=dot_mode(self.spec.precision, self.capability),
+            **tile.options(),
         )  # fmt: skip
 
     def _critic(self, ws: Workspace, packed: PackedBuffers, grid: Grid, obs: Tensor) -> None:
@@ -231,7 +229,7 @@ class SamplerPlan:
             h_ptr=ws.critic_h, z_ptr=ws.critic_z, stat_ptr=ws.critic_stat,
             num_rows=len(ws.estimates), num_draws=self.num_draws, num_tiles=grid.critic_tiles,
             low=float(self.spec.action_low), high=float(self.spec.action_high),
-            norm_eps=float(net.layout.spec.layer_norm_eps), **self.critic_arguments(grid),
+            norm_eps=float(net.layout.spec.layer_norm_eps), **self.critic_arguments(),
         )  # fmt: skip
 
     def _step(

@@ -1,0 +1,137 @@
+"""Compares every kernel with the float64 reference on the device at hand. `python -m qpilots_fast.backends.triton.self_check`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...spec import SamplerSpec
+from ...steering import Steering
+from ...testing import TOLERANCES, Case, make_case
+from ..base import BoundNetworks
+from ..reference import ReferenceBackend
+from .backend import TritonBackend
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One comparison."""
+
+    what: str
+    precision: str
+    max_error: float
+    mean_error: float
+    passed: bool
+
+
+def _steerings() -> dict[str, Steering]:
+    u, m = Steering.qpilots_u(), Steering.qpilots_m()
+    return {
+        "unsteered": Steering.unsteered(),
+        "U": u,
+        "U identity": replace(u, jacobian="identity"),
+        "M": m,
+        "glass": replace(m, estimate="glass"),
+        "QGF": Steering.qgf(0.1),
+        "QGF-Jacobian": Steering.qgf(0.1, jacobian="full"),
+        "GAF": Steering.gaf(0.5),
+        "noisy": Steering.noisy(0.1),
+    }
+
+
+def _result(what: str, precision: str, got: Tensor, want: Tensor, scale: float) -> CheckResult:
+    error = (got.detach().cpu().double() - want).abs()
+    worst, mean = error.max().item(), error.mean().item()
+    tolerance = TOLERANCES[precision]
+    bounds = ((worst, tolerance.max_error), (mean, tolerance.mean_error))
+    passed = bool(torch.isfinite(error).all()) and all(b is None or e <= b * scale for e, b in bounds)
+    return CheckResult(what, precision, worst, mean, passed)
+
+
+def _bound(case: Case) -> BoundNetworks:
+    return BoundNetworks(case.flow.bound(), case.critic.bound(), case.posterior.bound())
+
+
+def _spec(case: Case, precision: str) -> SamplerSpec:
+    steers, mfm = case.steering.steers, case.steering.estimate == "mfm"
+    critic, posterior = case.critic.spec if steers else None, case.posterior.spec if steers and mfm else None
+    return SamplerSpec(case.flow.spec, critic, posterior, case.steering, case.num_steps, precision)
+
+
+def self_check(
+    device: torch.device,
+    *,
+    backend: TritonBackend | None = None,
+    precisions: tuple[str, ...] = TritonBackend.precisions,
+    quick: bool = False,
+) -> list[CheckResult]:
+    """Samplers over settings and batch sizes, then forward and vjp of each kind of network.
+
+    Args:
+        quick: tiny shapes and two settings, for the interpreter.
+    """
+    triton, reference = backend or TritonBackend(), ReferenceBackend()
+    steerings, batches = _steerings(), (1, 17, 257)
+    shape = dict(obs_dim=40, action_dim=25, num_critics=4, hidden_dims=(512, 300), num_steps=10)
+    if quick:
+        steerings, batches = {name: steerings[name] for name in ("U", "QGF")}, (3,)
+        shape = dict(obs_dim=5, action_dim=3, num_critics=1, hidden_dims=(9, 12), num_steps=2)
+    results = []
+    for precision in precisions:
+        for name, steering in steerings.items():
+            for batch_size in batches:
+                case = make_case(steering, batch_size=batch_size, **shape)  # type: ignore[arg-type]
+                exact, here = case.double(), case.to(device)
+                want = reference.sample(
+                    _spec(exact, "float64"), _bound(exact), exact.obs, exact.noise, exact.posterior_noise
+                ).actions
+                got = triton.sample(
+                    _spec(here, precision), _bound(here), here.obs, here.noise, here.posterior_noise
+                ).actions
+                results.append(_result(f"sample {name}, B={batch_size}", precision, got, want, 1.0))
+        results += _network_checks(triton, make_case(batch_size=batches[-1], **shape), device, precision)  # type: ignore[arg-type]
+    return results
+
+
+def _network_checks(triton: TritonBackend, case: Case, device: torch.device, precision: str) -> list[CheckResult]:
+    results, reference = [], ReferenceBackend()
+    generator = torch.Generator().manual_seed(0)
+    for kind in ("flow", "critic", "posterior"):
+        exact, here = getattr(case.double(), kind).bound(), getattr(case.to(device), kind).bound()
+        blocks = [
+            torch.randn(len(case.obs), exact.spec.block_dim(b), generator=generator) for b in exact.spec.input_order
+        ]
+        wide, on_device = [b.double() for b in blocks], [b.to(device) for b in blocks]
+        want = reference.forward(exact, wide, "float64")
+        cotangent = torch.randn(want.shape, generator=generator)
+        pairs = {
+            "forward": (triton.forward(here, on_device, precision), want),
+            "vjp": (
+                triton.vjp(here, on_device, cotangent.to(device), precision),
+                reference.vjp(exact, wide, cotangent.double(), "float64"),
+            ),
+        }
+        for what, (got, expected) in pairs.items():
+            scale = 4 * max(expected.abs().max().item(), 1.0)  # outputs are not within [-1, 1]
+            results.append(_result(f"{what} {kind}", precision, got, expected, scale))
+    return results
+
+
+def main() -> int:
+    backend = TritonBackend()
+    reason = backend.unavailable_reason()
+    if reason is not None:
+        print(f"cannot run here: {reason}")
+        return 2
+    results = self_check(torch.device("cuda"))
+    for result in results:
+        verdict = "ok" if result.passed else "WRONG"
+        print(f"{verdict:6} {result.precision:9} {result.what:32} max {result.max_error:.1e} mean {result.mean_error:.1e}")
+    return 0 if all(result.passed for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
