@@ -37,7 +37,7 @@ def torch_operation() -> Callable[[], object]:
 
 def measure_control_loop(runs: dict[str, Run]) -> list[dict[str, Any]]:
     """Each contestant back to back, and again with a torch operation right before every call."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     modes: dict[str, Callable[[], object] | None] = {"back to back": None, "after a torch op": torch_operation()}
     for mode, between in modes.items():
         for key, run in runs.items():
@@ -65,12 +65,12 @@ def _scaled(case: Case, dimension: str, size: int) -> tuple[Case, str, int, int 
         return case, "U", size, None
     if dimension == "N":
         return case, "M", 16, size
-    change: dict[str, Any] = {
+    changes: dict[str, dict[str, Any]] = {
         "E": {"num_critics": size},
         "K": {"num_steps": size},
         "H": {"hidden_dims": (size,) * len(case.hidden_dims)},
-    }[dimension]
-    return replace(case, **change), "U", 16, None
+    }
+    return replace(case, **changes[dimension]), "U", 16, None
 
 
 def measure_scaling(precisions: tuple[str, ...], budget_s: float, say: Say) -> tuple[list[dict[str, Any]], list[Cell]]:

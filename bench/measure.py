@@ -75,7 +75,7 @@ class Cell:
     load: Load | None
     flops: int
     weight_bytes: dict[str, int]  # by precision, each weight once
-    traffic_bytes: dict[str, int]  # by precision, each weight once a step that uses it
+    traffic_bytes: dict[str, int]  # by precision, each weight once a pass that reads it
     workspace_bytes: dict[str, int] = field(default_factory=dict)  # of our live sampler, by precision
     explained_floor_s: dict[str, float | None] = field(default_factory=dict)
 
@@ -154,16 +154,17 @@ def _p50(result: Result) -> float:
 def count_cost(workload: Workload, precisions: Sequence[str]) -> tuple[int, dict[str, int], dict[str, int]]:
     """Useful flops, weight bytes and weight traffic of a call (by precision), the same for every contestant.
 
-    Each step must visit the flow's weights once, each steered step the critics' and the meta flow map's once
-    (forward and input gradient while they are hot).
+    Traffic counts each network's weights once a forward pass and once an input gradient: one member already
+    exceeds a core's own cache.
     """
     footprint = workload.sampler("reference").explain(workload.batch_size).footprint
     assert footprint is not None
-    steps = workload.num_steps
-    steered = steps - (0 if workload.steering.steer_first_step else 1)
-    networks = [(workload.flow.spec, steps), (workload.critic.spec, steered)]
+    steering, steps = workload.steering, workload.num_steps
+    steered = steps - (0 if steering.steer_first_step else 1)
+    pulled_back = steered if steering.estimate == "tweedie" and steering.jacobian == "full" else 0
+    networks = [(workload.flow.spec, steps + pulled_back), (workload.critic.spec, 2 * steered)]
     if workload.posterior is not None:
-        networks.append((workload.posterior.spec, steered))
+        networks.append((workload.posterior.spec, 2 * steered))
     elements = [network_macs(spec) * spec.num_members for spec, _ in networks]
     visited = sum(count * visits for count, (_, visits) in zip(elements, networks))
     sizes = {p: 4 if p in ("float32", "tf32") else 2 for p in precisions}

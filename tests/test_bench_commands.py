@@ -1,0 +1,139 @@
+"""The commands `bench` and `profile` end to end on tiny networks: files, plots, comparisons, traces."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+
+from bench import cli, gpu, loops, profile, report
+from bench.cases import CASES, Case, Workload, make_workload
+from bench.contestants import our_contestants
+from bench.machine import Peaks, header
+from bench.measure import rows_do_not_depend_on_batch_mates
+
+TINY = replace(CASES["paper"], hidden_dims=(24, 24), num_critics=3, obs_dim=5, action_dim=4, num_steps=4)
+TINY_QGF = replace(CASES["qgf"], hidden_dims=(24, 24), flow_norm=("pre", None), obs_dim=5, action_dim=4, num_steps=4)
+WORKLOADS: dict[str, tuple[Case, str]] = {"U": (TINY, "U"), "M": (TINY, "M"), "QGF": (TINY_QGF, "QGF")}
+
+
+def _record(p50: float, peer: float | None = None) -> dict[str, Any]:
+    results = [{"name": "qpilots_fast cpu", "precision": "float32", "ours": True, "p50_s": p50}]
+    if peer is not None:
+        results.append({"name": "torch eager", "precision": "float32", "ours": False, "p50_s": peer})
+    return {"cells": [{"case": "paper", "method": "U", "batch_size": 1, "results": results}]}
+
+
+def test_comparison_finds_regressions_and_allows_for_a_slower_machine() -> None:
+    (slower,) = report.compare(_record(1.0), _record(1.3))
+    assert slower["verdict"] == "REGRESSION" and slower["slow-down"] == pytest.approx(1.3)
+    (same,) = report.compare(_record(1.0, 4.0), _record(1.3, 5.2))  # everything is 1.3 times slower
+    assert same["verdict"] == "same" and same["time now / then"] == pytest.approx(1.3)
+    (faster,) = report.compare(_record(1.0), _record(0.5))
+    assert faster["verdict"] == "faster"
+    other = _record(1.0)
+    other["cells"][0]["method"] = "M"
+    assert report.compare(_record(1.0), other) == []
+
+
+def test_results_are_added_never_overwritten(tmp_path: Path) -> None:
+    record = {**header("quick", [], None), "cells": []}
+    first, second = report.save(record, tmp_path), report.save(record, tmp_path)
+    assert first != second and report.load(first)["git"] == record["git"]
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(ValueError, match="not a benchmark result"):
+        report.load(tmp_path / "other.json")
+
+
+def test_a_whole_small_run_writes_json_and_plots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(CASES, "paper", TINY)
+    monkeypatch.setattr(loops, "_LOOP_S", 0.05)
+    monkeypatch.setattr(cli, "measure_peaks", lambda: Peaks({"float32": 1e11}, 1e10, 1e11, "test"))
+    old = ["--quick", "--rounds", "1", "--precision", "float32", "--out", str(tmp_path), "--no-plots"]
+    assert cli.main(old) == 0
+    (before,) = tmp_path.glob("*.json")
+    new = ["--batch", "1,2", "--method", "U", "--peers", "none", "--rounds", "1", "--precision", "float32"]
+    assert cli.main([*new, "--control-loop", "--out", str(tmp_path / "new"), "--compare", str(before)]) == 0
+    (path,) = (tmp_path / "new").glob("*.json")
+    record = json.loads(path.read_text())
+    assert [cell["batch_size"] for cell in record["cells"]] == [1, 2]
+    assert record["control_loop"] and record["machine"]["torch_threads"] >= 1
+    pytest.importorskip("matplotlib")
+    assert len(list((tmp_path / "new").glob("*.png"))) == 3
+    assert "against" in capsys.readouterr().out
+
+
+def test_rows_that_depend_on_their_mates_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = make_workload(TINY, "U", 5)
+    ours = our_contestants(workload, ("float32",), "cpu", frozen=False)
+    assert len(ours) == 1
+
+    class Leaky:
+        def __call__(self, obs: torch.Tensor, noise: torch.Tensor, eps: torch.Tensor | None) -> torch.Tensor:
+            return noise + noise.mean()
+
+    monkeypatch.setattr(Workload, "sampler", lambda self, *a, **k: Leaky())
+    assert not rows_do_not_depend_on_batch_mates(workload, "float32", "cpu")
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("method", ["U", "M", "QGF"])
+def test_profile_accounts_for_every_phase(method: str, backend: str) -> None:
+    workload = make_workload(*WORKLOADS[method], 3)
+    name = workload.sampler(backend).explain(3).backend
+    record = profile.Recorder()
+    actions = profile.record_loop(workload, name, "float32", record)
+    assert (actions.double() - workload.expected).abs().max() < 1e-4
+    phases = {span.phase for span in record.spans}
+    assert {"pack", "denoise", "gradient", "update"} <= phases and ("project" in phases) == (method != "M")
+    steered = 4 if method == "QGF" else 3
+    draws = 4 if method == "M" else 1
+    assert sum(s.what == "critic input gradient" for s in record.spans) == steered * draws
+    assert sum(s.what == "flow forward" for s in record.spans) == 4
+    assert all(span.self_s >= -1e-9 for span in record.spans)
+    trace = profile.chrome_trace(record.spans, {"denoise": 1e-3})
+    assert json.loads(json.dumps(trace))["traceEvents"]
+
+
+def test_profile_command_writes_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CASES, "paper", TINY)
+    assert profile.main(["--out", str(tmp_path), "--calls", "2", "--backend", "reference"]) == 0
+    (path,) = tmp_path.glob("*.trace.json")
+    assert {event["cat"] for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"} >= {"denoise"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_commands_say_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--gpu"]) == 2
+    assert profile.main(["--gpu"]) == 2
+    assert "NVIDIA GPU" in capsys.readouterr().out
+
+
+def test_gpu_checks_compare_every_network_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check itself, with the reference backend in the GPU's place."""
+    monkeypatch.setattr(gpu, "_on_gpu", lambda case: case)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    networks = gpu.check_networks("reference", "float32")
+    assert len(networks) == 6 * 3 * 3 * 2 and all(check.correct for check in networks)
+    monkeypatch.setattr(gpu, "_CHECKED_BATCHES", (3,))
+    samplers = gpu.check_samplers("reference", "float32")
+    assert len(samplers) >= 8 and all(check.correct for check in samplers)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--batch", "0"], ["--method", "X"], ["--case", "nope"], ["--compare", "/none.json"]]
+)
+def test_bad_arguments_are_refused_with_what_was_expected(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert "expected" in capsys.readouterr().err or arguments[0] == "--compare"
