@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering, ops
+from qpilots_fast.backends import unavailable_reason
 from qpilots_fast.from_module import from_module
 from qpilots_fast.networks import time_features
 from qpilots_fast.objectives import td_loss
@@ -463,6 +464,68 @@ def test_mapping_of_tensors():
     obs, actions = inputs()
     got = ops.critic_values(obs, actions, network, backend="reference")
     torch.testing.assert_close(got, network(obs, actions), **FLOAT32_TOLERANCE)
+
+
+def test_tensordict_parameters():
+    """torchrl's ensembles: TensorDictParams of stacked members, run by vmap."""
+    tensordict = pytest.importorskip("tensordict")
+
+    class Ensemble(nn.Module):
+        def __init__(self):
+            super().__init__()
+            members = [mlp(S + A, 1, H, H, act=nn.GELU, norm="pre") for _ in range(3)]
+            self.params = tensordict.TensorDict.from_modules(*members, as_module=True)
+            self.__dict__["skeleton"] = copy.deepcopy(members[0]).to("meta")
+
+        def one(self, params, x):
+            with params.to_module(self.skeleton):
+                return self.skeleton(x)
+
+        def forward(self, obs, actions):
+            return torch.vmap(self.one, (0, None))(self.params, torch.cat([obs, actions], -1))
+
+    module = Ensemble()
+    network = from_module(module, "critic", **DIMS)
+    optimiser = torch.optim.SGD(module.parameters(), lr=0.5)
+    obs, actions = inputs()
+    network(obs, actions).sum().backward()
+    optimiser.step()
+    assert_packed_runs_as(network, obs, actions)
+
+
+# ---------------------------------------------------------------- every backend
+
+
+class Odd(nn.Module):
+    """No first bias, affine-free norm on one layer, columns in another order, [E, in, out] weights beside modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(S + A + 16, 17, bias=False)
+        self.second, self.norm = nn.Linear(17, 8), nn.LayerNorm(8, elementwise_affine=False)
+        self.last = nn.Linear(8, A)
+
+    def forward(self, obs, x, t):
+        h = F.mish(self.first(torch.cat([x, time_features(t, "sinusoidal", 16).to(x.dtype), obs], -1)))
+        return self.last(F.mish(self.norm(self.second(h))))
+
+
+@pytest.mark.parametrize("backend", [name for name in ("cpu", "triton", "cuda") if not unavailable_reason(name)])
+@pytest.mark.parametrize("jacobian", ["full", "identity"])
+@pytest.mark.parametrize(
+    "critic", [TwoCritics, lambda: Stacked("io", "E1d", True, "post"), lambda: Stacked("oi", "Ed")]
+)
+def test_backends_run_unusual_structures(backend, jacobian, critic):
+    flow, critic = from_module(Odd(), "flow", **DIMS), from_module(critic(), "critic", **DIMS)
+    assert flow.spec.input_order == ("noisy_actions", "t", "obs") and flow.spec.layer_norm == (None, "pre")
+    device = "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
+    obs, noise = (x.to(device) for x in inputs())
+    steering = Steering.qpilots_u(alpha=0.3, jacobian=jacobian)
+    got = SteeredSampler(flow, critic, steering, num_steps=4, backend=backend).to(device)(obs, noise)
+    want = SteeredSampler(flow, critic, steering, num_steps=4, backend="reference").double()(
+        obs.double(), noise.double()
+    )
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------- sharing
