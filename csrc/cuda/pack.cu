@@ -36,7 +36,7 @@ __device__ __forceinline__ float load_element(const void* source, std::int64_t i
 // One tile of kTile x kTile elements at a time, through shared memory: reads run along the source's nearer stride,
 // writes along the target's rows.
 __global__ void __launch_bounds__(kThreads) pack_kernel(const PackArgs a) {
-  float* tile = reinterpret_cast<float*>(dynamic_shared());  // [kTile][kTile + 1]
+  QPILOTS_SHARED(float, tile, kTile * (kTile + 1));
   const int x = threadIdx.x % kTile, y = threadIdx.x / kTile;
   for (int t = blockIdx.x; t < a.num_tiles; t += gridDim.x) {
     int low = 0, high = a.num_items - 1;
@@ -81,7 +81,7 @@ int launch_pack(const PackArgs& args, const DeviceScope& device, cudaStream_t st
   int num_sms = 0;
   QPILOTS_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device.index));
   const int grid = args.num_tiles < 8 * num_sms ? args.num_tiles : 8 * num_sms;
-  const LaunchConfig config{static_cast<unsigned>(grid), kThreads, kTile * (kTile + 1) * sizeof(float), stream, false};
+  const LaunchConfig config{static_cast<unsigned>(grid), kThreads, 0, stream, false};
   QPILOTS_CHECK(QPILOTS_LAUNCH(pack_kernel, config, args));
   return kSuccess;
 }

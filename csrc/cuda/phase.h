@@ -38,7 +38,7 @@ struct Phase {
   std::int32_t rows_per_addend;
   std::int32_t ends_with_barrier;
   float norm_eps;             // of the staged hidden layer
-  std::int32_t padding;
+  std::int32_t completes_critics;  // after it, Q and dQ/da of every critic are known
   std::int64_t source;         // floats, [members][rows][in_dim]; kRows: [rows][in_dim] + m * source_member_stride
   std::int64_t source_member_stride;
   std::int64_t source_slope;   // floats, act'(z) of the staged hidden layer (kCriticTop, kDelta; not "pre")

@@ -113,6 +113,16 @@ inline void store_relaxed(std::uint32_t* word, std::uint32_t value) {
 
 #endif
 
+// A static array in shared memory.
+#if defined(__CUDACC__)
+#define QPILOTS_SHARED(type, name, count) __shared__ type name[count]
+#else
+#define QPILOTS_SHARED(type, name, count)  \
+  static const char name##_tag = 0;        \
+  type* const name = static_cast<type*>(   \
+      cuda_emulator::machine.static_shared(&name##_tag, sizeof(type) * (count), #name))
+#endif
+
 // 16 bytes as 4 floats, or as 8 bf16 values widened.
 __device__ __forceinline__ void widen(const Vector16& v, float (&out)[4]) {
 #pragma unroll

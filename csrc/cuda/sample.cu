@@ -32,7 +32,7 @@ QPILOTS_HD SharedLayout shared_layout(const SampleArgs& a, int rows, int weight_
   s.staged = weight_bytes == 4 ? s.deltas : align16(s.deltas + tile * 4);
   s.parts = align16((weight_bytes == 4 ? s.deltas + tile * 4 : s.staged + tile * weight_bytes));
   s.sums = s.parts + kWarps * 2 * rows * 4;
-  s.x = s.sums + 4 * 2 * rows * 4;
+  s.x = s.sums + 4 * rows * 4;
   s.g = s.x + state * 4;
   s.member_weights = s.g + state * 4;
   s.q_bar = s.member_weights + estimates * a.num_members * 4;
@@ -66,7 +66,7 @@ __device__ __forceinline__ SharedMemory<Weight> shared_memory(const SampleArgs& 
   SharedMemory<Weight> m;
   m.program = reinterpret_cast<Phase*>(base + s.program);
   m.buffers = {reinterpret_cast<Weight*>(base + s.staged), floats(s.values), floats(s.deltas), floats(s.parts),
-               floats(s.sums)};
+               floats(s.sums), floats(s.sums) + rows, floats(s.sums) + 2 * rows};
   m.x = floats(s.x);
   m.g = floats(s.g);
   m.member_weights = floats(s.member_weights);
@@ -209,8 +209,6 @@ template <class Weight>
 __device__ __forceinline__ void update(const SampleArgs& a, const SharedMemory<Weight>& shared, int k, bool steered) {
   const SteeringParams& s = a.steering;
   const int lane = lane_index();
-  const bool weighed = s.estimate == Estimate::kMfm || (s.estimate == Estimate::kTweedie && s.full_jacobian);
-  if (steered && !weighed) weigh_critics(a, shared);
   for (int b = warp_index(); b < a.batch; b += kWarps) {
     float* x = shared.x + static_cast<std::int64_t>(b) * a.action_dim;
     float* g = shared.g + static_cast<std::int64_t>(b) * a.action_dim;
@@ -278,12 +276,11 @@ __device__ __forceinline__ void stage(const SampleArgs& a, const SharedMemory<We
                        [&](int r, int c) { return critic_gradient(a, shared, k, tile.row0 + r, c); });
       break;
     case Stage::kHidden: stage_hidden<ROWS>(p, tile, a.workspace, member, shared.buffers); break;
-    case Stage::kCriticTop: {
+    default: {  // kCriticTop, kDelta
+      const bool stores_q = yields_q && static_cast<Stage>(p.stage) == Stage::kCriticTop;
       float* q_values = a.workspace + a.q_values + static_cast<std::int64_t>(tile.member) * p.rows + tile.row0;
-      stage_delta<ROWS>(p, tile, a.workspace, member, shared.buffers, yields_q ? q_values : nullptr);
-      break;
+      stage_delta<ROWS>(p, tile, a.workspace, member, shared.buffers, stores_q ? q_values : nullptr);
     }
-    case Stage::kDelta: stage_delta<ROWS>(p, tile, a.workspace, member, shared.buffers, nullptr); break;
   }
 }
 
@@ -351,7 +348,6 @@ template <class Weight, int ROWS>
 __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const SampleArgs a) {
   const SharedMemory<Weight> shared = shared_memory<Weight>(a, ROWS);
   std::uint32_t arrivals = 0;
-  const auto synchronise = [&] { return grid_barrier(a.sync, arrivals, a.spin_limit, shared.barrier_flag); };
 
   const int num_phases = a.num_once + a.num_step_phases;
   const auto* program_words = reinterpret_cast<const std::uint32_t*>(a.program);
@@ -367,20 +363,17 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const SampleArgs a)
   __syncthreads();
 
   bool alive = true;
-  for (int i = 0; i < a.num_once && alive; ++i) {
-    run_phase<ROWS>(a, shared, shared.program[i], 0);
-    if (shared.program[i].ends_with_barrier) alive = synchronise();
-  }
-  for (int k = 0; k < a.num_steps && alive; ++k) {
-    const bool steered = a.num_step_phases > a.num_flow_phases && (k > 0 || a.steering.steer_first_step);
-    const int phases = steered ? a.num_step_phases : a.num_flow_phases;
-    for (int i = 0; i < phases && alive; ++i) {
-      const Phase& p = shared.program[a.num_once + i];
-      if (static_cast<Stage>(p.stage) == Stage::kCotangent) weigh_critics(a, shared);
-      run_phase<ROWS>(a, shared, p, k);
-      alive = synchronise();
+  for (int k = -1; k < a.num_steps && alive; ++k) {  // -1: the phases before the first step
+    const bool steered = a.num_step_phases > a.num_flow_phases && (k > 0 || (k == 0 && a.steering.steer_first_step));
+    const int first = k < 0 ? 0 : a.num_once;
+    const int last = k < 0 ? a.num_once : a.num_once + (steered ? a.num_step_phases : a.num_flow_phases);
+    for (int i = first; i < last && alive; ++i) {
+      const Phase& p = shared.program[i];
+      run_phase<ROWS>(a, shared, p, k < 0 ? 0 : k);
+      if (p.ends_with_barrier) alive = grid_barrier(a.sync, arrivals, a.spin_limit, shared.barrier_flag);
+      if (p.completes_critics && alive) weigh_critics(a, shared);
     }
-    if (alive) update(a, shared, k, steered);
+    if (k >= 0 && alive) update(a, shared, k, steered);
   }
   if (blockIdx.x != 0) return;
   if (!alive && a.host_failure != nullptr && threadIdx.x == 0) store_relaxed(a.host_failure, 1u);

@@ -35,7 +35,9 @@ struct StagingBuffers {
   float* values;   // [ROWS][stride] y, then xhat
   float* deltas;   // [ROWS][stride] d xhat, or d z
   float* parts;    // [kWarps * 2 * ROWS]
-  float* sums;     // [4][2 * ROWS]
+  float* means;    // [ROWS] of y
+  float* rstds;    // [ROWS] 1 / sqrt(var + eps)
+  float* pulls;    // [2 * ROWS] means of d xhat, and of d xhat * xhat
 };
 
 __device__ __forceinline__ std::int64_t plane_offset(const Phase& p, const Tile& tile, int r) {
@@ -69,7 +71,7 @@ __device__ __forceinline__ void each_column(int count, Function f) {
   for (int c = threadIdx.x; c < count; c += kThreads) f(c);
 }
 
-// values[r][c] = y, and its row statistics: sums[0][r] = sum y, sums[1][r] = sum (y - mean)^2.
+// values[r][c] = y - mean, and the rows' means and rstds.
 template <int ROWS, class Weight>
 __device__ __forceinline__ void stage_statistics(const Phase& p, const Tile& tile, const float* source,
                                                  const StagingBuffers<Weight>& buffers) {
@@ -84,27 +86,20 @@ __device__ __forceinline__ void stage_statistics(const Phase& p, const Tile& til
       partial[r] += y;
     }
   });
-  block_sums(partial, buffers.parts, buffers.sums);
-  float mean[ROWS];
+  const float width = static_cast<float>(p.in_dim);
+  block_sums(partial, buffers.parts, buffers.means, [width](float sum) { return sum / width; });
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    mean[r] = load_shared(buffers.sums + r) / static_cast<float>(p.in_dim);
-    partial[r] = 0.0f;
-  }
+  for (int r = 0; r < ROWS; ++r) partial[r] = 0.0f;
   each_column(p.in_dim, [&](int c) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      const float centred = load_shared(buffers.values + r * p.in_stride + c) - mean[r];
+      const float centred = load_shared(buffers.values + r * p.in_stride + c) - load_shared(buffers.means + r);
       store_shared(buffers.values + r * p.in_stride + c, centred);
       partial[r] = fmadd(centred, centred, partial[r]);
     }
   });
-  block_sums(partial, buffers.parts, buffers.sums + 2 * ROWS);
-}
-
-template <int ROWS>
-__device__ __forceinline__ float row_reciprocal_std(const Phase& p, const float* sums, int r) {
-  return reciprocal_std(load_shared(sums + 2 * ROWS + r), static_cast<float>(p.in_dim), p.norm_eps);
+  block_sums(partial, buffers.parts, buffers.rstds,
+             [width, &p](float squares) { return reciprocal_std(squares, width, p.norm_eps); });
 }
 
 __device__ __forceinline__ float affine_or(const unsigned char* member, std::int64_t offset, int c, float otherwise) {
@@ -131,15 +126,12 @@ __device__ __forceinline__ void stage_hidden(const Phase& p, const Tile& tile, c
     return;
   }
   stage_statistics<ROWS>(p, tile, source, buffers);
-  float rstd[ROWS];
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) rstd[r] = row_reciprocal_std<ROWS>(p, buffers.sums, r);
   each_column(p.in_dim, [&](int c) {
     const float gamma = affine_or(member, p.gamma, c, 1.0f), beta = affine_or(member, p.beta, c, 0.0f);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       float* cell = buffers.values + r * p.in_stride + c;
-      store_shared(cell, layer_norm_affine(load_shared(cell) * rstd[r], gamma, beta));
+      store_shared(cell, layer_norm_affine(load_shared(cell) * load_shared(buffers.rstds + r), gamma, beta));
     }
   });
   if (static_cast<NormPlacement>(p.staged_norm) == NormPlacement::kPre) {
@@ -206,14 +198,11 @@ __device__ __forceinline__ void stage_delta(const Phase& p, const Tile& tile, co
   }
 
   stage_statistics<ROWS>(p, tile, source, buffers);
-  float rstd[ROWS];
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) rstd[r] = row_reciprocal_std<ROWS>(p, buffers.sums, r);
   each_column(p.in_dim, [&](int c) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       const int cell = r * p.in_stride + c;
-      store_shared(buffers.values + cell, load_shared(buffers.values + cell) * rstd[r]);
+      store_shared(buffers.values + cell, load_shared(buffers.values + cell) * load_shared(buffers.rstds + r));
       store_shared(buffers.deltas + cell, r < tile.valid ? d_hidden(r, c) : 0.0f);
     }
   });
@@ -238,15 +227,14 @@ __device__ __forceinline__ void stage_delta(const Phase& p, const Tile& tile, co
       partial[ROWS + r] = fmadd(d_xhat, load_shared(buffers.values + cell), partial[ROWS + r]);
     }
   });
-  block_sums(partial, buffers.parts, buffers.sums + 4 * ROWS);
-  if (q_values != nullptr) store_q_values<ROWS>(p, tile, source, member, buffers, q_values);  // the whole block does
   const float width = static_cast<float>(p.in_dim);
+  block_sums(partial, buffers.parts, buffers.pulls, [width](float sum) { return sum / width; });
+  if (q_values != nullptr) store_q_values<ROWS>(p, tile, source, member, buffers, q_values);  // the whole block does
   stage_own_cells<ROWS>(p, tile, buffers.staged, [&](int r, int c) {
     const int cell = r * p.in_stride + c;
-    const float mean = load_shared(buffers.sums + 4 * ROWS + r) / width;
-    const float mean_xhat = load_shared(buffers.sums + 5 * ROWS + r) / width;
-    const float delta =
-        layer_norm_vjp(load_shared(buffers.deltas + cell), load_shared(buffers.values + cell), rstd[r], mean, mean_xhat);
+    const float delta = layer_norm_vjp(load_shared(buffers.deltas + cell), load_shared(buffers.values + cell),
+                                       load_shared(buffers.rstds + r), load_shared(buffers.pulls + r),
+                                       load_shared(buffers.pulls + ROWS + r));
     return norm == NormPlacement::kPost ? delta * slope(r, c) : delta;
   });
 }

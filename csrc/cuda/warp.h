@@ -61,10 +61,10 @@ __device__ __forceinline__ OwnedSums warp_sums(float (&values)[COUNT], int lane)
   return owned;
 }
 
-// COUNT sums over the block; every thread may read them in `sums` on return.
+// COUNT sums over the block; every thread may read finish(sum) of each in `sums` on return.
 // parts: shared, [kWarps * COUNT]; sums: shared, [COUNT], not read since the last __syncthreads.
-template <int COUNT>
-__device__ __forceinline__ void block_sums(float (&values)[COUNT], float* parts, float* sums) {
+template <int COUNT, class Finish>
+__device__ __forceinline__ void block_sums(float (&values)[COUNT], float* parts, float* sums, Finish finish) {
   const int lane = lane_index();
   const OwnedSums owned = warp_sums(values, lane);
   constexpr int kPerLane = COUNT > kWarpSize ? COUNT / kWarpSize : 1;
@@ -76,7 +76,7 @@ __device__ __forceinline__ void block_sums(float (&values)[COUNT], float* parts,
   if (static_cast<int>(threadIdx.x) < COUNT) {
     float sum = 0.0f;
     for (int w = 0; w < kWarps; ++w) sum += load_shared(parts + w * COUNT + threadIdx.x);
-    store_shared(sums + threadIdx.x, sum);
+    store_shared(sums + threadIdx.x, finish(sum));
   }
   __syncthreads();
 }

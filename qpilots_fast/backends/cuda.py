@@ -26,6 +26,7 @@ from .cuda_build import build, library_paths
 from .cuda_plan import (
     STRUCTURES,
     NetworkLayout,
+    Presence,
     Program,
     Region,
     SampleArgs,
@@ -101,6 +102,7 @@ class PackedWeights:
 
 @dataclass(frozen=True)
 class _DeviceProgram:
+    key: Hashable
     program: Program
     phases: Tensor  # uint8
     tables: tuple[Tensor, ...]
@@ -283,7 +285,9 @@ class CudaBackend(Backend):
         loaded = self._programs.obtain(
             key,
             lambda: _to_device(
-                plan_network(network.spec, presence(network), batch, width, differentiable=differentiable), inputs.device
+                key,
+                plan_network(network.spec, presence(network), batch, width, differentiable=differentiable),
+                inputs.device,
             ),
         )
         args = SampleArgs.from_buffer_copy(loaded.program.args)
@@ -376,9 +380,9 @@ class CudaBackend(Backend):
     def _sample_program(self, spec: SamplerSpec, networks: BoundNetworks, batch: int) -> _DeviceProgram:
         present = tuple(presence(network) for network in _taking_part(spec, networks))
         device = _device_of(networks.flow)
+        key = ("sample", spec, present, batch, device)
         return self._programs.obtain(
-            (spec, present, batch, device),
-            lambda: _to_device(plan_sample(spec, present, batch, _WEIGHT_BYTES[spec.precision]), device),
+            key, lambda: _to_device(key, plan_sample(spec, present, batch, _WEIGHT_BYTES[spec.precision]), device)
         )
 
     def _packed(self, loaded: _DeviceProgram, networks: Sequence[BoundNetwork]) -> Tensor:
@@ -392,7 +396,7 @@ class CudaBackend(Backend):
         if wrong is not None:
             raise ValueError(f"a parameter is on {wrong}; expected every parameter on {device}.")
         table, num_items, num_tiles = self._pack_tables.obtain(
-            (id(loaded), key, device), lambda: _device_pack_table(layouts, networks, device)
+            (loaded.key, key), lambda: _device_pack_table(layouts, networks, device)
         )
         weights = torch.empty(loaded.program.weights_bytes, dtype=torch.uint8, device=device)
         library = self._checked_library()
@@ -533,9 +537,7 @@ def _parameters(network: BoundNetwork) -> list[Tensor]:
     ]
 
 
-def _all_present(spec: NetworkSpec) -> Any:
-    from .cuda_plan import Presence
-
+def _all_present(spec: NetworkSpec) -> tuple[Presence, ...]:
     norms = (*(norm is not None for norm in spec.layer_norm), False)
     return tuple(Presence(True, norm, norm) for norm in norms)
 
@@ -544,10 +546,10 @@ def _bytes_tensor(data: bytes, device: torch.device) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
 
 
-def _to_device(program: Program, device: torch.device) -> _DeviceProgram:
+def _to_device(key: Hashable, program: Program, device: torch.device) -> _DeviceProgram:
     steered = None if program.steered is None else program.steered.to(device)
     tables = tuple(table.to(device) for table in program.time_tables)
-    return _DeviceProgram(program, _bytes_tensor(program.program_bytes(), device), tables, steered)
+    return _DeviceProgram(key, program, _bytes_tensor(program.program_bytes(), device), tables, steered)
 
 
 def _device_pack_table(

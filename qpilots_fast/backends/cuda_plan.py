@@ -39,7 +39,7 @@ class Phase(ctypes.Structure):
         *((name, _I32) for name in ("stage", "activation", "staged_norm", "activates", "members", "rows", "in_dim")),
         *((name, _I32) for name in ("in_stride", "out_dim", "input", "rows_per_addend", "ends_with_barrier")),
         ("norm_eps", _F32),
-        ("padding", _I32),
+        ("completes_critics", _I32),
         *((name, _I64) for name in ("source", "source_member_stride", "source_slope", "source_delta")),
         *((name, _I64) for name in ("target", "target_slope", "row_addend", "step_addend", "weight", "bias")),
         *((name, _I64) for name in ("gamma", "beta", "top_weight", "top_bias", "member_bytes")),
@@ -517,6 +517,7 @@ def plan_sample(spec: SamplerSpec, present: tuple[tuple[Presence, ...], ...], ba
             tables.append(_time_table(spec.posterior, spec.num_steps))
         step += critic_phases.forward("estimate", action_dim, None, **add_once(critic_phases, 0))
         step += critic_phases.backward(action_dim, args.critic_vjp, None)
+        step[-1].completes_critics = 1
         if uses_map or pulls_flow:
             step += pulled_back.backward(action_dim, args.estimate_vjp, {}, "cotangent")
     once[-1].ends_with_barrier = 1

@@ -19,28 +19,36 @@ from qpilots_fast.backends.cuda_build import SOURCES
 
 FOLDER = Path(__file__).resolve().parent
 CSRC = FOLDER.parents[1] / "csrc"
-FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Werror")
+FLAGS = ("-std=c++17", "-ffp-contract=off", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wno-unknown-pragmas", "-Werror")
 
 
 def compiler() -> str | None:
     return shutil.which("g++")
 
 
-def compile_shared(sources: Sequence[Path], name: str) -> Path:
-    """A shared object of .cu files for the CPU, kept in the temporary folder under a hash of all it is made of."""
-    files = [*sources, *FOLDER.glob("*.h"), *CSRC.rglob("*.h")]
-    digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in sorted(set(files))) + " ".join(FLAGS).encode())
-    path = Path(tempfile.gettempdir()) / f"qpilots_{name}_{digest.hexdigest()[:16]}.so"
+def compile_shared(
+    sources: Sequence[Path],
+    name: str,
+    include: Path = CSRC / "cuda",
+    flags: Sequence[str] = ("-O2",),
+    folder: Path | None = None,
+) -> Path:
+    """A shared object of .cu files for the CPU, kept in `folder` (default: temporary) under a hash of its sources."""
+    files = {*sources, *FOLDER.glob("*.h"), *include.glob("*.h"), *(CSRC / "include").rglob("*.h")}
+    digest = hashlib.sha256(" ".join((*FLAGS, *flags)).encode())
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    path = (folder or Path(tempfile.gettempdir())) / f"qpilots_{name}_{digest.hexdigest()[:16]}.so"
     if not path.is_file():
-        includes = [f"-I{CSRC / 'include'}", f"-I{CSRC / 'cuda'}", f"-I{FOLDER}"]
-        with tempfile.TemporaryDirectory() as folder:
-            objects = [Path(folder) / f"{source.stem}.o" for source in sources]
-            command = [str(compiler()), "-x", "c++", *FLAGS, *includes, "-c"]
+        includes = [f"-I{CSRC / 'include'}", f"-I{include}", f"-I{FOLDER}"]
+        with tempfile.TemporaryDirectory() as build:
+            objects = [Path(build) / f"{source.stem}.o" for source in sources]
+            command = [str(compiler()), "-x", "c++", *FLAGS, *flags, *includes, "-c"]
             running = [
                 subprocess.Popen([*command, str(source), "-o", str(target)]) for source, target in zip(sources, objects)
             ]
             assert all([process.wait() == 0 for process in running]), "g++ failed"
-            linked = Path(folder) / "linked.so"
+            linked = Path(build) / "linked.so"
             subprocess.run([str(compiler()), "-shared", *map(str, objects), "-o", str(linked)], check=True)
             shutil.move(linked, path)
     return path

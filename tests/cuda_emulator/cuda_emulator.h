@@ -43,7 +43,6 @@ struct uint3 {
 namespace cuda_emulator {
 
 constexpr int kWarpSize = 32;
-constexpr int kCellBytes = 2;
 constexpr std::size_t kStackBytes = 64 * 1024;
 constexpr std::uint32_t kNoThread = 0xffffffffu;
 
@@ -65,12 +64,13 @@ struct Allocation {
   std::uintptr_t begin = 0, end = 0;
   std::string name;
   bool read_only = false;
+  std::size_t cell_bytes;   // 1 in small allocations, 2 in large ones, where no kernel stores bytes
   std::vector<Cell> cells;  // empty where read-only
 
   Allocation(const void* pointer, std::size_t bytes, std::string label, bool constant, bool initialised)
       : begin(reinterpret_cast<std::uintptr_t>(pointer)), end(begin + bytes), name(std::move(label)),
-        read_only(constant) {
-    if (!read_only) cells.resize((bytes + kCellBytes - 1) / kCellBytes);
+        read_only(constant), cell_bytes(bytes <= 4096 ? 1 : 2) {
+    if (!read_only) cells.resize((bytes + cell_bytes - 1) / cell_bytes);
     if (initialised) {
       for (Cell& cell : cells) cell.written = true;
     }
@@ -182,8 +182,9 @@ class Machine {
     maybe_preempt();
     Allocation* memory = find(pointer, bytes, "read");
     if (memory->read_only) return pointer;
-    const std::size_t first = (reinterpret_cast<std::uintptr_t>(pointer) - memory->begin) / kCellBytes;
-    for (std::size_t i = first; i < first + (bytes + 1) / kCellBytes; ++i) {
+    const std::size_t first = (reinterpret_cast<std::uintptr_t>(pointer) - memory->begin) / memory->cell_bytes;
+    const std::size_t last = first + (bytes + memory->cell_bytes - 1) / memory->cell_bytes;
+    for (std::size_t i = first; i < last; ++i) {
       Cell& cell = memory->cells[i];
       if (!cell.written) fail(describe("reads uninitialised memory", memory, i));
       if (!ordered(cell.write)) race(cell.write, "wrote", "reads", memory, i);
@@ -199,8 +200,9 @@ class Machine {
     maybe_preempt();
     Allocation* memory = find(pointer, bytes, "write");
     if (memory->read_only) fail(describe("writes to read-only memory", memory, 0));
-    const std::size_t first = (reinterpret_cast<std::uintptr_t>(pointer) - memory->begin) / kCellBytes;
-    for (std::size_t i = first; i < first + (bytes + 1) / kCellBytes; ++i) {
+    const std::size_t first = (reinterpret_cast<std::uintptr_t>(pointer) - memory->begin) / memory->cell_bytes;
+    const std::size_t last = first + (bytes + memory->cell_bytes - 1) / memory->cell_bytes;
+    for (std::size_t i = first; i < last; ++i) {
       Cell& cell = memory->cells[i];
       if (!ordered(cell.write)) race(cell.write, "wrote", "writes", memory, i);
       for (const Access& access : cell.reads) {
@@ -371,7 +373,7 @@ class Machine {
            access.warp_epoch < warps_[current->id / kWarpSize].epoch;
   }
   std::string describe(const char* what, const Allocation* memory, std::size_t cell) const {
-    return name(current->id) + " " + what + ": byte " + std::to_string(cell * kCellBytes) + " of " + memory->name;
+    return name(current->id) + " " + what + ": byte " + std::to_string(cell * memory->cell_bytes) + " of " + memory->name;
   }
   [[noreturn]] void race(const Access& other, const char* did, const char* does, const Allocation* memory,
                          std::size_t cell) {

@@ -1,0 +1,171 @@
+"""The CUDA C++ kernels without a GPU: compiled by nvcc, then read from their machine code.
+
+`python -m bench.gpu_static_cuda [--targets 80 90]` prints registers, spills and 16-byte loads of every kernel and exits
+with 1 on a spill, on a product without 16-byte loads, or on a kernel that no multiprocessor can hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from qpilots_fast.backends.cuda_build import compile_command, find_nvcc, find_sources
+
+TARGETS = (80, 86, 89, 90, 100, 120)
+THREADS = 256  # of every kernel
+_REGISTERS = 65536  # of a multiprocessor
+_KERNELS = ("sample", "pack", "steer_step")  # sources with kernels
+_MULTIPLIES = "sample_kernel"
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """One kernel for one target; counts are of instructions in its code."""
+
+    target: int
+    name: str
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+    local_accesses: int
+    global_loads: dict[int, int]  # bits a thread -> count
+    instructions: int
+
+    @property
+    def blocks_per_sm(self) -> int:
+        """Resident blocks by registers, which warps get in units of 256."""
+        per_warp = -(-self.registers * 32 // 256) * 256
+        return _REGISTERS // per_warp // (THREADS // 32)
+
+    def failures(self) -> list[str]:
+        found = []
+        if self.spill_bytes or self.local_accesses:
+            found.append(f"{self.spill_bytes} bytes spilled, {self.local_accesses} local accesses")
+        if _MULTIPLIES in self.name and not self.global_loads.get(128):
+            found.append("no 16-byte load of weights")
+        if self.blocks_per_sm < 1:
+            found.append("does not fit a multiprocessor")
+        return found
+
+
+def cuobjdump() -> str | None:
+    """Of the CUDA toolkit, or of the Triton wheel."""
+    nvcc = find_nvcc()
+    beside = None if nvcc is None else Path(nvcc).resolve().parent / "cuobjdump"
+    if beside is not None and beside.is_file():
+        return str(beside)
+    try:
+        import triton
+    except ImportError:
+        return None
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(tool) if tool.is_file() else None
+
+
+def unavailable_reason() -> str | None:
+    """What is missing to compile and read the kernels."""
+    if find_nvcc() is None:
+        return "nvcc is missing"
+    if find_sources() is None:
+        return "csrc/cuda is missing"
+    return None if cuobjdump() is not None else "cuobjdump is missing (CUDA toolkit or Triton wheel)"
+
+
+def inspect(target: int, sources: tuple[str, ...] = _KERNELS) -> list[KernelReport]:
+    """Compiles the sources for one compute capability and reads every kernel's code."""
+    nvcc, csrc, dump = find_nvcc(), find_sources(), cuobjdump()
+    assert nvcc is not None and csrc is not None and dump is not None
+    reports = []
+    with tempfile.TemporaryDirectory() as folder:
+        for source in sources:
+            built = Path(folder) / f"{source}.o"
+            flags = (f"-gencode=arch=compute_{target},code=sm_{target}", "-Xptxas=-v")
+            command = compile_command(nvcc, csrc, source, built, flags)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise RuntimeError(f"nvcc failed for sm_{target}:\n{done.stdout}{done.stderr}")
+            code = subprocess.run([dump, "-sass", str(built)], capture_output=True, text=True, check=True).stdout
+            reports += _read(target, done.stdout + done.stderr, code)
+    return reports
+
+
+_USAGE = re.compile(
+    r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    r".*?Used (\d+) registers",
+    re.S,
+)
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,6}\*/\s+(?:@!?\S+\s+)?([A-Z0-9_.]+)", re.M)
+
+
+def _read(target: int, log: str, code: str) -> list[KernelReport]:
+    listings = re.split(r"Function : (\S+)", code)
+    by_name = dict(zip(listings[1::2], listings[2::2]))
+    reports = []
+    for symbol, stack, stores, loads, registers in _USAGE.findall(log):
+        operations = _INSTRUCTION.findall(by_name[symbol])
+        widths: dict[int, int] = {}
+        for operation in operations:
+            if operation.startswith("LDG"):
+                bits = int((re.search(r"\.[SU]?(128|64|16|8)\b", operation) or [0, 32])[1])
+                widths[bits] = widths.get(bits, 0) + 1
+        local = sum(operation.startswith(("STL", "LDL")) for operation in operations)
+        reports.append(
+            KernelReport(
+                target, _short(symbol), int(registers), int(stack), int(stores) + int(loads), local, widths, len(operations)
+            )
+        )
+    return reports
+
+
+def _short(symbol: str) -> str:
+    """sample_kernel<bf16, 16> and the like, from the mangled name."""
+    match = re.search(r"\d+([a-z_]+_kernel)(?:I(f|\S*?Bf16)(?:E)?Li(\d+)E)?", symbol)
+    if match is None:
+        return symbol
+    name, weight, rows = match.groups()
+    return name if rows is None else f"{name}<{'float32' if weight == 'f' else 'bf16'}, {rows} rows>"
+
+
+def table_row(report: KernelReport) -> tuple[str, ...]:
+    widths = " ".join(f"{bits}:{count}" for bits, count in sorted(report.global_loads.items(), reverse=True))
+    return (
+        f"sm_{report.target}", report.name, str(report.registers), str(report.spill_bytes), str(report.blocks_per_sm),
+        widths, str(report.instructions), "; ".join(report.failures()) or "yes",
+    )  # fmt: skip
+
+
+HEADER = ("target", "kernel", "regs", "spill bytes", "blocks/SM", "load widths", "instructions", "ok")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--targets", type=int, nargs="+", default=list(TARGETS))
+    parser.add_argument("--markdown", type=Path, help="write the table here")
+    options = parser.parse_args(argv)
+    reason = unavailable_reason()
+    if reason is not None:
+        print(f"CUDA kernels not checked: {reason}")
+        return 2
+    started, rows, bad = time.perf_counter(), [], 0
+    with ThreadPoolExecutor(2) as pool:
+        for reports in pool.map(inspect, options.targets):
+            for report in reports:
+                rows.append(table_row(report))
+                bad += bool(report.failures())
+                print("  ".join(rows[-1]), flush=True)
+    if options.markdown:
+        lines = ["| " + " | ".join(line) + " |" for line in (HEADER, ("---",) * len(HEADER), *rows)]
+        options.markdown.write_text("\n".join(lines) + "\n")
+    print(f"{len(rows)} kernels, {bad} refused, {time.perf_counter() - started:.0f} s")
+    return 1 if bad or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""The CUDA kernels compile for every supported GPU without a spill, and read weights 16 bytes at a time."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from bench import gpu_static_cuda
+from qpilots_fast.backends import cuda_build
+
+REASON = gpu_static_cuda.unavailable_reason()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"CUDA kernels not compiled: {REASON}")
+
+# one each of the oldest, the common and the newest; QPILOTS_TEST_ARCHS=all takes every one (minutes)
+QUICK = (80, 90, 120)
+TARGETS = gpu_static_cuda.TARGETS if os.environ.get("QPILOTS_TEST_ARCHS") == "all" else QUICK
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_without_spills(target):
+    reports = gpu_static_cuda.inspect(target)
+    names = [report.name for report in reports]
+    for weight in ("float32", "bf16"):
+        for rows in (1, 4, 16):
+            assert f"sample_kernel<{weight}, {rows} rows>" in names
+    assert "pack_kernel" in names and "steer_step_kernel" in names
+    wrong = {report.name: report.failures() for report in reports if report.failures()}
+    assert not wrong, wrong
+
+
+def test_shared_library_loads_with_matching_structures(tmp_path):
+    """Linked for one GPU and loaded: without a GPU the runtime says so, in an exception's words."""
+    from qpilots_fast.backends.cuda import CudaBackend, Library
+
+    said = []
+    path = cuda_build.build([90], say=said.append, target=tmp_path / cuda_build.LIBRARY_NAME)
+    assert path.is_file() and any("sm_90" in line for line in said)
+    library = Library(path)
+    reason = library.unavailable_reason()
+    assert reason is None or "CUDA" in reason or "driver" in reason
+    assert CudaBackend(library).name == "cuda"
+
+
+def test_architectures_are_checked():
+    with pytest.raises(ValueError, match="expected compute capabilities from 80 on"):
+        cuda_build.build(["sm_75"])
