@@ -731,6 +731,34 @@ def test_refused(module, kind, reason):
     assert "accepts any callable" in str(error.value) and type(module).__name__ in str(error.value)
 
 
+def test_argument_order_is_read_from_names():
+    class Swapped(Critic):
+        def forward(self, action, state):
+            return super().forward(state, action)
+
+    with pytest.raises(ValueError, match=r"forward takes \(action, state\).*hint call"):
+        from_module([Swapped(), Swapped()], "critic", **DIMS)
+    module = nn.ModuleList([Swapped(), Swapped()])
+    network = from_module(module, "critic", **DIMS, call=lambda m, obs, actions: [q(actions, obs) for q in m])
+    assert network.spec.input_order == ("obs", "actions")
+    assert_packed_runs_as(network, *inputs())
+
+
+@pytest.mark.parametrize(
+    "context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_recognised_in_any_context(context):
+    module = TwoCritics()
+    with context():
+        network = from_module(module, "critic", **DIMS)
+    assert_packed_runs_as(network, *inputs())
+
+
+def test_cast_to_float32_is_named():
+    with pytest.raises(ValueError, match="proof runs in float64"):
+        from_module(Wrapped(Critic(), before=lambda o, a: (o.float(), a.float())), "critic", **DIMS)
+
+
 def test_refused_members_that_differ():
     members = [mlp(S + A, 1, H), mlp(S + A, 1, H + 1)]
     with pytest.raises(ValueError, match="the shape differs"):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..networks import PackableNetwork
 from ..spec import ACTIVATIONS, INPUT_ORDER, KINDS, TIME_EMBEDDINGS, NetworkSpec
 from . import layers, stacked
-from .calling import OutputLayout, UserCall, critic_layout, describe
+from .calling import OutputLayout, UserCall, check_argument_order, critic_layout, describe
 from .modules import ModuleNetwork, network_class
 from .proof import batch_size_apart_from, prove, random_blocks
 from .refusal import Refused
@@ -71,7 +71,10 @@ def from_module(module: nn.Module | Sequence[nn.Module], kind: str = "flow", **h
     module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper would compile anew for the proof
     try:
         _check_layers(module)
-        return _recognise(module, kind, hints)
+        if hints.get("call") is None:
+            check_argument_order(module, kind)
+        with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+            return _recognise(module, kind, hints)
     except Refused as refusal:
         raise ValueError(
             f"from_module: {type(module).__name__} cannot run as a packed {kind}: {refusal}. Give a hint "
@@ -194,7 +197,12 @@ def _recognise(module: nn.Module, kind: str, hints: dict[str, Any]) -> PackableN
             if traced.traceable and traced.calls:
                 return _from_layers(module, probe, kind, dims, call, traced, hints, generator)
             return _from_tensors(module, probe, kind, dims, call, hints, generator)
-    raise Refused("it could not be called: " + "; ".join(reasons[:3]))
+    cast = (
+        " (the proof runs in float64, which a cast to float32 inside the module stops)"
+        if "dtype" in str(reasons)
+        else ""
+    )
+    raise Refused("it could not be called: " + "; ".join(reasons[:3]) + cast)
 
 
 def _attempts(

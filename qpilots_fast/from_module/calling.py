@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..networks import time_features
 from ..spec import INPUT_ORDER
+from .refusal import Refused
 
 BLOCKS_OF_KIND = INPUT_ORDER  # our forward takes the blocks in this order, whatever the order of the columns
 TIMES = ("t", "s", "u")
@@ -63,6 +65,35 @@ class UserCall:
         time = "[B]" if self.style == "flat_time" else "[B, 1]"
         names = [f"{name} {time}" if name in TIMES else name for name in BLOCKS_OF_KIND[self.kind]]
         return "module(" + ", ".join(names) + ")"
+
+
+_ARGUMENT_NAMES = {
+    "obs": ("obs", "observation", "observations", "state", "states", "s", "o"),
+    "actions": ("action", "actions", "act", "acts", "a", "noisy_action", "noisy_actions", "x", "x_t", "xbar"),
+    "t": ("t", "time", "times", "timestep", "timesteps", "tau"),
+}
+
+
+def check_argument_order(module: nn.Module, kind: str) -> None:
+    """Raises Refused where the names of forward's arguments contradict (obs, actions, t), which numbers cannot tell."""
+    if isinstance(module, nn.ModuleList):
+        for member in module:
+            check_argument_order(member, kind)
+        return
+    if kind == "meta_flow_map":
+        return
+    names = [
+        p.name for p in inspect.signature(module.forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]  # fmt: skip
+    roles = [next((role for role, known in _ARGUMENT_NAMES.items() if n.lower() in known), None) for n in names]
+    ranks = [list(_ARGUMENT_NAMES).index(role) for role in roles if role is not None]
+    if ranks != sorted(ranks):
+        wanted = ", ".join(BLOCKS_OF_KIND[kind])
+        raise Refused(
+            f"its forward takes ({', '.join(names)}), and is called with ({wanted}); give the hint call, e.g. "
+            f"call=lambda m, {wanted}: m(...)"
+        )
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def random_blocks(
     named = {}
     for name in BLOCKS_OF_KIND[kind]:
         if name in TIMES:
-            named[name] = torch.rand(batch_size, 1, generator=generator).double()
+            named[name] = torch.rand(batch_size, 1, generator=generator, dtype=torch.float32).double()
         else:
             width = dims[0] if name == "obs" else dims[1]
             named[name] = scale * torch.randn(batch_size, width, generator=generator, dtype=torch.float64)
