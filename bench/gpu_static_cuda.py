@@ -118,7 +118,14 @@ def _read(target: int, log: str, code: str) -> list[KernelReport]:
         local = sum(operation.startswith(("STL", "LDL")) for operation in operations)
         reports.append(
             KernelReport(
-                target, _short(symbol), int(registers), int(stack), int(stores) + int(loads), local, widths, len(operations)
+                target,
+                _short(symbol),
+                int(registers),
+                int(stack),
+                int(stores) + int(loads),
+                local,
+                widths,
+                len(operations),
             )
         )
     return reports

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("rich")
 
-from bench import cli, gpu, loops, profile, report
+from bench import cli, gpu, loops, markdown, profile, report
 from bench.cases import CASES, Case, Workload, make_workload
 from bench.contestants import our_contestants
 from bench.machine import Peaks, header
@@ -137,3 +137,28 @@ def test_bad_arguments_are_refused_with_what_was_expected(
     with pytest.raises(SystemExit):
         cli.main(arguments)
     assert "expected" in capsys.readouterr().err or arguments[0] == "--compare"
+
+
+def test_markdown_shows_live_weights_against_the_peers_they_answer_to(tmp_path: Path) -> None:
+    def row(name: str, precision: str, ours: bool, p50: float, frozen: bool = False) -> dict[str, Any]:
+        return {"name": name, "precision": precision, "ours": ours, "frozen": frozen, "p50_s": p50}
+
+    results = [
+        row("qpilots_fast cpu", "float32", True, 0.010),
+        row("qpilots_fast cpu frozen", "float32", True, 0.008, frozen=True),
+        row("torch eager", "float32", False, 0.030),
+        row("torch eager", "bfloat16", False, 0.020),
+        {**row("qpilots_fast cpu", "bfloat16", True, 0.005)},
+    ]
+    cell = {
+        "case": "paper",
+        "method": "U",
+        "batch_size": 1,
+        "results": results,
+        "floor_s": {"float32": 0.002, "bfloat16": None},
+    }
+    record = {**header("targets", [], None), "cells": [cell], "verdicts": []}
+    lines = markdown.headline(record).splitlines()
+    assert lines[2] == "| U | 1 | float32 | 10.00 ms | 30.00 ms (torch eager, float32) | 3.0x | 2.00 ms |"
+    assert lines[3] == "| U | 1 | bfloat16 | 5.00 ms | 20.00 ms (torch eager, bfloat16) | 4.0x | - ms |"
+    assert markdown.main([str(report.save(record, tmp_path))]) == 0
