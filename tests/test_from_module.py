@@ -571,14 +571,15 @@ def test_follows_the_users_parameters():
 
 
 def test_recognition_leaves_the_module_and_the_random_state_alone():
-    module = Flow().eval()
+    module = Flow()
+    module.net[1].eval()  # one part in another mode than the rest
     state = copy.deepcopy(module.state_dict())
     torch.manual_seed(3)
     want = torch.rand(3)
     torch.manual_seed(3)
     network = from_module(module, "flow")
     torch.testing.assert_close(torch.rand(3), want)
-    assert not network.training and not module.training
+    assert network.training and module.training and not module.net[1].training
     assert not any(m._forward_hooks for m in module.modules())
     for name, value in module.state_dict().items():
         assert torch.equal(value, state[name])

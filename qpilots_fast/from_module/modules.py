@@ -44,7 +44,7 @@ class ModuleNetwork(PackableNetwork):
         self._dropouts = [
             layer for layer in module.modules() if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0
         ]
-        self.train(module.training)
+        self.training = module.training  # not self.train(): parts of the module may be in another mode
 
     def flat_parameters(self) -> list[Tensor]:
         """The user's live parameters, or views of them, layer by layer."""
