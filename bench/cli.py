@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,7 @@ def make_plan(options: argparse.Namespace) -> list[tuple[str, str, int]]:
 
 def judge(session: Session) -> list[Verdict]:
     """Every requirement of the table, ratios first."""
-    verdicts = targets.judge_ratios(session.cells)
+    verdicts = targets.judge_ratios(session.cells, session.precisions)
     verdicts += targets.judge_limits(session.cells, session.peaks, session.precisions)
     backend = native_backend()
     for precision in session.precisions:
@@ -285,6 +285,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         complete = False
         console.print("interrupted: what was measured is kept")
+    if not options.quick:
+        session.peaks = session.peaks.best_of(measure_peaks()) if session.peaks else None
+    record["peaks"] = asdict(session.peaks) if session.peaks else None
     verdicts = judge(session) if options.table and complete else []
     if verdicts:
         console.print(report.verdict_table(verdicts))

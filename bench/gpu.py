@@ -6,7 +6,7 @@ Nothing here was run by its authors on a GPU: its first run on one is the measur
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,9 +42,7 @@ class KernelCheck:
 
 
 def _on_gpu(case: Case) -> Case:
-    networks = {name: getattr(case, name).cuda() for name in ("flow", "critic", "posterior")}
-    eps = None if case.posterior_noise is None else case.posterior_noise.cuda()
-    return replace(case, **networks, obs=case.obs.cuda(), noise=case.noise.cuda(), posterior_noise=eps)
+    return case.to("cuda")
 
 
 def _verdict(
@@ -82,7 +80,7 @@ def check_networks(backend: str, precision: str) -> list[KernelCheck]:
     for activation in ACTIVATIONS:
         for norm in (None, "pre", "post"):
             case = make_case(activation=activation, layer_norm=norm, critic_layer_norm=norm, batch_size=33)
-            there = _on_gpu(make_case(activation=activation, layer_norm=norm, critic_layer_norm=norm, batch_size=33))
+            there = _on_gpu(case)
             for kind in ("flow", "critic", "posterior"):
                 exact, bound = getattr(case.double(), kind).bound(), getattr(there, kind).bound()
                 named = {"obs": case.obs, "actions": case.noise, "noisy_actions": case.noise, "xbar": case.noise}

@@ -34,6 +34,13 @@ class Peaks:
     cache_bytes: float | None
     source: str
 
+    def best_of(self, other: Peaks) -> Peaks:
+        """The higher of two measurements, value by value: a disturbed one is too low."""
+        flops = {name: max(value, other.flops.get(name, 0.0)) for name, value in self.flops.items()}
+        pairs = ((self.dram_bytes, other.dram_bytes), (self.cache_bytes, other.cache_bytes))
+        dram, cache = (max((value for value in pair if value), default=None) for pair in pairs)
+        return Peaks(flops, dram, cache, self.source)
+
     def percent_of_flops(self, flops: float, seconds: float, precision: str) -> float | None:
         peak = self.flops.get(precision)
         return None if not peak else 100 * flops / seconds / peak

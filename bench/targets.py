@@ -75,12 +75,12 @@ def find(cells: Sequence[Cell], method: str, batch_size: int, case: str = "paper
     return None
 
 
-def judge_ratios(cells: Sequence[Cell]) -> list[Verdict]:
-    """A verdict for every target whose cell was measured."""
+def judge_ratios(cells: Sequence[Cell], precisions: Sequence[str] = ("float32", "bfloat16")) -> list[Verdict]:
+    """A verdict for every target of these precisions whose cell was measured."""
     verdicts = []
     for target in TARGETS:
         cell = find(cells, target.method, target.batch_size)
-        if cell is None:
+        if cell is None or target.precision not in precisions:
             continue
         name = f"{target.method} {target.precision} B={target.batch_size}"
         ratio = cell.ratio(target.precision, target.against)

@@ -90,6 +90,8 @@ def test_peaks_give_percentages_and_the_longer_floor() -> None:
     assert peaks.percent_of_flops(5e8, 1.0, "float32") == 50
     assert peaks.percent_of_flops(1, 1.0, "bfloat16") is None
     assert peaks.floor_s(4e9, traffic_bytes=1e9, weight_bytes=1.0, precision="float32") == 4.0
+    best = peaks.best_of(Peaks({"float32": 3e9}, dram_bytes=None, cache_bytes=1e9, source="again"))
+    assert (best.flops, best.dram_bytes, best.cache_bytes) == ({"float32": 3e9}, 1e9, 2e9)
     # weights beyond any cache move at memory's pace
     assert peaks.floor_s(1.0, traffic_bytes=3e9, weight_bytes=1e15, precision="float32") == 3.0
 

@@ -162,3 +162,17 @@ def test_markdown_shows_live_weights_against_the_peers_they_answer_to(tmp_path: 
     assert lines[2] == "| U | 1 | float32 | 10.00 ms | 30.00 ms (torch eager, float32) | 3.0x | 2.00 ms |"
     assert lines[3] == "| U | 1 | bfloat16 | 5.00 ms | 20.00 ms (torch eager, bfloat16) | 4.0x | - ms |"
     assert markdown.main([str(report.save(record, tmp_path))]) == 0
+
+
+def test_scaling_varies_one_size_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CASES, "paper", TINY)
+    monkeypatch.setattr(loops, "SCALING", {"B": (1, 2), "E": (2, 3), "N": (1, 2), "K": (2, 3), "H": (8, 16)})
+    rows, cells = loops.measure_scaling(("float32",), 0.05, lambda text: None)
+    assert {row["dimension"] for row in rows} == set("BENKH") and len(cells) == 10
+    shapes = [
+        (c.workload.batch_size, c.workload.critic.spec.num_members, c.workload.steering.num_samples) for c in cells
+    ]
+    assert shapes[:6] == [(1, 3, 1), (2, 3, 1), (16, 2, 1), (16, 3, 1), (16, 3, 1), (16, 3, 2)]
+    assert [cell.workload.num_steps for cell in cells[6:8]] == [2, 3]
+    assert [cell.workload.flow.spec.hidden_dims for cell in cells[8:]] == [(8, 8), (16, 16)]
+    assert all(len(row["p50_s"]) == 2 for row in rows) and loops.scaling_rows(rows)[0]["sizes"] == "1, 2"
