@@ -14,8 +14,11 @@ from torch import Tensor
 
 from qpilots_fast import BackendUnavailable, Steering
 from qpilots_fast.backends import BoundNetwork, BoundNetworks, RawSample
-from qpilots_fast.backends.cuda import CudaBackend, Library, count_barriers
-from qpilots_fast.backends.cuda_plan import plan_sample, presence
+from qpilots_fast.backends.cuda import CudaBackend
+from qpilots_fast.backends.cuda_counts import count_barriers
+from qpilots_fast.backends.cuda_layout import presence
+from qpilots_fast.backends.cuda_library import Library
+from qpilots_fast.backends.cuda_plan import plan_sample
 from qpilots_fast.backends.reference import ReferenceBackend
 from qpilots_fast.reference import clean_actions, steer_velocity
 from qpilots_fast.spec import ACTIVATIONS, LayerParameters, SamplerSpec

@@ -95,11 +95,14 @@ def test_barrier_gives_up_instead_of_hanging(faulty):
 
 
 # The real kernels with one line broken: what the checks above are for.
+_STAGED = "      __syncthreads();\n"
+_NEURONS = "      int n = neuron_begin;"
+_GRID_BARRIER = "alive = grid_barrier(a.sync, arrivals, a.spin_limit, shared.barrier_flag);"
 MUTATIONS = {
-    "staging not awaited": ("sample.cu", "      __syncthreads();\n      int n = neuron_begin;", "      int n = neuron_begin;", "race|uninitialised"),
-    "phases not separated": ("sample.cu", "alive = grid_barrier(a.sync, arrivals, a.spin_limit, shared.barrier_flag);", "__syncthreads();", "race|uninitialised"),
+    "staging not awaited": ("sample.cu", _STAGED + _NEURONS, _NEURONS, "race|uninitialised"),
+    "phases not separated": ("sample.cu", _GRID_BARRIER, "__syncthreads();", "race|uninitialised"),
     "one vector too many": ("products.h", "c < stride;", "c <= stride;", "out of bounds|uninitialised"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
@@ -123,4 +126,6 @@ def test_broken_kernel_is_caught(name, tmp_path):
 
 def compile_mutant(folder: Path, target: Path) -> Path:
     """sample.cu from `folder`, unoptimised; the other files do not matter here and are reused."""
-    return cuda_emulator.compile_shared([folder / f"{source}.cu" for source in SOURCES], "mutant", folder, ("-O0",), target)
+    return cuda_emulator.compile_shared(
+        [folder / f"{source}.cu" for source in SOURCES], "mutant", folder, ("-O0",), target
+    )

@@ -1,5 +1,5 @@
-// The program that the persistent kernel runs, as plain data. qpilots_fast/backends/cuda_plan.py writes it; its
-// ctypes mirrors must match field by field (qpilots_cuda_struct_bytes tells them apart).
+// The program that the persistent kernel runs, as plain data, written by qpilots_fast/backends/cuda_plan.py. The mirrors
+// in cuda_structs.py must match field by field (qpilots_cuda_struct_bytes tells them apart).
 #pragma once
 
 #include <cstdint>
@@ -107,11 +107,11 @@ struct PackItem {
   std::int32_t padding;
 };
 
-// The argument of steer_step_kernel.
+// The argument of clean_actions_kernel and steer_step_kernel.
 struct SteerStepArgs {
   const float* x;                // [rows][A]
   const float* v;                // [rows][A]
-  const float* g;                // [rows][A]; null: the clean-action estimate
+  const float* g;                // [rows][A], steer_step alone
   const float* q_std;            // [rows], for GAF; may be null
   const unsigned char* steered;  // [A]; null: all
   // outputs; the last two may be null
@@ -120,7 +120,7 @@ struct SteerStepArgs {
   unsigned char* nonfinite;      // [rows]
   std::int64_t rows;
   std::int32_t action_dim;
-  float dt;                      // 1 - t for the estimate
+  float dt;                      // clean_actions: 1 - t
   SteeringParams steering;
 };
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -23,73 +21,19 @@ from ..steering import Steering
 from .base import Backend, BoundNetwork, BoundNetworks, Footprint, RawSample
 from .counts import count_flops
 from .cuda_build import build, library_paths
-from .cuda_plan import (
-    STRUCTURES,
-    NetworkLayout,
-    Presence,
-    Program,
-    Region,
-    SampleArgs,
-    SteerStepArgs,
-    pack_table,
-    plan_network,
-    plan_sample,
-    presence,
-    steering_params,
-)
+from .cuda_counts import count_barriers, count_traffic
+from .cuda_layout import NetworkLayout, Presence, pack_table, presence
+from .cuda_library import BUILD_HINT, Library, MemoryRange, Recent, memory_map, weight_regions
+from .cuda_plan import Program, plan_network, plan_sample
+from .cuda_structs import SampleArgs, SteerStepArgs, steering_params
 
-__all__ = ["CudaBackend", "Library", "MAX_BATCH_SIZE", "PackedWeights", "build"]
+__all__ = ["MAX_BATCH_SIZE", "CudaBackend", "Library", "PackedWeights", "build"]
 
 MAX_BATCH_SIZE = 16
 _WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
 _SPIN_LIMIT = 1 << 24  # polls of about 1 us: a block that waits so long has lost the others
 _MAX_STEPS = 100_000
-_BUILD_HINT = "`qpilots-fast build-cuda` compiles it where nvcc is installed"
 _T = TypeVar("_T")
-
-# what a kernel may touch: (first byte, size, name, read-only); asked for by the test emulator alone
-MemoryMap = Callable[[], list[tuple[int, int, str, bool]]]
-
-
-class Library:
-    """The compiled kernels through their C ABI.
-
-    Raises:
-        OSError, RuntimeError: at construction, where the file does not load or was built from other sources.
-    """
-
-    device_type: ClassVar[str] = "cuda"
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._functions = ctypes.CDLL(str(path))
-        self._functions.qpilots_cuda_last_error.restype = ctypes.c_char_p
-        compiled = [self._functions.qpilots_cuda_struct_bytes(i) for i in range(len(STRUCTURES))]
-        if compiled != [ctypes.sizeof(structure) for structure in STRUCTURES]:
-            raise RuntimeError(f"{path} was built from another version of the sources; {_BUILD_HINT}")
-
-    def call(self, name: str, *arguments: Any, memory: MemoryMap | None = None) -> None:
-        """Calls qpilots_cuda_<name>; a failure becomes an exception with the message of CUDA."""
-        code = getattr(self._functions, f"qpilots_cuda_{name}")(*arguments)
-        if code != 0:
-            message = self._functions.qpilots_cuda_last_error().decode()
-            raise (BackendUnavailable if code == 1 else RuntimeError)(f"backend 'cuda': {message}")
-
-    def unavailable_reason(self) -> str | None:
-        """Why no kernel can run: the message of the CUDA runtime."""
-        count = ctypes.c_int()
-        try:
-            self.call("device_count", ctypes.byref(count))
-        except RuntimeError as error:
-            return f"the CUDA runtime finds no usable GPU ({error})"
-        return None if count.value > 0 else "the CUDA runtime finds no GPU"
-
-    def stream(self, device: torch.device) -> int:
-        return torch.cuda.current_stream(device).cuda_stream
-
-    def failure_word(self) -> Tensor:
-        """A word of host memory that kernels write to when they give up."""
-        return torch.zeros(1, dtype=torch.int32, pin_memory=True)
 
 
 @dataclass(frozen=True)
@@ -102,27 +46,13 @@ class PackedWeights:
 
 @dataclass(frozen=True)
 class _DeviceProgram:
+    """A program with its tables on the device."""
+
     key: Hashable
     program: Program
     phases: Tensor  # uint8
     tables: tuple[Tensor, ...]
     steered: Tensor | None
-
-
-class _Recent:
-    """The last few values by key; safe from several threads."""
-
-    def __init__(self, size: int) -> None:
-        self._size, self._entries, self._lock = size, OrderedDict[Hashable, Any](), threading.Lock()
-
-    def obtain(self, key: Hashable, make: Callable[[], _T]) -> _T:
-        with self._lock:
-            if key not in self._entries:
-                self._entries[key] = make()
-                if len(self._entries) > self._size:
-                    self._entries.popitem(last=False)
-            self._entries.move_to_end(key)
-            return self._entries[key]
 
 
 class CudaBackend(Backend):
@@ -141,7 +71,7 @@ class CudaBackend(Backend):
         self._library, self._max_blocks, self._spin_limit = library, max_blocks, spin_limit
         self._load_failure: str | None = None
         self._lock = threading.Lock()
-        self._programs, self._pack_tables = _Recent(64), _Recent(32)
+        self._programs, self._pack_tables = Recent(64), Recent(32)
         self._failure_words: dict[torch.device, Tensor] = {}
 
     # ---------------------------------------------------------------- availability
@@ -151,7 +81,7 @@ class CudaBackend(Backend):
             if self._library is None and self._load_failure is None:
                 path = next((p for p in library_paths() if p.is_file()), None)
                 if path is None:
-                    self._load_failure = f"its kernels are not built; {_BUILD_HINT}"
+                    self._load_failure = f"its kernels are not built; {BUILD_HINT}"
                 else:
                     try:
                         self._library = Library(path)
@@ -202,14 +132,17 @@ class CudaBackend(Backend):
         packed: Any = None,
         return_info: bool = False,
     ) -> RawSample:
-        batch, action_dim = noise.shape
+        batch = len(noise)
         reason = self.refusal(spec, noise.device)
         if reason is None and batch > MAX_BATCH_SIZE:
-            reason = f"it is for batches up to {MAX_BATCH_SIZE} (candidates counted), this one has {batch}; 'triton' has no limit"
+            reason = (
+                f"it is for batches up to {MAX_BATCH_SIZE} (candidates counted), this one has {batch}; "
+                "'triton' has no limit"
+            )
         if reason is not None:
             raise BackendUnavailable(f"backend 'cuda' cannot run this call: {reason}.")
         loaded = self._sample_program(spec, networks, batch)
-        program, args = loaded.program, SampleArgs.from_buffer_copy(loaded.program.args)
+        args = SampleArgs.from_buffer_copy(loaded.program.args)
         if packed is None:
             weights = self._packed(loaded, _taking_part(spec, networks))
         elif packed.key != _pack_key(spec, networks):
@@ -301,7 +234,9 @@ class CudaBackend(Backend):
 
     # ---------------------------------------------------------------- row-wise pieces
 
-    def clean_actions(self, x: Tensor, v: Tensor, t: float, low: float | None = None, high: float | None = None) -> Tensor:
+    def clean_actions(
+        self, x: Tensor, v: Tensor, t: float, low: float | None = None, high: float | None = None
+    ) -> Tensor:
         """x + (1 - t) v [B, A], clipped to [low, high] where given; one kernel, any batch."""
         steering = Steering(clip="none" if low is None else "straight_through")
         args = SteerStepArgs(dt=1 - t, steering=steering_params(steering, low or 0.0, high or 0.0))
@@ -345,7 +280,10 @@ class CudaBackend(Backend):
         outputs = {"result": result, "gradient norms": norms, "non-finite rows": nonfinite}
         library = self._checked_library()
         library.call(
-            "steer_step", ctypes.byref(args), *_place(library, x.device), memory=lambda: _memory_map(named, outputs)
+            "clean_actions" if g is None else "steer_step",
+            ctypes.byref(args),
+            *_place(library, x.device),
+            memory=lambda: memory_map(named, outputs),
         )
         return result, norms, nonfinite.bool()
 
@@ -389,9 +327,7 @@ class CudaBackend(Backend):
         """The live weights in the kernels' layout, by one kernel; the table of pointers is kept between calls."""
         layouts = loaded.program.layouts
         device = loaded.phases.device
-        key = tuple(
-            (t.data_ptr(), t.stride(), t.dtype, t.device) for network in networks for t in _parameters(network)
-        )
+        key = tuple((t.data_ptr(), t.stride(), t.dtype, t.device) for network in networks for t in _parameters(network))
         wrong = next((d for *_, d in key if d != device), None)
         if wrong is not None:
             raise ValueError(f"a parameter is on {wrong}; expected every parameter on {device}.")
@@ -401,9 +337,9 @@ class CudaBackend(Backend):
         weights = torch.empty(loaded.program.weights_bytes, dtype=torch.uint8, device=device)
         library = self._checked_library()
 
-        def memory() -> list[tuple[int, int, str, bool]]:
+        def memory() -> list[MemoryRange]:
             named = {f"parameter {i}": t for i, t in enumerate(t for n in networks for t in _parameters(n))}
-            return _memory_map({"pack table": table, **named}, {}) + _weight_regions(layouts, weights, False)
+            return memory_map({"pack table": table, **named}, {}) + weight_regions(layouts, weights, False)
 
         library.call(
             "pack",
@@ -444,7 +380,7 @@ class CudaBackend(Backend):
         for index, tensor in enumerate(inputs):
             args.inputs[index] = tensor.data_ptr()
 
-        def memory() -> list[tuple[int, int, str, bool]]:
+        def memory() -> list[MemoryRange]:
             constants = {"program": loaded.phases, **others}
             constants |= {f"input {pointer}": tensor for pointer, tensor in {t.data_ptr(): t for t in inputs}.items()}
             planes = [
@@ -452,7 +388,7 @@ class CudaBackend(Backend):
                 for region in program.workspace.regions
             ]
             changing = {"barrier": sync, "failure word": failure, **outputs}
-            return _memory_map(constants, changing) + planes + _weight_regions(program.layouts, weights, True)
+            return memory_map(constants, changing) + planes + weight_regions(program.layouts, weights, True)
 
         library.call(
             "sample",
@@ -465,34 +401,6 @@ class CudaBackend(Backend):
             memory=memory,
         )
         return workspace
-
-
-def count_barriers(program: Program) -> int:
-    """Grid barriers of one call."""
-    args = program.args
-    first_steered = 0 if args.steering.steer_first_step else 1
-    steered = args.num_steps - first_steered if args.num_step_phases > args.num_flow_phases else 0
-    plain = args.num_steps - steered
-    once = sum(phase.ends_with_barrier for phase in program.phases[: args.num_once])
-    return once + plain * args.num_flow_phases + steered * args.num_step_phases
-
-
-def count_traffic(program: Program) -> int:
-    """Bytes of weights, and of planes written and read once, that all phases of one call move."""
-    args = program.args
-    first_steered = 0 if args.steering.steer_first_step else 1
-    total = 0
-    for index, phase in enumerate(program.phases):
-        weights = phase.members * phase.out_dim * phase.in_stride * program.weight_bytes
-        planes = 4 * phase.members * phase.rows * (phase.in_dim + phase.out_dim)
-        if index < args.num_once:
-            visits = 1
-        elif index - args.num_once < args.num_flow_phases:
-            visits = args.num_steps
-        else:
-            visits = args.num_steps - first_steered
-        total += visits * (weights + planes)
-    return total
 
 
 def _float32(tensor: Tensor) -> Tensor:
@@ -558,23 +466,3 @@ def _device_pack_table(
     items = [item for layout, network in zip(layouts, networks) for item in layout.pack_items(network)]
     data, tiles = pack_table(items)
     return _bytes_tensor(data, device), len(items), tiles
-
-
-def _memory_map(
-    constants: dict[str, Tensor | None], changing: dict[str, Tensor | None]
-) -> list[tuple[int, int, str, bool]]:
-    named = [(name, tensor, True) for name, tensor in constants.items()]
-    named += [(name, tensor, False) for name, tensor in changing.items()]
-    entries = []
-    for name, tensor, read_only in named:
-        if tensor is not None and tensor.numel() > 0:
-            extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-            entries.append((tensor.data_ptr(), extent * tensor.element_size(), name, read_only))
-    return entries
-
-
-def _weight_regions(
-    layouts: Sequence[NetworkLayout], weights: Tensor, read_only: bool
-) -> list[tuple[int, int, str, bool]]:
-    regions: list[Region] = [region for layout in layouts for region in layout.regions()]
-    return [(weights.data_ptr() + region.start, region.size, region.name, read_only) for region in regions]

@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda into one shared library with a C ABI, apart from the Python build: an install never waits for nvcc."""
+"""Compiles csrc/cuda into one shared library with a C ABI, apart from the Python build: no install waits for nvcc."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 LIBRARY_NAME = "libqpilots_cuda.so"
-ARCHITECTURES: tuple[int, ...] = (80, 86, 89, 90, 100, 120)  # the last one also as PTX, for what comes after
+ARCHITECTURES: tuple[int, ...] = (80, 86, 89, 90, 100, 120)  # the first one also as PTX, for every other GPU
 SOURCES = ("device", "pack", "sample", "steer_step")
 # -fmad=false: the maths says where it fuses, so that a row has the same bits in every variant of a kernel
 NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden")
@@ -52,7 +52,13 @@ def visible_architectures() -> tuple[int, ...]:
 
 def _code_flags(architectures: Sequence[int]) -> list[str]:
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
-    return [*flags, f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}"]
+    return [*flags, f"-gencode=arch=compute_{architectures[0]},code=compute_{architectures[0]}"]
+
+
+def supported_architectures(nvcc: str) -> tuple[int, ...]:
+    """Those of ARCHITECTURES that this nvcc knows: sm_100 and sm_120 need CUDA 12.8."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout.split()
+    return tuple(a for a in ARCHITECTURES if f"compute_{a}" in listed) or ARCHITECTURES
 
 
 def compile_command(nvcc: str, csrc: Path, source: str, target: Path, extra: Sequence[str]) -> list[str]:
@@ -62,7 +68,10 @@ def compile_command(nvcc: str, csrc: Path, source: str, target: Path, extra: Seq
 
 
 def build(
-    archs: Sequence[int | str] | None = None, jobs: int = 2, say: Callable[[str], object] = print, target: Path | None = None
+    archs: Sequence[int | str] | None = None,
+    jobs: int = 2,
+    say: Callable[[str], object] = print,
+    target: Path | None = None,
 ) -> Path:
     """Compiles the CUDA kernels; the backend "cuda" finds the result in the next process.
 
@@ -78,15 +87,16 @@ def build(
     Raises:
         RuntimeError: without nvcc or the sources, or with nvcc's message where it fails.
     """
+    wanted = tuple(sorted(_capability(a) for a in archs)) if archs else visible_architectures()
     nvcc, csrc = find_nvcc(), find_sources()
     if nvcc is None:
         raise RuntimeError(
-            "nvcc was not found in $CUDACXX, $CUDA_HOME, the PATH or /usr/local/cuda; install the CUDA toolkit (12.8 or "
-            "later for sm_100 and sm_120) or point CUDA_HOME at it."
+            "nvcc was not found in $CUDACXX, $CUDA_HOME, the PATH or /usr/local/cuda; install the CUDA toolkit (12.8 "
+            "or later for GPUs of sm_100 and sm_120) or point CUDA_HOME at it."
         )
     if csrc is None:
         raise RuntimeError("the folder csrc/cuda was not found in or beside the package; build from a checkout.")
-    chosen = tuple(sorted(_capability(a) for a in archs)) if archs else visible_architectures() or ARCHITECTURES
+    chosen = wanted or supported_architectures(nvcc)
     path = target or _writable_path()
     say(f"compiling {len(SOURCES)} files for {', '.join(f'sm_{a}' for a in chosen)} with {nvcc} (minutes)")
     started = time.monotonic()
@@ -114,7 +124,9 @@ def build(
 def _capability(value: int | str) -> int:
     text = str(value).removeprefix("sm_").replace(".", "")
     if not text.isdigit() or int(text) < 80:
-        raise ValueError(f"archs has {value!r}; expected compute capabilities from 80 on, such as 90, '9.0' or 'sm_90'.")
+        raise ValueError(
+            f"archs has {value!r}; expected compute capabilities from 80 on, such as 90, '9.0' or 'sm_90'."
+        )
     return int(text)
 
 

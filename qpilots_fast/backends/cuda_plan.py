@@ -1,12 +1,7 @@
-"""The program of the persistent CUDA kernel: packed layout of the weights, planes of the workspace, list of phases.
-
-The structures mirror csrc/cuda/phase.h field by field; `cuda.Library` compares their sizes with the compiled ones.
-"""
+"""The program of the persistent CUDA kernel: planes of the workspace and the list of phases."""
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -14,271 +9,12 @@ from torch import Tensor
 
 from ..networks import time_features
 from ..spec import ACTIVATIONS, NetworkSpec, SamplerSpec
-from ..steering import AGGREGATIONS, CLIPS, ESTIMATES, SCALES, Steering
-from .base import BoundNetwork
+from ..steering import Steering
+from .cuda_layout import NetworkLayout, Presence, Region, round_up
+from .cuda_structs import STAGES, Phase, SampleArgs, steering_params
 
-_NORMS = (None, "pre", "post")
-_STAGES = ("rows", "state", "estimate", "map_input", "hidden", "critic_top", "delta", "cotangent")
-_ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-_I32, _I64, _F32, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-_WEIGHT_ALIGNMENT = 128  # bytes
+_NORMS = (None, "pre", "post")  # enum class NormPlacement
 _PLANE_ALIGNMENT = 32  # floats
-
-
-class SteeringParams(ctypes.Structure):
-    _fields_ = [
-        *((name, _I32) for name in ("estimate", "clip", "aggregation", "scale", "q_scale_kind", "full_jacobian")),
-        *((name, _I32) for name in ("steer_first_step", "num_samples", "glass_steps")),
-        *((name, _F32) for name in ("alpha", "rho", "tau", "q_scale", "eps", "max_grad_norm")),
-        *((name, _F32) for name in ("gaf_beta", "gaf_decay", "gaf_min", "action_low", "action_high")),
-    ]
-
-
-class Phase(ctypes.Structure):
-    _fields_ = [
-        *((name, _I32) for name in ("stage", "activation", "staged_norm", "activates", "members", "rows", "in_dim")),
-        *((name, _I32) for name in ("in_stride", "out_dim", "input", "rows_per_addend", "ends_with_barrier")),
-        ("norm_eps", _F32),
-        ("completes_critics", _I32),
-        *((name, _I64) for name in ("source", "source_member_stride", "source_slope", "source_delta")),
-        *((name, _I64) for name in ("target", "target_slope", "row_addend", "step_addend", "weight", "bias")),
-        *((name, _I64) for name in ("gamma", "beta", "top_weight", "top_bias", "member_bytes")),
-    ]
-
-
-class SampleArgs(ctypes.Structure):
-    _fields_ = [
-        *((name, _POINTER) for name in ("program", "weights", "workspace", "sync", "host_failure")),
-        ("inputs", _POINTER * 4),
-        *((name, _POINTER) for name in ("noise", "posterior_noise", "remaining_time", "steered")),
-        *((name, _POINTER) for name in ("actions", "gradient_norms", "nonfinite")),
-        *((name, _I64) for name in ("velocity", "map_output", "q_values", "critic_vjp", "estimate_vjp")),
-        *((name, _I32) for name in ("num_once", "num_flow_phases", "num_step_phases", "num_steps", "batch")),
-        *((name, _I32) for name in ("action_dim", "num_members", "stage_stride")),
-        ("spin_limit", ctypes.c_uint32),
-        ("dt", _F32),
-        ("steering", SteeringParams),
-    ]
-
-
-class PackItem(ctypes.Structure):
-    _fields_ = [
-        ("source", ctypes.c_uint64),
-        *((name, _I64) for name in ("row_stride", "column_stride", "target")),
-        *((name, _I32) for name in ("rows", "columns", "target_columns", "target_stride", "source_type")),
-        *((name, _I32) for name in ("target_type", "first_tile", "padding")),
-    ]
-
-
-class SteerStepArgs(ctypes.Structure):
-    _fields_ = [
-        *((name, _POINTER) for name in ("x", "v", "g", "q_std", "steered", "result", "gradient_norms", "nonfinite")),
-        ("rows", _I64),
-        ("action_dim", _I32),
-        ("dt", _F32),
-        ("steering", SteeringParams),
-    ]
-
-
-STRUCTURES: tuple[type[ctypes.Structure], ...] = (Phase, SampleArgs, PackItem, SteerStepArgs)
-
-
-def steering_params(steering: Steering, low: float, high: float) -> SteeringParams:
-    """The steering as kernels read it."""
-    batch_std = steering.q_scale == "batch_std"
-    return SteeringParams(
-        estimate=ESTIMATES.index(steering.estimate),
-        clip=CLIPS.index(steering.clip),
-        aggregation=AGGREGATIONS.index(steering.aggregation),
-        scale=SCALES.index(steering.scale),
-        q_scale_kind=2 if batch_std else 0 if steering.q_scale is None else 1,
-        full_jacobian=steering.jacobian == "full",
-        steer_first_step=steering.steer_first_step,
-        num_samples=steering.num_samples,
-        glass_steps=steering.glass_steps,
-        q_scale=1.0 if batch_std or steering.q_scale is None else steering.q_scale,
-        action_low=low,
-        action_high=high,
-        **{name: getattr(steering, name) for name in ("alpha", "rho", "tau", "eps", "max_grad_norm")},
-        **{name: getattr(steering, name) for name in ("gaf_beta", "gaf_decay", "gaf_min")},
-    )
-
-
-@dataclass(frozen=True)
-class Region:
-    """A named stretch of the packed weights (bytes) or of the workspace (floats)."""
-
-    name: str
-    start: int
-    size: int
-
-
-# ---------------------------------------------------------------- packed weights
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """What fills one region of a member: parameter `field` of layer `layer`, its columns, perhaps transposed."""
-
-    region: Region
-    layer: int
-    field: str
-    columns: tuple[slice, ...]
-    transposed: bool
-    stride: int  # elements; vectors: their length
-    is_vector: bool
-
-
-@dataclass(frozen=True)
-class Presence:
-    """Which optional parameters a layer has."""
-
-    bias: bool
-    norm_weight: bool
-    norm_bias: bool
-
-
-def presence(network: BoundNetwork) -> tuple[Presence, ...]:
-    return tuple(
-        Presence(layer.bias is not None, layer.norm_weight is not None, layer.norm_bias is not None)
-        for layer in network.layers
-    )
-
-
-class NetworkLayout:
-    """Where each matrix of one network lies in the packed weights.
-
-    Args:
-        spec, present: the network.
-        base: first byte.
-        weight_bytes: 4 (float32) or 2 (bfloat16).
-        moving: input blocks whose columns are multiplied at every step, in staged order.
-        pulled: blocks to whose columns the backward pass leads; () where there is none.
-        once: groups of blocks multiplied once a call.
-        keeps_output_transposed: whether the backward pass starts with a cotangent of the output.
-    """
-
-    def __init__(
-        self,
-        spec: NetworkSpec,
-        present: tuple[Presence, ...],
-        base: int,
-        weight_bytes: int,
-        moving: tuple[str, ...],
-        pulled: tuple[str, ...],
-        once: tuple[tuple[str, ...], ...],
-        keeps_output_transposed: bool,
-    ) -> None:
-        self.spec, self.present, self.base, self._weight_bytes = spec, present, base, weight_bytes
-        self.entries: list[_Entry] = []
-        self._size = 0
-        last = len(spec.layer_dims) - 1
-        self.forward: list[int] = []
-        self.transposed: dict[int, int] = {}
-        self.bias = [-1] * (last + 1)
-        self.gamma, self.beta = [-1] * last, [-1] * last
-        first_columns = tuple(spec.block_slices[block] for block in moving)
-        for layer, (fan_in, fan_out) in enumerate(spec.layer_dims):
-            columns = first_columns if layer == 0 else (slice(0, fan_in),)
-            self.forward.append(self._matrix(layer, columns, fan_out, transposed=False))
-            if pulled and (layer < last or keeps_output_transposed):
-                back = tuple(spec.block_slices[block] for block in pulled) if layer == 0 else (slice(0, fan_in),)
-                self.transposed[layer] = self._matrix(layer, back, fan_out, transposed=True)
-            if present[layer].bias:
-                self.bias[layer] = self._vector(layer, "bias", fan_out)
-            if layer < last and present[layer].norm_weight:
-                self.gamma[layer] = self._vector(layer, "norm_weight", fan_out)
-            if layer < last and present[layer].norm_bias:
-                self.beta[layer] = self._vector(layer, "norm_bias", fan_out)
-        self.once = [
-            self._matrix(0, tuple(spec.block_slices[block] for block in group), spec.layer_dims[0][1], transposed=False)
-            for group in once
-        ]
-        self.member_bytes = _round_up(self._size, _WEIGHT_ALIGNMENT)
-        self.end = base + self.member_bytes * spec.num_members
-
-    def stride(self, columns: int) -> int:
-        """Row stride of a matrix: its columns padded to 16 bytes."""
-        return _round_up(columns, 16 // self._weight_bytes)
-
-    def _reserve(self, name: str, size: int) -> Region:
-        region = Region(name, self._size, size)
-        self._size = _round_up(self._size + size, _WEIGHT_ALIGNMENT)
-        return region
-
-    def _matrix(self, layer: int, columns: tuple[slice, ...], fan_out: int, *, transposed: bool) -> int:
-        width = sum(c.stop - c.start for c in columns)
-        rows, stride = (width, self.stride(fan_out)) if transposed else (fan_out, self.stride(width))
-        name = f"{self.spec.kind} layer {layer} weight" + (" transposed" if transposed else "")
-        region = self._reserve(name, rows * stride * self._weight_bytes)
-        self.entries.append(_Entry(region, layer, "weight", columns, transposed, stride, is_vector=False))
-        return self.base + region.start
-
-    def _vector(self, layer: int, name: str, size: int) -> int:
-        region = self._reserve(f"{self.spec.kind} layer {layer} {name}", size * 4)
-        self.entries.append(_Entry(region, layer, name, (), False, size, is_vector=True))
-        return self.base + region.start
-
-    def regions(self) -> Iterator[Region]:
-        """Every region of every member, from the start of the packed weights."""
-        for member in range(self.spec.num_members):
-            start = self.base + member * self.member_bytes
-            for entry in self.entries:
-                yield Region(f"{entry.region.name} of member {member}", start + entry.region.start, entry.region.size)
-
-    def pack_items(self, network: BoundNetwork) -> Iterator[PackItem]:
-        """One item for each copy; first_tile is left to the caller."""
-        for entry in self.entries:
-            members = getattr(network.layers[entry.layer], entry.field)
-            for member, tensor in enumerate(members):
-                target = self.base + member * self.member_bytes + entry.region.start
-                yield from self._items_of(entry, tensor, target)
-
-    def _items_of(self, entry: _Entry, tensor: Tensor, target: int) -> Iterator[PackItem]:
-        source_type, size = _ELEMENT_TYPES[tensor.dtype], tensor.element_size()
-        if entry.is_vector:
-            yield PackItem(
-                source=tensor.data_ptr(), column_stride=tensor.stride(0), target=target, rows=1, columns=entry.stride,
-                target_columns=entry.stride, target_stride=entry.stride, source_type=source_type, target_type=0,
-            )  # fmt: skip
-            return
-        out_stride, in_stride = tensor.stride()
-        done = 0
-        for index, columns in enumerate(entry.columns):
-            width = columns.stop - columns.start
-            item = PackItem(
-                source=tensor.data_ptr() + columns.start * in_stride * size,
-                target_stride=entry.stride,
-                source_type=source_type,
-                target_type=1 if self._weight_bytes == 2 else 0,
-            )
-            if entry.transposed:
-                item.rows, item.columns, item.target_columns = width, tensor.shape[0], entry.stride
-                item.row_stride, item.column_stride = in_stride, out_stride
-                item.target = target + done * entry.stride * self._weight_bytes
-            else:
-                item.rows, item.columns = tensor.shape[0], width
-                item.target_columns = entry.stride - done if index == len(entry.columns) - 1 else width
-                item.row_stride, item.column_stride = out_stride, in_stride
-                item.target = target + done * self._weight_bytes
-            done += width
-            yield item
-
-
-def pack_table(items: list[PackItem]) -> tuple[bytes, int]:
-    """The items as bytes, each with its first tile of 32 x 32 elements, and the number of tiles."""
-    tiles = 0
-    for item in items:
-        item.first_tile = tiles
-        tiles += -(-item.rows // 32) * -(-item.target_columns // 32)
-    return b"".join(bytes(item) for item in items), tiles
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-# ---------------------------------------------------------------- workspace and phases
 
 
 @dataclass
@@ -294,7 +30,7 @@ class Workspace:
             size *= dim
         start = self.size
         self.regions.append(Region(name, start, size))
-        self.size = _round_up(start + size, _PLANE_ALIGNMENT)
+        self.size = round_up(start + size, _PLANE_ALIGNMENT)
         return start
 
 
@@ -319,13 +55,15 @@ class NetworkPhases:
             keeps = differentiable and spec.layer_norm[layer] != "pre"
             self._slopes.append(workspace.plane(f"{name} slope", spec.num_members, rows, width) if keeps else -1)
         self._deltas = [
-            workspace.plane(f"{spec.kind} hidden {layer} delta", spec.num_members, rows, width) if differentiable else -1
+            workspace.plane(f"{spec.kind} hidden {layer} delta", spec.num_members, rows, width)
+            if differentiable
+            else -1
             for layer, width in enumerate(spec.hidden_dims)
         ]
 
     def _phase(self, stage: str, in_dim: int, out_dim: int, weight: int, target: int, **fields: int | float) -> Phase:
         phase = Phase(
-            stage=_STAGES.index(stage),
+            stage=STAGES.index(stage),
             activation=ACTIVATIONS.index(self.spec.activation),
             members=self.spec.num_members,
             rows=self.rows,
@@ -405,7 +143,9 @@ class NetworkPhases:
             fields = self._staged(layer)
             if at_top:
                 fields |= {"top_weight": layout.forward[-1], "top_bias": layout.bias[-1]}
-            out_dim, target = (pulled_dim, output) if layer == 0 else (spec.hidden_dims[layer - 1], self._deltas[layer - 1])
+            out_dim, target = (
+                (pulled_dim, output) if layer == 0 else (spec.hidden_dims[layer - 1], self._deltas[layer - 1])
+            )
             name = "critic_top" if at_top else "delta"
             phases.append(
                 self._phase(name, spec.hidden_dims[layer], out_dim, layout.transposed[layer], target, **fields)

@@ -1,0 +1,107 @@
+"""Exact counts of one call of the persistent CUDA kernel, and a prediction from them (nothing here was measured)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from .cuda_plan import Program
+from .cuda_structs import STAGES, Phase
+
+
+class DeviceNumbers(Protocol):
+    """What the prediction asks of a GPU: `backends.triton.gpu_counts.Device` has it."""
+
+    multiprocessors: int
+    flops: dict[str, float]
+    hbm_bytes_per_s: float
+    l2_bytes_per_s: float
+    l2_bytes: int
+
+
+@dataclass(frozen=True)
+class PhaseCounts:
+    """One phase on a grid of `blocks`.
+
+    Args:
+        visits: how often a call runs it.
+        weight_bytes: read by the warps, once for every tile of rows.
+        staged_bytes: of planes read by all blocks for themselves; each block that works stages every row.
+        macs: multiply-accumulates, rows padded to the tile.
+    """
+
+    visits: int
+    weight_bytes: int
+    staged_bytes: int
+    macs: int
+    barrier: bool
+
+
+def tile_rows(max_rows: int) -> int:
+    """Rows that a product takes at once, where shared memory allows; as `launch_sample` chooses."""
+    return 16 if max_rows > 4 else 4 if max_rows > 1 else 1
+
+
+def _steered_steps(program: Program) -> int:
+    args = program.args
+    if args.num_step_phases == args.num_flow_phases:
+        return 0
+    return args.num_steps - (0 if args.steering.steer_first_step else 1)
+
+
+def phase_counts(program: Program, blocks: int) -> Iterator[PhaseCounts]:
+    args, rows = program.args, tile_rows(program.max_rows)
+    for index, phase in enumerate(program.phases):
+        if index < args.num_once:
+            visits = 1
+        else:
+            visits = args.num_steps if index - args.num_once < args.num_flow_phases else _steered_steps(program)
+        neurons = phase.members * phase.out_dim
+        tiles = -(-phase.rows // rows)
+        segments = min(neurons, blocks) + phase.members - 1  # a block that spans two members stages both
+        yield PhaseCounts(
+            visits,
+            neurons * phase.in_stride * program.weight_bytes * tiles,
+            segments * phase.rows * phase.in_dim * 4 * _planes_read(phase),
+            neurons * phase.in_stride * tiles * rows,
+            bool(phase.ends_with_barrier),
+        )
+
+
+def _planes_read(phase: Phase) -> int:
+    """Planes that staging reads: the value; backward also the slope and the delta."""
+    stage = STAGES[phase.stage]
+    if stage == "critic_top":
+        return 1 + (phase.source_slope >= 0)
+    return 2 + (phase.source_slope >= 0) if stage == "delta" else 1
+
+
+def count_barriers(program: Program) -> int:
+    """Grid barriers of one call."""
+    return sum(phase.visits for phase in phase_counts(program, 1) if phase.barrier)
+
+
+def count_traffic(program: Program, blocks: int = 1) -> int:
+    """Bytes of weights and staged planes that one call reads."""
+    return sum(p.visits * (p.weight_bytes + p.staged_bytes) for p in phase_counts(program, blocks))
+
+
+def predicted_seconds(program: Program, device: DeviceNumbers, phase_latency_s: float, barrier_s: float) -> float:
+    """Phases one after another: the slowest of FMA, L2 and (where the weights exceed L2) HBM, plus two latencies.
+
+    Args:
+        phase_latency_s: from the barrier to the first FMA and from the last one to the next barrier: two dependent
+            trips to L2 and the row sums. An assumption.
+        barrier_s: of a grid barrier. An assumption.
+    """
+    spills = program.weights_bytes > device.l2_bytes
+    total = 0.0
+    for phase in phase_counts(program, device.multiprocessors):
+        busy = max(
+            2 * phase.macs / device.flops["float32"],
+            (phase.weight_bytes + phase.staged_bytes) / device.l2_bytes_per_s,
+            phase.weight_bytes / device.hbm_bytes_per_s if spills else 0.0,
+        )
+        total += phase.visits * (busy + phase_latency_s + (barrier_s if phase.barrier else 0.0))
+    return max(total, program.weights_bytes / device.hbm_bytes_per_s)

@@ -1,0 +1,98 @@
+"""The compiled CUDA kernels through ctypes, and small things that the backend keeps about them."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendUnavailable
+from .cuda_layout import NetworkLayout
+from .cuda_structs import STRUCTURES
+
+BUILD_HINT = "`qpilots-fast build-cuda` compiles it where nvcc is installed"
+_T = TypeVar("_T")
+
+# what a kernel may touch: first byte, size, name, read-only
+MemoryRange = tuple[int, int, str, bool]
+# asked for by the test emulator alone
+MemoryMap = Callable[[], list[MemoryRange]]
+
+
+class Library:
+    """The compiled kernels through their C ABI.
+
+    Raises:
+        OSError, RuntimeError: at construction, where the file does not load or was built from other sources.
+    """
+
+    device_type: ClassVar[str] = "cuda"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._functions = ctypes.CDLL(str(path))
+        self._functions.qpilots_cuda_last_error.restype = ctypes.c_char_p
+        compiled = [self._functions.qpilots_cuda_struct_bytes(i) for i in range(len(STRUCTURES))]
+        if compiled != [ctypes.sizeof(structure) for structure in STRUCTURES]:
+            raise RuntimeError(f"{path} was built from another version of the sources; {BUILD_HINT}")
+
+    def call(self, name: str, *arguments: Any, memory: MemoryMap | None = None) -> None:
+        """Calls qpilots_cuda_<name>; a failure becomes an exception with the message of CUDA."""
+        code = getattr(self._functions, f"qpilots_cuda_{name}")(*arguments)
+        if code != 0:
+            message = self._functions.qpilots_cuda_last_error().decode()
+            raise (BackendUnavailable if code == 1 else RuntimeError)(f"backend 'cuda': {message}")
+
+    def unavailable_reason(self) -> str | None:
+        """Why no kernel can run: the message of the CUDA runtime."""
+        count = ctypes.c_int()
+        try:
+            self.call("device_count", ctypes.byref(count))
+        except RuntimeError as error:
+            return f"the CUDA runtime finds no usable GPU ({error})"
+        return None if count.value > 0 else "the CUDA runtime finds no GPU"
+
+    def stream(self, device: torch.device) -> int:
+        return torch.cuda.current_stream(device).cuda_stream
+
+    def failure_word(self) -> Tensor:
+        """A word of host memory that kernels write to when they give up."""
+        return torch.zeros(1, dtype=torch.int32, pin_memory=True)
+
+
+class Recent:
+    """The last few values by key; safe from several threads."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._entries, self._lock = size, OrderedDict[Hashable, Any](), threading.Lock()
+
+    def obtain(self, key: Hashable, make: Callable[[], _T]) -> _T:
+        with self._lock:
+            if key not in self._entries:
+                self._entries[key] = make()
+                if len(self._entries) > self._size:
+                    self._entries.popitem(last=False)
+            self._entries.move_to_end(key)
+            return self._entries[key]
+
+
+def memory_map(constants: Mapping[str, Tensor | None], changing: Mapping[str, Tensor | None]) -> list[MemoryRange]:
+    named = [(name, tensor, True) for name, tensor in constants.items()]
+    named += [(name, tensor, False) for name, tensor in changing.items()]
+    entries = []
+    for name, tensor, read_only in named:
+        if tensor is not None and tensor.numel() > 0:
+            extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+            entries.append((tensor.data_ptr(), extent * tensor.element_size(), name, read_only))
+    return entries
+
+
+def weight_regions(layouts: Sequence[NetworkLayout], weights: Tensor, read_only: bool) -> list[MemoryRange]:
+    regions = [region for layout in layouts for region in layout.regions()]
+    return [(weights.data_ptr() + region.start, region.size, region.name, read_only) for region in regions]
