@@ -97,7 +97,8 @@ class SteeredSampler(nn.Module):
         self.precision = precision
         self.action_low, self.action_high = low, high
         self._frozen = False
-        self._packs: dict[str, Any] = {}
+        self._packs: dict[str, tuple[BoundNetworks, Any]] = {}  # by backend; filled by a frozen sampler's first call
+        self._choices: dict[Any, Backend] = {}
         self._warned = False
         self._spec = self._make_spec()
         if backend != "auto":
@@ -153,7 +154,9 @@ class SteeredSampler(nn.Module):
         """
         with torch.no_grad():
             packed = next((n for n in (self.flow, self.critic, self.posterior) if isinstance(n, PackableNetwork)), None)
-            batch_size, device, dtype = read_inputs(obs, noise, packed, self._device())
+            networks = None if self._spec is None or torch.compiler.is_compiling() else self._networks()
+            at = self._device() if networks is None else networks.flow.layers[0].weight[0].device
+            batch_size, device, dtype = read_inputs(obs, noise, packed, at)
             action_dim = read_action_dim(noise, packed)
             candidates = self.steering.num_candidates
             noise = start_noise(noise, candidates, batch_size, action_dim, device, dtype, generator)
@@ -163,10 +166,10 @@ class SteeredSampler(nn.Module):
             if batch_size == 0:
                 return self._empty(action_dim, device, dtype, return_info)
             if candidates == 1:
-                raw = self._run(obs, noise[:, 0], eps, return_info)
+                raw = self._run(networks, obs, noise[:, 0], eps, return_info)
                 q_values = self._q_values(obs, raw.actions) if return_info else None
             else:
-                raw, q_values = self._best_candidate(obs, noise, eps, return_info)
+                raw, q_values = self._best_candidate(networks, obs, noise, eps, return_info)
             if not return_info:
                 return raw.actions
             assert raw.gradient_norms is not None and raw.nonfinite is not None
@@ -254,6 +257,9 @@ class SteeredSampler(nn.Module):
         )
 
     def _networks(self) -> BoundNetworks:
+        """Views of the parameters that a call reads: the current ones, or those that were packed."""
+        if self._packs:
+            return next(iter(self._packs.values()))[0]
         assert self._spec is not None and isinstance(self.flow, PackableNetwork)
         critic = self.critic.bound() if self._spec.critic is not None else None  # type: ignore[union-attr]
         posterior = self.posterior.bound() if self._spec.posterior is not None else None  # type: ignore[union-attr]
@@ -276,17 +282,20 @@ class SteeredSampler(nn.Module):
 
     # ------------------------------------------------------------ running
 
-    def _run(self, obs: Any, noise: Tensor, eps: Tensor | None, return_info: bool) -> RawSample:
+    def _run(
+        self, networks: BoundNetworks | None, obs: Any, noise: Tensor, eps: Tensor | None, return_info: bool
+    ) -> RawSample:
         if torch.compiler.is_compiling() and self._spec is not None:
-            raw = self._run_traced(obs, noise, eps)
+            return self._run_traced(obs, noise, eps)
+        check_finite("noise", noise)
+        check_finite("posterior_noise", eps)
+        if isinstance(obs, Tensor) and obs.is_floating_point():
+            check_finite("obs", obs)
+        if networks is None:
+            raw = self._run_mixed(obs, noise, eps)
         else:
-            check_finite("noise", noise)
-            check_finite("posterior_noise", eps)
-            if isinstance(obs, Tensor) and obs.is_floating_point():
-                check_finite("obs", obs)
-            with torch.autocast(noise.device.type, enabled=False) if self._spec else torch.no_grad():
-                raw = self._run_packed(obs, noise, eps, return_info) if self._spec else self._run_mixed(obs, noise, eps)
-            check_actions(raw.actions)
+            raw = self._run_packed(networks, obs, noise, eps, return_info)
+        check_actions(raw.actions)
         return raw
 
     def _run_traced(self, obs: Tensor, noise: Tensor, eps: Tensor | None) -> RawSample:
@@ -299,15 +308,16 @@ class SteeredSampler(nn.Module):
                 flat += network.flat_parameters()  # type: ignore[union-attr]
         return RawSample(*ops.sample(obs, noise, eps, flat, self._spec, self.backend))
 
-    def _run_packed(self, obs: Tensor, noise: Tensor, eps: Tensor | None, return_info: bool) -> RawSample:
+    def _run_packed(
+        self, networks: BoundNetworks, obs: Tensor, noise: Tensor, eps: Tensor | None, return_info: bool
+    ) -> RawSample:
         assert self._spec is not None
         chosen = self._backend(self._spec, noise)
-        networks = self._networks()
         packed = None
         if self._frozen:
             if chosen.name not in self._packs:
-                self._packs[chosen.name] = chosen.pack(self._spec, networks)
-            packed = self._packs[chosen.name]
+                self._packs[chosen.name] = (networks, chosen.pack(self._spec, networks))
+            packed = self._packs[chosen.name][1]
         eps = None if eps is None else eps.contiguous()
         return chosen.sample(
             self._spec, networks, obs.to(noise.dtype).contiguous(), noise.contiguous(), eps,
@@ -323,6 +333,13 @@ class SteeredSampler(nn.Module):
         return reference.sample(net, self.steering, self.num_steps, noise, eps, bounds)
 
     def _backend(self, spec: SamplerSpec, noise: Tensor) -> Backend:
+        # only on GPUs does the choice depend on the batch size
+        key = (self.backend, noise.device, noise.dtype, noise.shape[0] if noise.device.type == "cuda" else None)
+        if key not in self._choices:
+            self._choices[key] = self._choose(spec, noise)
+        return self._choices[key]
+
+    def _choose(self, spec: SamplerSpec, noise: Tensor) -> Backend:
         if noise.dtype == torch.float64 and spec.precision != "float64":
             if self.backend not in ("auto", "reference"):
                 raise TypeError(
@@ -332,7 +349,7 @@ class SteeredSampler(nn.Module):
             return backends.get("reference")
         chosen, passed = backends.choose(self.backend, spec, noise.device, noise.shape[0])
         if chosen.name == "reference" and self.backend == "auto" and not self._warned:
-            self._warned = True
+            self._warned = True  # once a sampler, whatever it is called with
             reasons = "; ".join(f"{name}: {reason}" for name, reason in passed.items())
             warnings.warn(f"qpilots_fast falls back to the unfused reference backend ({reasons}).", stacklevel=4)
         return chosen
@@ -371,7 +388,7 @@ class SteeredSampler(nn.Module):
         return chosen.forward(handle, blocks, precision).squeeze(-1)
 
     def _best_candidate(
-        self, obs: Any, noise: Tensor, eps: Tensor | None, return_info: bool
+        self, networks: BoundNetworks | None, obs: Any, noise: Tensor, eps: Tensor | None, return_info: bool
     ) -> tuple[RawSample, Tensor | None]:
         """Runs [B, n, A] candidates and keeps, per row, the one that the critics value most."""
         batch_size, count, action_dim = noise.shape
@@ -379,11 +396,11 @@ class SteeredSampler(nn.Module):
         if self._spec is not None:  # candidates are rows of one larger batch
             wide_eps = None if eps is None else eps.repeat_interleave(count, dim=1)
             wide_obs = obs.repeat_interleave(count, dim=0)
-            raw = self._run(wide_obs, noise.reshape(-1, action_dim), wide_eps, return_info)
+            raw = self._run(networks, wide_obs, noise.reshape(-1, action_dim), wide_eps, return_info)
             actions = raw.actions.view(batch_size, count, action_dim)
             raws = [raw]
         else:
-            raws = [self._run(obs, noise[:, n], eps, return_info) for n in range(count)]
+            raws = [self._run(None, obs, noise[:, n], eps, return_info) for n in range(count)]
             actions = torch.stack([raw.actions for raw in raws], dim=1)
         if isinstance(obs, Tensor) and isinstance(self.critic, PackableNetwork):
             q = self._q_values(obs.repeat_interleave(count, dim=0), actions.reshape(-1, action_dim))
@@ -418,7 +435,7 @@ class SteeredSampler(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packs": {}}
+        return {**self.__dict__, "_packs": {}, "_choices": {}}
 
     def extra_repr(self) -> str:
         return (

@@ -87,16 +87,30 @@ class ReferenceBackend(Backend):
         return_info: bool = False,
     ) -> RawSample:
         dtype = compute_dtype(spec.precision, obs, noise)
-        net = evaluators(spec, networks if packed is None else packed, obs.to(dtype), dtype, spec.precision)
+        with torch.autocast(noise.device.type, enabled=False):  # the precision is the spec's
+            return self._sample(spec, networks if packed is None else packed, obs, noise, posterior_noise, dtype)
+
+    def _sample(
+        self,
+        spec: SamplerSpec,
+        networks: BoundNetworks,
+        obs: Tensor,
+        noise: Tensor,
+        posterior_noise: Tensor | None,
+        dtype: torch.dtype,
+    ) -> RawSample:
+        net = evaluators(spec, networks, obs.to(dtype), dtype, spec.precision)
         eps = None if posterior_noise is None else posterior_noise.to(dtype)
         return sample(net, spec.steering, spec.num_steps, noise.to(dtype), eps, (spec.action_low, spec.action_high))
 
     def forward(self, network: Any, blocks: Sequence[Tensor], precision: str) -> Tensor:
-        return ReferenceNetwork(network, compute_dtype(precision, *blocks), precision)(blocks)[0]
+        with torch.autocast(blocks[0].device.type, enabled=False):
+            return ReferenceNetwork(network, compute_dtype(precision, *blocks), precision)(blocks)[0]
 
     def vjp(self, network: Any, blocks: Sequence[Tensor], cotangent: Tensor, precision: str) -> Tensor:
-        _, pullback = ReferenceNetwork(network, compute_dtype(precision, *blocks), precision)(blocks)
-        return pullback(cotangent).sum(0)
+        with torch.autocast(blocks[0].device.type, enabled=False):
+            _, pullback = ReferenceNetwork(network, compute_dtype(precision, *blocks), precision)(blocks)
+            return pullback(cotangent).sum(0)
 
     def footprint(self, spec: SamplerSpec, batch_size: int) -> Footprint:
         element = 8 if spec.precision == "float64" else 4
