@@ -220,7 +220,7 @@ class TritonBackend(Backend):
         if reason is not None:
             raise BackendUnavailable(f"backend 'triton' cannot run this network: {reason}.")
         tile = self.table.tile("network", precision, capability(device), pad)
-        return NetworkLayout(network.spec, tile, folded=False)
+        return NetworkLayout(network.spec, tile.narrowed(max(network.spec.hidden_dims)), folded=False)
 
     @torch.no_grad()
     def _run_network(
@@ -243,7 +243,7 @@ class TritonBackend(Backend):
 
             def scratch() -> tuple[Tensor, Tensor, Tensor]:
                 limit = multiprocessors(device) * tile.programs_per_sm
-                sizes = ((tile.block_b * layout.h_width, operand), (layout.z_size, None), (layout.stat_size, None))
+                sizes = ((tile.block_b * layout.h_width, operand), (layout.z_size, operand), (layout.stat_size, None))
                 made = [torch.empty(limit, n, dtype=d or torch.float32, device=device) for n, d in sizes]
                 return tuple(t if self._fill is None else t.fill_(self._fill) for t in made)  # type: ignore[return-value]
 

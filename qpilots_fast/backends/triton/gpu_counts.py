@@ -83,9 +83,11 @@ def _pass_counts(layout: NetworkLayout, element: int, backward: bool) -> tuple[i
     flops = sum(2 * rows * k * n for k, n in products)
     # weights once a tile; the rows' operands once per column tile
     moved = sum(element * (k * n + rows * k * -(-n // tile.block_n)) for k, n in products)
-    # per layer: float32 z (and d_hidden) written and read, operands written
-    per_layer = rows * hidden * ((4 + 4 + 4 * 3 + element) if backward else (4 + 4 + element))
-    return flops, moved + depth * per_layer
+    # per layer and element, in operands: forward z out, in (twice through a LayerNorm), h out;
+    # backward d_hidden out, d_hidden and z in (twice through a LayerNorm), delta out
+    norms = sum(placement is not None for placement in layout.spec.layer_norm)
+    passes = (4 * depth + 2 * norms) if backward else (3 * depth + norms)
+    return flops, moved + element * rows * hidden * passes
 
 
 def critic_counts(plan: SamplerPlan, batch_size: int) -> KernelCounts:
@@ -155,7 +157,7 @@ def workspace_bytes(plan: SamplerPlan, batch_size: int) -> int:
         parts.append(([plan.critic_layout], plan.critic_tile, grid.critic_programs))
     for layouts, tile, programs in parts:
         h, z, stat = scratch_sizes(layouts, tile)
-        total += programs * (h * element + 4 * (z + stat))
+        total += programs * ((h + z) * element + 4 * stat)
     return total + 4 * floats
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -39,6 +39,11 @@ class Tile:
     num_stages: int
     programs_per_sm: int = 1
     max_registers: int = 255
+
+    def narrowed(self, hidden_dim: int) -> Tile:
+        """This tile for layers of at most hidden_dim columns: no wider than their power of two."""
+        width = max(16, 1 << (hidden_dim - 1).bit_length())
+        return replace(self, block_n=min(self.block_n, width))
 
     def options(self) -> dict[str, int]:
         """Block sizes and compile options as launch arguments."""
@@ -78,33 +83,33 @@ _ANY = (80, 999)
 
 TABLE: tuple[LaunchRow, ...] = (
     LaunchRow(
-        "critic", _HALF, _ANY, 64, Tile(64, 64, 64, 8, 3),
-        "64 rows are one warpgroup's MMA height on sm_90 and up, and halve the weight traffic of 32; 64 columns over 8 "
-        "warps keep LayerNorm's backward under 255 registers on every target (128 columns spill on sm_90, sm_100 and "
-        "sm_120); 48 KiB of shared memory in 3 stages fits the 99 KiB of sm_86 and sm_120.",
+        "critic", _HALF, _ANY, 64, Tile(64, 256, 32, 8, 4),
+        "64 rows are one warpgroup's MMA height on sm_90 and up, and halve the weight traffic of 32; 256 columns read a "
+        "row's operands twice a layer instead of 8 times with 64 (L2 is the bound, see docs/gpu.md), where 512 spill; "
+        "80 KiB of shared memory in 4 stages fits the 99 KiB of sm_86 and sm_120.",
     ),
     LaunchRow(
-        "critic", ("tf32",), _ANY, 64, Tile(64, 64, 32, 8, 3),
-        "4-byte operands: half the columns keep the stages at 48 KiB.",
+        "critic", ("tf32",), _ANY, 64, Tile(64, 128, 32, 8, 3),
+        "4-byte operands: half the columns keep 3 stages at 72 KiB.",
     ),
     LaunchRow(
-        "critic", ("float32",), _ANY, 64, Tile(32, 64, 16, 4, 2, 2),
+        "critic", ("float32",), _ANY, 64, Tile(32, 64, 16, 8, 2, 2),
         "No tensor cores in IEEE float32: the tile is bounded by registers of the FMA loop, not by shared memory.",
     ),
     LaunchRow(
-        "step", _HALF, _ANY, 64, Tile(32, 128, 32, 8, 4),
+        "step", _HALF, _ANY, 64, Tile(32, 256, 32, 8, 4),
         "One flow against E critics: fewer rows a program spread a batch of 256 over 8 multiprocessors, and leave "
         "registers for the [rows, action] tiles of the combination.",
     ),
-    LaunchRow("step", ("tf32",), _ANY, 64, Tile(32, 64, 32, 8, 3), "As for half precision, with 4-byte operands."),
-    LaunchRow("step", ("float32",), _ANY, 64, Tile(16, 64, 16, 4, 2, 2), "As for the critics, fewer rows as above."),
+    LaunchRow("step", ("tf32",), _ANY, 64, Tile(32, 128, 32, 8, 3), "As for half precision, with 4-byte operands."),
+    LaunchRow("step", ("float32",), _ANY, 64, Tile(16, 64, 16, 8, 2, 2), "As for the critics, fewer rows as above."),
     LaunchRow("critic", (*_HALF, "tf32"), _ANY, 256, Tile(32, 64, 32, 8, 3), "Wide actions: d_a [rows, A] is held in registers."),
-    LaunchRow("critic", ("float32",), _ANY, 256, Tile(16, 64, 16, 4, 2, 2), "Wide actions, as above."),
+    LaunchRow("critic", ("float32",), _ANY, 256, Tile(16, 64, 16, 8, 2, 2), "Wide actions, as above."),
     LaunchRow("step", (*_HALF, "tf32"), _ANY, 256, Tile(16, 64, 32, 8, 3), "Wide actions: six [rows, A] tiles at once."),
     LaunchRow("step", ("float32",), _ANY, 256, Tile(16, 64, 16, 8, 2, 2), "Wide actions, as above."),
     LaunchRow("network", _HALF, _ANY, 256, Tile(32, 64, 32, 8, 4), "Serves single forward and vjp calls only."),
     LaunchRow("network", ("tf32",), _ANY, 256, Tile(32, 64, 32, 8, 3), "Serves single forward and vjp calls only."),
-    LaunchRow("network", ("float32",), _ANY, 256, Tile(16, 64, 16, 4, 2, 2), "Serves single forward and vjp calls only."),
+    LaunchRow("network", ("float32",), _ANY, 256, Tile(16, 64, 16, 8, 2, 2), "Serves single forward and vjp calls only."),
 )  # fmt: skip
 
 MAX_ACTION_PAD = max(row.max_action_pad for row in TABLE)

@@ -4,7 +4,8 @@ A program owns BLOCK_B rows. Its activations live in a scratch of its own (small
 row's whole hidden vector fits neither in registers nor in shared memory at useful sizes:
 
 - h [BLOCK_B, LDH]           operand dtype: what the next product reads (inputs, hidden, deltas); always overwritten in place
-- z [L + 1, BLOCK_B, H_PAD]  float32: pre-activations; slot l + 1 is free by the time the backward needs d_hidden of layer l
+- z [L + 1, BLOCK_B, H_PAD]  pre-activations, in the operand's format (it halves this traffic for 16-bit operands); slot
+                             l + 1 is free by the time the backward needs d_hidden of layer l
 - stat [2, L, BLOCK_B]       float32: mean and reciprocal std of each LayerNorm
 
 Weights of one member, operand dtype, leading dimension LD: L blocks [H_PAD, LD] ([out, in], as torch), then [OUT_ROWS, LD].
@@ -15,6 +16,8 @@ the output's. Loop bounds read from it rather than constants
 keep the compiler from unrolling the elementwise passes, which would spill.
 Padding columns that a product reads are written as zeros, so uninitialised scratch never reaches a result.
 
+A layer is a product with a bare epilogue, so that its accumulator may be wide, then elementwise passes over narrow tiles:
+LayerNorm in the epilogue of a wide tile spills on every target.
 The barriers order the program's own global writes before its own later reads.
 """
 # No `from __future__ import annotations` here: the interpreter recognises constexpr parameters by their evaluated type.
@@ -125,22 +128,25 @@ def _mlp_forward(h_ptr, z_ptr, stat_ptr, w_ptr, vec_ptr, first_bias_ptr, layer_p
         layer_z = z_ptr + layer * (BLOCK_B * H_PAD)
         gain_ptr = vec_ptr + layer * (3 * H_PAD) + H_PAD
         bias_ptr = tl.where(layer == 0, first_bias_ptr, gain_ptr - H_PAD)
-        mean = tl.zeros((BLOCK_B,), dtype=tl.float32)
-        spread = tl.zeros((BLOCK_B,), dtype=tl.float32)  # sum of squared deviations
         for n in range(0, end, BLOCK_N):
             acc = _product(h_ptr, LDH, layer_w + n * LD, 1, LD, depth, BLOCK_B, BLOCK_N, BLOCK_K, DOT)
             acc += tl.load(bias_ptr + n + offs_n)[None, :]
-            tl.store(layer_z + n + offs_z, acc)
-            if NORM != "none":
+            tl.store(layer_z + n + offs_z, acc.to(z_ptr.dtype.element_ty))
+        tl.debug_barrier()
+        mean = tl.zeros((BLOCK_B,), dtype=tl.float32)
+        spread = tl.zeros((BLOCK_B,), dtype=tl.float32)  # sum of squared deviations
+        if NORM != "none":
+            for n in range(0, end, BLOCK_E):
                 # Chan's merge of this tile's mean and spread into the row's
-                y = _layer_norm_input(acc, is_pre, ACT, NORM)
-                mask_n = (n + offs_n < width)[None, :]
-                count = tl.minimum(tl.maximum(width - n, 0), BLOCK_N).to(tl.float32)
-                tile_mean = tl.sum(tl.where(mask_n, y, 0.0), axis=1) / tl.maximum(count, 1.0)
-                deviation = tl.where(mask_n, y - tile_mean[:, None], 0.0)
-                share = count / (tl.minimum(n, width) + count)
+                y = _layer_norm_input(tl.load(layer_z + n + offs_ze).to(tl.float32), is_pre, ACT, NORM)
+                mask_e = (n + offs_e < width)[None, :]
+                count = tl.minimum(tl.maximum(width - n, 0), BLOCK_E).to(tl.float32)
+                tile_mean = tl.sum(tl.where(mask_e, y, 0.0), axis=1) / tl.maximum(count, 1.0)
+                deviation = tl.where(mask_e, y - tile_mean[:, None], 0.0)
+                before = tl.minimum(n, width).to(tl.float32)
+                share = count / (before + count)
                 delta = tile_mean - mean
-                spread += tl.sum(deviation * deviation, axis=1) + delta * delta * share * tl.minimum(n, width)
+                spread += tl.sum(deviation * deviation, axis=1) + delta * delta * share * before
                 mean += delta * share
         rstd = tl.rsqrt(spread / width + norm_eps)
         if NORM == "mixed":
@@ -149,9 +155,8 @@ def _mlp_forward(h_ptr, z_ptr, stat_ptr, w_ptr, vec_ptr, first_bias_ptr, layer_p
         if NORM != "none":
             tl.store(stat_ptr + layer * BLOCK_B + offs_b, mean)
             tl.store(stat_ptr + (L + layer) * BLOCK_B + offs_b, rstd)
-        tl.debug_barrier()
         for n in range(0, end, BLOCK_E):
-            hidden = tl.load(layer_z + n + offs_ze)
+            hidden = tl.load(layer_z + n + offs_ze).to(tl.float32)
             if NORM == "none":
                 hidden = _activation(hidden, ACT)
             else:
@@ -224,11 +229,14 @@ def _mlp_backward(h_ptr, z_ptr, stat_ptr, w_ptr, vec_ptr, layer_ptr,
             if ONES:
                 row = tl.load(w_ptr + L * (H_PAD * LD) + n + offs_n).to(tl.float32)
                 d_hidden += tl.where(i == 0, row, 0.0)[None, :]
-            tl.store(layer_d + n + offs_z, d_hidden)
-            if NORM != "none":
-                z = tl.load(layer_z + n + offs_z)
-                gain = tl.load(gain_ptr + n + offs_n)[None, :]
-                shift = tl.load(gain_ptr + H_PAD + n + offs_n)[None, :]
+            tl.store(layer_d + n + offs_z, d_hidden.to(z_ptr.dtype.element_ty))
+        tl.debug_barrier()
+        if NORM != "none":
+            for n in range(0, end, BLOCK_E):
+                d_hidden = tl.load(layer_d + n + offs_ze).to(tl.float32)
+                z = tl.load(layer_z + n + offs_ze).to(tl.float32)
+                gain = tl.load(gain_ptr + n + offs_e)[None, :]
+                shift = tl.load(gain_ptr + H_PAD + n + offs_e)[None, :]
                 d_xhat, xhat = _through_norm(d_hidden, z, mean, rstd, gain, shift, is_pre, ACT, NORM)
                 d_mean += tl.sum(d_xhat, axis=1)
                 d_spread += tl.sum(d_xhat * xhat, axis=1)
@@ -237,10 +245,9 @@ def _mlp_backward(h_ptr, z_ptr, stat_ptr, w_ptr, vec_ptr, layer_ptr,
             d_spread = tl.where(placement == 0, 0.0, d_spread)
         d_mean = d_mean / width
         d_spread = d_spread / width
-        tl.debug_barrier()
         for n in range(0, end, BLOCK_E):
-            d_hidden = tl.load(layer_d + n + offs_ze)
-            z = tl.load(layer_z + n + offs_ze)
+            d_hidden = tl.load(layer_d + n + offs_ze).to(tl.float32)
+            z = tl.load(layer_z + n + offs_ze).to(tl.float32)
             if NORM == "none":
                 d_z = d_hidden * _activation_derivative(z, ACT)
             else:

@@ -111,7 +111,7 @@ class NetworkLayout:
 
     @property
     def z_size(self) -> int:
-        """Float32 elements of the scratch z per program."""
+        """Elements of the scratch z per program."""
         return (self.depth + 1) * self.tile.block_b * self.hidden_pad
 
     @property

@@ -87,8 +87,11 @@ class SamplerPlan:
         self.sms = multiprocessors(device) if sms is None else sms
         self.capability = capability(device) if sm is None else sm
         action_pad = padded_width(spec.flow.action_dim)
+        widest = [max(n.hidden_dims) for n in (spec.flow, spec.posterior) if n is not None]
+        self.step_tile = table.tile("step", spec.precision, self.capability, action_pad).narrowed(max(widest))
         self.critic_tile = table.tile("critic", spec.precision, self.capability, action_pad)
-        self.step_tile = table.tile("step", spec.precision, self.capability, action_pad)
+        if spec.critic is not None:
+            self.critic_tile = self.critic_tile.narrowed(max(spec.critic.hidden_dims))
         self.layouts = sampler_layouts(spec, self.critic_tile, self.step_tile)
         self.flow_layout = self.layouts[0]
         self.critic_layout = self.layouts[1] if len(self.layouts) > 1 else None
@@ -150,9 +153,9 @@ class SamplerPlan:
 
         def scratch(layouts: list[Any], tile: Tile, programs: int) -> list[Tensor]:
             if not layouts or not programs:
-                return [empty(0, dtype=self.operand), empty(0), empty(0)]
+                return [empty(0, dtype=self.operand), empty(0, dtype=self.operand), empty(0)]
             h, z, stat = scratch_sizes(layouts, tile)
-            return [empty(programs, h, dtype=self.operand), empty(programs, z), empty(programs, stat)]
+            return [empty(programs, h, dtype=self.operand), empty(programs, z, dtype=self.operand), empty(programs, stat)]
 
         step = scratch(self.step_layouts(), self.step_tile, grid.step_programs)
         critic = scratch([self.critic_layout] if self.critic_layout else [], self.critic_tile, grid.critic_programs)

@@ -1,0 +1,115 @@
+"""Measures tiles on this GPU and writes the fastest correct ones: `python -m qpilots_fast.backends.triton.tune`.
+
+Writes a JSON launch table (QPILOTS_TRITON_TABLE, else the user's cache folder) that later processes read before the
+built-in rows. A tile must reproduce the shipped one's actions to the precision's tolerance to be considered. The row
+is for this GPU's compute capability; its reason records what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from itertools import product
+
+import torch
+
+from ...spec import SamplerSpec
+from ...steering import Steering
+from ...testing import TOLERANCES, make_case
+from ..base import BoundNetworks
+from .backend import TritonBackend
+from .launch_table import LaunchRow, LaunchTable, Tile, tuned_path
+from .plan import capability
+
+_ROUNDS = 30
+
+
+def candidates(kernel: str, precision: str) -> list[Tile]:
+    """Tiles worth a measurement: every one keeps three stages of operands under 99 KiB."""
+    rows = (64, 128) if kernel == "critic" else (16, 32, 64)
+    wide = precision in ("bfloat16", "float16")
+    columns = (128, 256) if wide else (64, 128)
+    depths = (32, 64) if wide else (16, 32)
+    found = []
+    for block_b, block_n, block_k, warps, stages in product(rows, columns, depths, (4, 8), (2, 3, 4)):
+        operands = (block_b + block_n) * block_k * stages * (2 if wide else 4)
+        accumulator = block_b * block_n // (32 * warps)
+        if operands <= 99 << 10 and accumulator <= 128:
+            found.append(Tile(block_b, block_n, block_k, warps, stages))
+    return found
+
+
+def measure(backend: TritonBackend, spec: SamplerSpec, networks: BoundNetworks, inputs: tuple) -> tuple[float, torch.Tensor]:
+    """Median milliseconds of a graph replay's worth of kernels, by CUDA events, and the actions."""
+    packed = backend.pack(spec, networks)
+    actions = backend.sample(spec, networks, *inputs, packed=packed).actions
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        backend.sample(spec, networks, *inputs, packed=packed)
+    times = []
+    for _ in range(_ROUNDS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2], actions
+
+
+def tune(precision: str, batch_size: int, rows: list[LaunchRow]) -> LaunchRow | None:
+    """The fastest critic tile, then the fastest step tile, at the paper's sizes; appends to rows."""
+    device = torch.device("cuda")
+    case = make_case(
+        Steering.qpilots_u(), batch_size=batch_size, obs_dim=40, action_dim=25, num_critics=10, hidden_dims=(512,) * 4
+    ).to(device)
+    spec = SamplerSpec(case.flow.spec, case.critic.spec, None, case.steering, case.num_steps, precision)
+    networks = BoundNetworks(case.flow.bound(), case.critic.bound())
+    inputs = (case.obs, case.noise, None)
+    sm, tolerance, chosen = capability(device), TOLERANCES[precision], None
+    assert tolerance.mean_error is not None
+    for kernel in ("critic", "step"):
+        shipped, wanted = measure(TritonBackend(LaunchTable(tuple(rows))), spec, networks, inputs)
+        best, best_tile = shipped, None
+        for tile in candidates(kernel, precision):
+            row = LaunchRow(kernel, (precision,), (sm, sm), 64, tile, "candidate")
+            try:
+                took, actions = measure(TritonBackend(LaunchTable((row, *rows))), spec, networks, inputs)
+            except Exception as error:  # a tile that this Triton or GPU cannot run is simply not chosen
+                print(f"  {tile}: {type(error).__name__}")
+                continue
+            wrong = (actions - wanted).abs().mean().item() > tolerance.mean_error
+            print(f"  {kernel} {tile}: {took:.3f} ms{' WRONG' if wrong else ''}", flush=True)
+            if not wrong and took < 0.98 * best:  # 2 % is what a changed table must be worth
+                best, best_tile = took, tile
+        if best_tile is not None:
+            name = torch.cuda.get_device_name(device)
+            reason = f"measured on {name}: a call at B={batch_size} takes {best:.3f} ms, {shipped:.3f} ms before."
+            chosen = LaunchRow(kernel, (precision,), (sm, sm), 64, best_tile, reason)
+            rows.insert(0, chosen)
+    return chosen
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--precisions", nargs="+", default=["bfloat16", "tf32", "float32"])
+    parser.add_argument("--batch-size", type=int, default=1024)
+    args = parser.parse_args(argv)
+    reason = TritonBackend().unavailable_reason()
+    if reason is not None or not torch.cuda.is_available():
+        print(f"cannot tune here: {reason or 'there is no CUDA device'}")
+        return 2
+    path = tuned_path()
+    rows: list[LaunchRow] = list(LaunchTable.from_json(path.read_text()).rows) if path.is_file() else []
+    for precision in args.precisions:
+        print(precision)
+        tune(precision, args.batch_size, rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(replace(LaunchTable(), rows=tuple(rows)).to_json())
+    print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
