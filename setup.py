@@ -69,7 +69,11 @@ class CMakeBuild(build_ext):
         self._call(configure)
         jobs = os.environ.get("QPILOTS_BUILD_JOBS", str(os.cpu_count() or 1))
         self._call([cmake, "--build", str(build), "--parallel", jobs])
-        self._call([cmake, "--install", str(build), "--prefix", str(target.parent)])
+        staging = build / "staging"
+        self._call([cmake, "--install", str(build), "--prefix", str(staging)])
+        # at once: a process that has the old module loaded keeps it
+        for built in staging.iterdir():
+            os.replace(shutil.copy2(built, target.parent / f".{built.name}.new"), target.parent / built.name)
 
     @staticmethod
     def _call(command: list[str]) -> None:

@@ -350,3 +350,13 @@ def test_float64_inputs_are_computed_in_float64():
     case = make_case().double()
     assert case.run("reference").dtype == torch.float64
     assert case.run("auto").dtype == torch.float64
+
+
+@pytest.mark.parametrize("mixed", ["flow", "critic"])
+def test_float64_with_a_callable(mixed):
+    case = make_case().double()
+    flow = (lambda *a: case.flow(*a)) if mixed == "flow" else case.flow
+    critic = (lambda *a: case.critic(*a)) if mixed == "critic" else case.critic
+    actions, info = SteeredSampler(flow, critic, case.steering)(case.obs, case.noise, return_info=True)
+    assert actions.dtype == info.q_values.dtype == torch.float64
+    assert (actions - case.run("reference")).abs().max() < 1e-12
