@@ -70,6 +70,7 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("QPILOTS_BUILD_JOBS", str(os.cpu_count() or 1))
         self._call([cmake, "--build", str(build), "--parallel", jobs])
         staging = build / "staging"
+        shutil.rmtree(staging, ignore_errors=True)
         self._call([cmake, "--install", str(build), "--prefix", str(staging)])
         # at once: a process that has the old module loaded keeps it
         for built in staging.iterdir():
