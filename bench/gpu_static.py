@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import gpu_static_cuda
+
 TARGETS = (80, 86, 90, 100, 120)
 
 
@@ -171,7 +173,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="bfloat16, main configurations")
     parser.add_argument("--targets", type=int, nargs="+", default=list(TARGETS), choices=TARGETS)
-    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
+    families = [*FAMILIES, "cuda"]  # cuda: bench.gpu_static_cuda, where nvcc is installed and nothing is matched
+    parser.add_argument("--families", nargs="+", default=families, choices=families)
     parser.add_argument("--precisions", nargs="+", default=["bfloat16", "float16", "tf32", "float32"])
     parser.add_argument("--match", default="", help="only labels that contain this")
     parser.add_argument("--markdown", type=Path, help="write the table here")
@@ -180,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     rows, bad, start = [], 0, time.perf_counter()
     for sm in args.targets:
-        for family in args.families:
+        for family in set(args.families) & set(FAMILIES):
             for kernel in FAMILIES[family](sm, args.quick, tuple(args.precisions)):
                 if args.match not in f"{kernel.name} {kernel.label}":
                     continue
@@ -193,7 +196,10 @@ def main(argv: list[str] | None = None) -> int:
         lines = ["| " + " | ".join(line) + " |" for line in (HEADER, ("---",) * len(HEADER), *rows)]
         args.markdown.write_text("\n".join(lines) + "\n")
     print(f"{len(rows)} kernels, {bad} refused, {time.perf_counter() - start:.0f} s")
-    return 1 if bad or not rows else 0
+    failed = bool(bad) or (not rows and args.families != ["cuda"])
+    if "cuda" in args.families and not args.match:
+        failed |= gpu_static_cuda.main(["--targets", *map(str, args.targets)]) == 1
+    return int(failed)
 
 
 if __name__ == "__main__":

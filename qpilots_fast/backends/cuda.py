@@ -45,6 +45,15 @@ class PackedWeights:
 
 
 @dataclass(frozen=True)
+class PreparedNetwork:
+    """One network packed for several calls of forward and vjp."""
+
+    network: BoundNetwork
+    precision: str
+    weights: Tensor
+
+
+@dataclass(frozen=True)
 class _DeviceProgram:
     """A program with its tables on the device."""
 
@@ -195,10 +204,16 @@ class CudaBackend(Backend):
 
     # ---------------------------------------------------------------- one network
 
-    def forward(self, network: BoundNetwork, blocks: Sequence[Tensor], precision: str) -> Tensor:
+    def prepare(self, network: BoundNetwork, precision: str) -> PreparedNetwork:
+        program = self._network_program(network, 1, precision, _device_of(network), differentiable=True)
+        return PreparedNetwork(network, precision, self._packed(program, [network]))
+
+    def forward(self, network: BoundNetwork | PreparedNetwork, blocks: Sequence[Tensor], precision: str) -> Tensor:
         return self._run_network(network, blocks, None, precision)
 
-    def vjp(self, network: BoundNetwork, blocks: Sequence[Tensor], cotangent: Tensor, precision: str) -> Tensor:
+    def vjp(
+        self, network: BoundNetwork | PreparedNetwork, blocks: Sequence[Tensor], cotangent: Tensor, precision: str
+    ) -> Tensor:
         per_member = self._run_network(network, blocks, cotangent, precision)
         total = per_member[0].clone()
         for member in per_member[1:]:
@@ -206,31 +221,47 @@ class CudaBackend(Backend):
         return total
 
     def _run_network(
-        self, network: BoundNetwork, blocks: Sequence[Tensor], cotangent: Tensor | None, precision: str
+        self,
+        network: BoundNetwork | PreparedNetwork,
+        blocks: Sequence[Tensor],
+        cotangent: Tensor | None,
+        precision: str,
     ) -> Tensor:
         """[E, B, out], or with a cotangent [E, B, in]."""
-        if precision not in _WEIGHT_BYTES:
-            raise ValueError(f"precision is {precision!r}; backend 'cuda' has {', '.join(_WEIGHT_BYTES)}.")
+        bound = network.network if isinstance(network, PreparedNetwork) else network
         inputs = _float32(torch.cat(list(blocks), dim=-1))
-        batch, width = len(inputs), _WEIGHT_BYTES[precision]
-        differentiable = cotangent is not None
-        key = ("network", network.spec, presence(network), batch, width, differentiable, inputs.device)
-        loaded = self._programs.obtain(
-            key,
-            lambda: _to_device(
-                key,
-                plan_network(network.spec, presence(network), batch, width, differentiable=differentiable),
-                inputs.device,
-            ),
-        )
+        batch, differentiable = len(inputs), cotangent is not None
+        if batch == 0:
+            width = bound.spec.input_dim if differentiable else bound.spec.output_dim
+            return inputs.new_zeros(bound.spec.num_members, 0, width)
+        loaded = self._network_program(bound, batch, precision, inputs.device, differentiable=differentiable)
         args = SampleArgs.from_buffer_copy(loaded.program.args)
         cotangents = None if cotangent is None else _float32(cotangent)
-        weights = self._packed(loaded, [network])
+        if isinstance(network, PreparedNetwork):
+            if network.precision != precision:
+                raise ValueError(f"precision is {precision!r}; the network was prepared for {network.precision!r}.")
+            weights = network.weights
+        else:
+            weights = self._packed(loaded, [bound])
         staged = [inputs] if cotangents is None else [inputs, inputs, inputs, cotangents]
         workspace = self._launch(loaded, args, weights, staged, {}, {})
         region = loaded.program.output
         assert region is not None
-        return workspace[region.start : region.start + region.size].clone().view(network.spec.num_members, batch, -1)
+        return workspace[region.start : region.start + region.size].clone().view(bound.spec.num_members, batch, -1)
+
+    def _network_program(
+        self, network: BoundNetwork, batch: int, precision: str, device: torch.device, *, differentiable: bool
+    ) -> _DeviceProgram:
+        if precision not in _WEIGHT_BYTES:
+            raise ValueError(f"precision is {precision!r}; backend 'cuda' has {', '.join(_WEIGHT_BYTES)}.")
+        width, present = _WEIGHT_BYTES[precision], presence(network)
+        key = ("network", network.spec, present, batch, width, differentiable, device)
+
+        def make() -> _DeviceProgram:
+            program = plan_network(network.spec, present, batch, width, differentiable=differentiable)
+            return _to_device(key, program, device)
+
+        return self._programs.obtain(key, make)
 
     # ---------------------------------------------------------------- row-wise pieces
 

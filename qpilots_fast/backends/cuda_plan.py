@@ -277,9 +277,7 @@ def plan_network(
 ) -> Program:
     """The program of one forward pass (inputs[0] is [B, in]), or with the pullback of inputs[3] [E, B, out]."""
     blocks = spec.input_order
-    layout = NetworkLayout(
-        spec, present, 0, weight_bytes, blocks, blocks if differentiable else (), (), keeps_output_transposed=True
-    )
+    layout = NetworkLayout(spec, present, 0, weight_bytes, blocks, blocks, (), keeps_output_transposed=True)
     workspace = Workspace()
     phases = NetworkPhases(layout, workspace, batch, differentiable=differentiable)
     width = spec.input_dim if differentiable else spec.output_dim
@@ -290,7 +288,7 @@ def plan_network(
     if differentiable:
         cotangent = {"input": 3, "source_member_stride": batch * spec.output_dim}
         program_phases += phases.backward(spec.input_dim, output, cotangent, "rows")
-    args = SampleArgs(batch=batch, action_dim=spec.action_dim, num_members=spec.num_members)
+    args = SampleArgs()  # no state in shared memory: any batch
     args.steering = steering_params(Steering(), -1.0, 1.0)
     size = spec.num_members * batch * width
     program = Program([layout], workspace, program_phases, args, weight_bytes, 0, layout.end)
