@@ -18,6 +18,9 @@ static inline float read_element(const Source& source, std::int64_t i) {
   }
 }
 
+// Non-temporal: the source is read once a call, and must not push packed weights out of the last-level cache.
+static inline void prefetch_once(const void* p) { __builtin_prefetch(p, 0, 0); }
+
 // rows[o] = the weights of output (first + o) for the inputs [k, k + lanes), zero outside the matrix.
 static inline void read_rows(const Block& block, const Source& source, int first, int k, Vec (&rows)[Vec::kLanes]) {
   constexpr int kLanes = Vec::kLanes;
@@ -25,7 +28,13 @@ static inline void read_rows(const Block& block, const Source& source, int first
   const std::int64_t base = first * source.row_stride + (block.column + k) * source.col_stride;
   if (whole && source.col_stride == 1) {
     const float* p = static_cast<const float*>(source.data) + base;
-    for (int o = 0; o < kLanes; ++o) rows[o] = Vec::load(p + o * source.row_stride);
+    // as many streams as lanes are more than the hardware follows: ask ahead, at a row's end for the next rows
+    constexpr int kAhead = 128;
+    const float* ahead = k + kAhead < block.in ? p + kAhead : p + kAhead - block.in + kLanes * source.row_stride;
+    unroll<kLanes>([&](auto o) {
+      prefetch_once(ahead + o * source.row_stride);
+      rows[o] = Vec::load(p + o * source.row_stride);
+    });
     return;
   }
   float tile[kLanes][kLanes];
@@ -45,9 +54,9 @@ static void pack_panel(const Block& block, const Source& source, int panel, char
   const std::ptrdiff_t pitch = vectors * kVectorBytes;
   char* out = arena + block.offset + panel * block.panel_stride;
   const bool transposed = source.row_stride == 1 && source.dtype == DType::kFloat32;  // outputs already contiguous
-  for (int k = 0; k < block.in_padded; k += kLanes) {
-    for (int n = 0; n < vectors; ++n) {
-      const int first = panel * block.panel_width + n * kLanes;
+  for (int n = 0; n < vectors; ++n) {
+    const int first = panel * block.panel_width + n * kLanes;
+    for (int k = 0; k < block.in_padded; k += kLanes) {
       Vec tile[kLanes];  // tile[i]: the vector of outputs for input k + i
       if (transposed && first + kLanes <= block.out && k + kLanes <= block.in) {
         const float* p = static_cast<const float*>(source.data) + first + (block.column + k) * source.col_stride;
@@ -57,14 +66,13 @@ static void pack_panel(const Block& block, const Source& source, int panel, char
         transpose(tile);
       }
       char* dst = out + k / F::kStep * pitch + n * kVectorBytes;
-      for (int i = 0; i < kLanes; i += F::kStep) {
+      unroll<kLanes / F::kStep>([&](auto i) {
         if constexpr (F::kStep == 1) {
-          tile[i].store(reinterpret_cast<float*>(dst));
+          tile[i].store(reinterpret_cast<float*>(dst + i * pitch));
         } else {
-          store_pairs(tile[i], tile[i + 1], dst);
+          store_pairs(tile[2 * i], tile[2 * i + 1], dst + i * pitch);
         }
-        dst += pitch;
-      }
+      });
     }
   }
 }

@@ -27,6 +27,22 @@ static inline float row_sum(int width, Term term) {
   return sum((s0 + s1) + (s2 + s3));
 }
 
+// sum of d(c)^2 over the row, in four chains
+template <class Term>
+static inline float row_squares(int width, Term term) {
+  Vec s0(0.0f), s1(0.0f), s2(0.0f), s3(0.0f);
+  const auto add = [](Vec d, Vec s) { return fmadd(d, d, s); };
+  int c = 0;
+  for (; c + 4 * Vec::kLanes <= width; c += 4 * Vec::kLanes) {
+    s0 = add(term(c), s0);
+    s1 = add(term(c + Vec::kLanes), s1);
+    s2 = add(term(c + 2 * Vec::kLanes), s2);
+    s3 = add(term(c + 3 * Vec::kLanes), s3);
+  }
+  for (; c < width; c += Vec::kLanes) s0 = add(term(c), s0);
+  return sum((s0 + s1) + (s2 + s3));
+}
+
 struct RowMoments {
   float mean, rstd;
 };
@@ -35,10 +51,7 @@ static inline RowMoments moments(const float* y, int width, float total, float e
   const float mean = total / static_cast<float>(width);
   const Vec m(mean);
   const int whole = width / Vec::kLanes * Vec::kLanes;
-  float squares = row_sum(whole, [&](int c) {
-    const Vec d = Vec::load(y + c) - m;
-    return d * d;
-  });
+  float squares = row_squares(whole, [&](int c) { return Vec::load(y + c) - m; });
   if (whole < width) {
     const Vec d = (Vec::load(y + whole) - m) * tail_mask(width - whole);
     squares += sum(d * d);

@@ -57,6 +57,8 @@ static inline Vec power_of_two(Vec n) {
   const Vec shifted = n + Vec(12582912.0f + 127.0f);  // the integer sits in the low bits
   return reinterpret_cast<Float4>(reinterpret_cast<Int4>(shifted.v) << 23);
 }
+static inline Vec scale_by_power_of_two(Vec x, Vec n) { return x * power_of_two(n); }
+static inline Vec reciprocal(Vec x) { return Vec(1.0f) / x; }
 static inline float sum(Vec x) { return (x.v[0] + x.v[2]) + (x.v[1] + x.v[3]); }
 
 using Pairs = Uint4;

@@ -67,6 +67,11 @@ QPILOTS_HD float power_of_two(float n) {
   return bits_float(static_cast<std::uint32_t>(static_cast<std::int32_t>(n) + 127) << 23);
 }
 
+// x 2^n for an integral n in [-126, 127].
+QPILOTS_HD float scale_by_power_of_two(float x, float n) { return x * power_of_two(n); }
+
+QPILOTS_HD float reciprocal(float x) { return 1.0f / x; }
+
 QPILOTS_HD float square_root(float x) {
 #if defined(__CUDA_ARCH__)
   return __fsqrt_rn(x);

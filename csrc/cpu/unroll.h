@@ -1,0 +1,15 @@
+#pragma once
+
+// Loops over accumulators are unrolled by the front end: with plain loops GCC keeps the array in memory (12 % of peak).
+template <int I>
+struct Index {
+  static constexpr int value = I;
+  constexpr operator int() const { return I; }
+};
+template <int N, int I = 0, class Body>
+static inline __attribute__((always_inline)) void unroll(const Body& body) {
+  if constexpr (I < N) {
+    body(Index<I>());
+    unroll<N, I + 1>(body);
+  }
+}
