@@ -141,7 +141,6 @@ SETTINGS = {
     "batch_std_one_estimate": Steering(scale="absolute", q_scale="batch_std"),
     "first_step": Steering(steer_first_step=True),
     "one_draw": Steering(estimate="mfm", num_samples=1),
-    "many_draws": Steering(estimate="mfm", num_samples=35),
     "identity_masked": Steering(jacobian="identity", clip="masked", scale="absolute"),
 }  # fmt: skip
 
@@ -149,6 +148,10 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings(cuda, name):
     check(cuda, make_case(SETTINGS[name], batch_size=2, num_steps=3, hidden_dims=(21, 13)))
+
+
+def test_more_draws_than_lanes(cuda):
+    check(cuda, make_case(Steering(estimate="mfm", num_samples=35), batch_size=1, num_steps=2, hidden_dims=(9,)))
 
 
 @pytest.mark.parametrize("seed", range(16))

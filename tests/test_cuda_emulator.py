@@ -127,5 +127,5 @@ def test_broken_kernel_is_caught(name, tmp_path):
 def compile_mutant(folder: Path, target: Path) -> Path:
     """sample.cu from `folder`, unoptimised; the other files do not matter here and are reused."""
     return cuda_emulator.compile_shared(
-        [folder / f"{source}.cu" for source in SOURCES], "mutant", folder, ("-O0",), target
+        [folder / f"{source}.cu" for source in SOURCES], "mutant", folder, ("-O0", "-w"), target
     )
