@@ -25,7 +25,9 @@
 #include <mutex>
 #include <string>
 #include <vector>
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(CUDA_EMULATOR_UCONTEXT)
+#define CUDA_EMULATOR_OWN_SWITCH
+#else
 #include <ucontext.h>
 #endif
 
@@ -85,7 +87,7 @@ struct Allocation {
 
 // ---------------------------------------------------------------- fibers
 
-#if defined(__x86_64__)
+#if defined(CUDA_EMULATOR_OWN_SWITCH)
 using Context = void*;
 __attribute__((naked, noinline, noipa)) inline void switch_context(Context* /*save*/, Context* /*load*/) {
   asm volatile(
