@@ -34,11 +34,11 @@ ALPHA = 0.3
 
 def estimators() -> dict[str, Steering]:
     """What is compared; num_samples is set later. GLASS with m = 32 stands nearly for the exact map."""
-    plain = {"clip": "none", "aggregation": "mean", "tau": TAU, "alpha": ALPHA}
+    plain = Steering(clip="none", aggregation="mean", tau=TAU, alpha=ALPHA)
     return {
-        "QPILOTS-U": Steering(estimate="tweedie", **plain),
-        "QPILOTS-M": Steering(estimate="mfm", **plain),
-        **{f"GLASS m = {m}": Steering(estimate="glass", glass_steps=m, **plain) for m in (2, 4, 8, 32)},
+        "QPILOTS-U": plain,
+        "QPILOTS-M": replace(plain, estimate="mfm"),
+        **{f"GLASS m = {m}": replace(plain, estimate="glass", glass_steps=m) for m in (2, 4, 8, 32)},
     }
 
 
@@ -139,7 +139,7 @@ def outcome_table(network: MetaFlowMap, rows: int) -> list[dict[str, object]]:
 
 def plot(table: list[dict[str, object]], path: Path) -> None:
     """Cosine and error against N at bimodal states, one column per critic."""
-    figure, axes = plt.subplots(2, len(CRITICS), figsize=(5 * len(CRITICS), 6.4), sharex=True)
+    figure, axes = plt.subplots(2, len(CRITICS), figsize=(4.6 * len(CRITICS) + 2, 6.4), sharex=True)
     for column, critic in enumerate(CRITICS):
         for name in estimators():
             lines = [row for row in table if row["critic"] == critic and row["estimate"] == name]
@@ -156,7 +156,7 @@ def plot(table: list[dict[str, object]], path: Path) -> None:
         axes[1, column].set_xticks(COUNTS, [str(n) for n in COUNTS])
     axes[0, 0].set_ylabel("mean cosine with the exact gradient")
     axes[1, 0].set_ylabel("relative RMS error")
-    axes[0, -1].legend(fontsize=7, loc="lower right")
+    axes[0, -1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1))
     figure.suptitle("Steering gradients where the posterior is bimodal")
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -45,7 +45,7 @@ class Agent:
         self.posterior: MetaFlowMap | None = None
         self.slow_posterior: MetaFlowMap | None = None
         if config.method == "qpilots_m":
-            self.posterior = MetaFlowMap(obs_dim, action_dim, hidden)
+            self.posterior = MetaFlowMap(obs_dim, action_dim, hidden, time_embedding="fourier", time_embedding_dim=16)
             self.slow_posterior = copy.deepcopy(self.posterior).requires_grad_(False)
             self.networks |= {"posterior": self.posterior, "slow_posterior": self.slow_posterior}
         # the slow critics steer: they are also the ones that judge the action

@@ -140,11 +140,11 @@ def generate(dataset: str, episodes: int, out: Path, *, seed: int = 0, workers: 
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
             parts = list(tqdm(pool.imap(episode, seeds), total=episodes, desc=dataset))
     out.parent.mkdir(parents=True, exist_ok=True)
-    dtypes = {"terminals": np.bool_, "button_states": np.int64}
-    np.savez_compressed(
-        out,
-        **{key: np.concatenate([p[key] for p in parts]).astype(dtypes.get(key, np.float32)) for key in parts[0]},
-    )
+    dtypes: dict[str, type] = {"terminals": np.bool_, "button_states": np.int64}
+    columns: dict[str, Any] = {
+        key: np.concatenate([p[key] for p in parts]).astype(dtypes.get(key, np.float32)) for key in parts[0]
+    }
+    np.savez_compressed(out, **columns)
 
 
 def main() -> None:

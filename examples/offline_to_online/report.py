@@ -46,7 +46,7 @@ def pooled(rows: list[dict[str, Any]]) -> tuple[float, float, float]:
 def write_table(folder: Path, out: Path) -> None:
     """table.csv and Markdown on the terminal: the end of each phase."""
     evaluations, speeds = read(folder)
-    table = []
+    table: list[list[object]] = []
     for (task, method), steps in sorted(evaluations.items()):
         for phase in ("offline", "online"):
             last = max((step for step, rows in steps.items() if rows[0]["phase"] == phase), default=None)
@@ -60,7 +60,7 @@ def write_table(folder: Path, out: Path) -> None:
     with (out / "table.csv").open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([head, *table])
     for row in [head, ["---"] * len(head), *table]:
-        print("| " + " | ".join(map(str, row)) + " |")
+        print("| " + " | ".join(str(value) for value in row) + " |")
 
 
 def plot(folder: Path, out: Path) -> None:

@@ -177,7 +177,8 @@ class Run:
 
     def evaluate(self) -> None:
         """Success over eval_episodes fresh episodes, with its 95 % Wilson interval."""
-        start, successes, lengths = time.perf_counter(), 0, []
+        start, successes = time.perf_counter(), 0
+        lengths: list[int] = []
         state = self.agent.generator.get_state()
         self.agent.generator.manual_seed(self.config.seed + 77)  # the same noise at every evaluation
         for episode in range(self.config.eval_episodes):
@@ -192,7 +193,8 @@ class Run:
                     done = terminated or truncated
                     if done:
                         break
-            successes, lengths = successes + success, [*lengths, length]
+            successes += success
+            lengths.append(length)
         self.agent.generator.set_state(state)
         low, high = wilson_interval(successes, self.config.eval_episodes)
         row = {

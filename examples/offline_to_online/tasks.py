@@ -91,7 +91,7 @@ class ReplayBuffer:
         last = np.full(self.size, self.size - 1)
         if len(ends):
             last = ends[np.minimum(np.searchsorted(ends, np.arange(self.size)), len(ends) - 1)]
-        self.starts = list(np.flatnonzero(np.arange(self.size) + chunk <= last))
+        self.starts: list[int] = np.flatnonzero(np.arange(self.size) + chunk <= last).tolist()
 
     def add_episode(self, episode: dict[str, np.ndarray]) -> None:
         """Appends an episode's rows; its last row holds only the last observation."""
