@@ -265,8 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = make_plan(options)
     console.print(
         f"{len(plan)} cells, backend {native_backend()}, {torch.get_num_threads()} threads; about "
-        f"{session.expected_s(plan) / 60 + (2.5 if options.scaling else 0):.0f} minutes (torch.compile's cache of "
-        "an earlier run makes it shorter)"
+        f"{max(session.expected_s(plan) / 60 + (2.5 if options.scaling else 0), 1):.0f} minutes on a quiet machine "
+        "(torch.compile's cache of an earlier run makes it shorter)"
     )
     _print_peaks(session)
     record = header("targets" if options.table else "quick" if options.quick else "bench", arguments, session.peaks)

@@ -60,9 +60,11 @@ def provenance(record: dict[str, Any]) -> str:
     load_text = ""
     if record.get("load"):
         load_text = f"; other processes took {record['load']['mean_other_cpus']:.2f} CPUs on average"
-    commit = (record["git"]["commit"] or "no commit")[:10] + (" with local changes" if record["git"]["dirty"] else "")
+    commit = "not from a clone"
+    if record["git"]["commit"]:
+        commit = f"commit {record['git']['commit'][:10]}" + (" with local changes" if record["git"]["dirty"] else "")
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
-    return f"{record['date'][:10]}, {where}, peaks {measured}, {versions}, commit {commit}{load_text}."
+    return f"{record['date'][:10]}, {where}, peaks {measured}, {versions}, {commit}{load_text}."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
