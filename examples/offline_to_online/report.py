@@ -59,7 +59,8 @@ def write_table(folder: Path, out: Path) -> None:
     head = ["task", "method", "phase", "step", "seeds", "success", "low", "high", "updates_per_s"]
     with (out / "table.csv").open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([head, *table])
-    for row in [head, ["---"] * len(head), *table]:
+    lines: list[list[object]] = [[*head], ["---"] * len(head), *table]
+    for row in lines:
         print("| " + " | ".join(str(value) for value in row) + " |")
 
 
