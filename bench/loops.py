@@ -51,7 +51,8 @@ def control_loop_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """For the terminal: milliseconds and p99 over p50."""
     return [
         {
-            "contestant": row["contestant"], "method": row.get("method", ""), "mode": row["mode"], "calls": row["calls"],
+            "contestant": row["contestant"], "method": row.get("method", ""),
+            "mode": row["mode"], "calls": row["calls"],
             **{f"{name} ms": round(row[f"{name}_s"] * 1e3, 3) for name in ("p50", "p90", "p99", "max", "jitter")},
             "p99/p50": round(row["p99_s"] / row["p50_s"], 2),
         }
