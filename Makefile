@@ -46,5 +46,5 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install -q -e ".[demo,bench,triton,dev]"
+	$(BIN)/pip install -q -e ".[demo,bench,examples,triton,dev]"
 	touch $@
