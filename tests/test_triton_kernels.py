@@ -29,7 +29,6 @@ from qpilots_fast.backends.triton import LaunchRow, LaunchTable, Tile, TritonBac
 from qpilots_fast.spec import SamplerSpec
 from qpilots_fast.steering import Steering
 from qpilots_fast.testing import Case, assert_close, make_case
-
 from tests import triton_interpreter
 
 triton_interpreter.install()
@@ -315,13 +314,19 @@ def test_parameters_of_any_stride_dtype_and_without_bias() -> None:
 def test_input_blocks_in_any_order() -> None:
     case = small(M, time_embedding="fourier")
     spec, nets = spec_of(case), networks_of(case)
-    orders = {"flow": ("t", "noisy_actions", "obs"), "critic": ("actions", "obs"), "posterior": ("u", "xbar", "t", "obs", "s", "noisy_actions")}  # fmt: skip
+    orders = {
+        "flow": ("t", "noisy_actions", "obs"),
+        "critic": ("actions", "obs"),
+        "posterior": ("u", "xbar", "t", "obs", "s", "noisy_actions"),
+    }
     bound = {}
     for name, order in orders.items():
         network = getattr(nets, name)
         columns = torch.cat([torch.arange(network.spec.input_dim)[network.spec.block_slices[block]] for block in order])
         first = replace(network.layers[0], weight=tuple(w.detach()[:, columns] for w in network.layers[0].weight))
-        bound[name] = replace(network, spec=replace(network.spec, input_order=order), layers=(first, *network.layers[1:]))
+        bound[name] = replace(
+            network, spec=replace(network.spec, input_order=order), layers=(first, *network.layers[1:])
+        )
     reordered = replace(spec, **{name: network.spec for name, network in bound.items()})
     args = (case.obs, case.noise, case.posterior_noise)
     got = backend().sample(reordered, BoundNetworks(**bound), *args).actions

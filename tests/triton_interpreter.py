@@ -22,7 +22,8 @@ def install() -> None:
 
         def rounding_convert(data: Any, source: Any, target: Any, mode: Any) -> Any:
             if source == tl.float32 and target == tl.bfloat16:
-                tensor = torch.from_numpy(np.array(data, dtype=np.float32, order="C"))  # a copy: broadcasts are read-only
+                # a copy: broadcasts are read-only
+                tensor = torch.from_numpy(np.array(data, dtype=np.float32, order="C"))
                 return tensor.bfloat16().view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
             if source == tl.bfloat16 and target == tl.float32:
                 return (np.asarray(data).astype(np.uint32) << 16).reshape(data.shape)
@@ -30,7 +31,7 @@ def install() -> None:
 
         interpreter._convert_float = rounding_convert  # type: ignore[attr-defined]
 
-    if hasattr(interpreter, "_patch_builtin") and hasattr(interpreter, "_patch_attr"):
+    if all(hasattr(interpreter, name) for name in ("_patch_builtin", "_patch_attr", "_LangPatchScope")):
         builtins: dict[Any, list[tuple[str, Any]]] = {}
 
         def patch_builtin(owner: Any, builder: Any, scope: Any) -> None:
@@ -44,7 +45,7 @@ def install() -> None:
         interpreter._patch_builtin = patch_builtin  # type: ignore[attr-defined]
 
 
-def product_in_fixed_order(builder: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+def product_in_fixed_order(builder: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
     """tl.dot that sums over k in one order for every row, as tensor cores do; BLAS may not, by the row's position."""
     from triton.runtime.interpreter import TensorHandle
 

@@ -75,10 +75,14 @@ def compile_case(case: KernelCase, sm: int) -> Any:
             attributes[(index,)] = [["tt.divisibility", 16]]  # torch allocations are aligned
         else:
             signature[name] = "i32" if name in _INTEGERS else "fp32"
-    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", sm, 32), options=options)
+    return triton.compile(
+        ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", sm, 32), options=options
+    )
 
 
-def _networks(obs: int, action: int, hidden: int, members: int, norm: Any, flow_norm: Any = None) -> dict[str, NetworkSpec]:
+def _networks(
+    obs: int, action: int, hidden: int, members: int, norm: Any, flow_norm: Any = None
+) -> dict[str, NetworkSpec]:
     dims = (hidden,) * 4
     flow_norms = flow_norm if isinstance(flow_norm, tuple) else (flow_norm,) * 4
     return {
@@ -107,7 +111,14 @@ def cases(sm: int, precisions: tuple[str, ...] = ("bfloat16", "float16", "tf32",
     ]
     for precision in precisions:
         half = precision == "bfloat16"
-        yield KernelCase("pack", "all parameters", precision, dict(SOURCE=torch.float32, BLOCK=1024, num_warps=4, num_stages=1), half, False)
+        yield KernelCase(
+            "pack",
+            "all parameters",
+            precision,
+            dict(SOURCE=torch.float32, BLOCK=1024, num_warps=4, num_stages=1),
+            half,
+            False,
+        )
         for label, nets, steering, quick in samplers:
             posterior = nets["posterior"] if steering.estimate == "mfm" else None
             spec = SamplerSpec(nets["flow"], nets["critic"], posterior, steering, 10, precision)

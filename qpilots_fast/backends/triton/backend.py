@@ -223,9 +223,7 @@ class TritonBackend(Backend):
         return NetworkLayout(network.spec, tile.narrowed(max(network.spec.hidden_dims)), folded=False)
 
     @torch.no_grad()
-    def _run_network(
-        self, network: Any, blocks: Sequence[Tensor], cotangent: Tensor | None, precision: str
-    ) -> Tensor:
+    def _run_network(self, network: Any, blocks: Sequence[Tensor], cotangent: Tensor | None, precision: str) -> Tensor:
         prepared = network if isinstance(network, PreparedNetwork) else self.prepare(network, precision)
         packed = prepared.buffers.networks[0]
         layout, spec, tile = packed.layout, packed.layout.spec, packed.layout.tile

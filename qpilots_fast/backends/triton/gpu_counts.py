@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...spec import NetworkSpec, SamplerSpec
 from ..base import Footprint
 from ..counts import count_flops, count_weights
 from .packing import NetworkLayout
@@ -99,7 +98,11 @@ def critic_counts(plan: SamplerPlan, batch_size: int) -> KernelCounts:
     flops, moved = (sum(part[i] for part in parts) for i in (0, 1))
     outputs = 4 * batch_size * plan.num_draws * (plan.spec.flow.action_dim + 1) * layout.spec.num_members
     return KernelCounts(
-        "critic", flops * grid.critic_tiles, moved * grid.critic_tiles + outputs, grid.critic_tiles, grid.critic_programs
+        "critic",
+        flops * grid.critic_tiles,
+        moved * grid.critic_tiles + outputs,
+        grid.critic_tiles,
+        grid.critic_programs,
     )
 
 
@@ -210,34 +213,3 @@ def footprint(plan: SamplerPlan, batch_size: int) -> Footprint:
         floor_s=None if known is None else predicted_seconds(plan, batch_size, known),
         notes=tuple(notes),
     )
-
-
-def peer_launches(spec: SamplerSpec, fused: bool) -> int:
-    """Kernels that a stacked PyTorch loop launches, counted from its operations; fused: elementwise runs merged.
-
-    A Linear is one baddbmm. Elementwise: activation and LayerNorm one kernel each, three for a LayerNorm backward; the
-    step's own arithmetic is about 40 kernels eager and about 8 fused. Concatenations of inputs are counted.
-    """
-    steering, steps = spec.steering, spec.num_steps
-    steered = 0 if not steering.steers else steps - (0 if steering.steer_first_step else 1)
-    draws = steering.num_samples if steering.uses_posterior else 1
-
-    def forward(network: NetworkSpec) -> int:
-        per_layer = sum(2 + (placement is not None) for placement in network.layer_norm)
-        return (2 * len(network.hidden_dims) + 1 if fused else per_layer + 1) + 1
-
-    def backward(network: NetworkSpec) -> int:
-        per_layer = sum(2 + 3 * (placement is not None) for placement in network.layer_norm)
-        return 2 * len(network.hidden_dims) + 1 if fused else per_layer + 2
-
-    total = steps * (forward(spec.flow) + 2)
-    if steered and spec.critic is not None:
-        asked = forward(spec.critic) + backward(spec.critic)
-        if steering.estimate == "tweedie" and steering.jacobian == "full":
-            asked += backward(spec.flow)
-        elif steering.estimate == "mfm" and spec.posterior is not None:
-            asked += forward(spec.posterior) + backward(spec.posterior)  # the draws stacked as rows
-        elif steering.estimate == "glass":
-            asked += steering.glass_steps * (forward(spec.flow) + backward(spec.flow))
-        total += steered * (asked + (8 if fused else 40))
-    return total if draws else 0

@@ -212,7 +212,8 @@ def _steer_velocity(v, g, std, dims, alpha, floor, max_grad_norm, gaf_decay, gaf
 
 @triton.jit(do_not_specialize=["num_rows", "num_draws", "rows_per_tile", "num_tiles", "step", "flow_begin", "flow_end",
                                "plain_end"])  # fmt: skip
-def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_std_ptr, gx_ptr, xbar_ptr, obs_ptr, eps_ptr,
+def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_std_ptr, gx_ptr, xbar_ptr,
+                 obs_ptr, eps_ptr,
                  flow_w_ptr, flow_vec_ptr, flow_bias_ptr, flow_layer_ptr,
                  map_w_ptr, map_vec_ptr, map_bias_ptr, map_layer_ptr,
                  h_ptr, z_ptr, stat_ptr, rest_ptr, glass_ptr, dims_ptr, norm_ptr, nonfinite_ptr,
@@ -326,8 +327,8 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
                             _write_rows(h_ptr, obs_ptr, of_row, mask_d, OBS_DIM, FLOW_K0, LDH, BLOCK_B, BLOCK_K)
                             tl.debug_barrier()
                             _write_tile(h_ptr, p_x * draw_x + p_xbar * xbar, COLUMN, LDH, BLOCK_B, A_PAD)
-                            _mlp_forward(h_ptr, z_ptr, stat_ptr, flow_w_ptr, flow_vec_ptr, flow_bias_ptr + time * FLOW_H,
-                                         flow_layer_ptr, flow_eps, FLOW_L, FLOW_H, FLOW_LD, LDH, A_PAD,
+                            _mlp_forward(h_ptr, z_ptr, stat_ptr, flow_w_ptr, flow_vec_ptr,
+                                         flow_bias_ptr + time * FLOW_H, flow_layer_ptr, flow_eps, FLOW_L, FLOW_H, FLOW_LD, LDH, A_PAD,
                                          FLOW_ACT, FLOW_NORM, DOT, BLOCK_B, BLOCK_N, BLOCK_K)  # fmt: skip
                             d_star = _pull_back(tl.load(coefficients + 4) * d_a, h_ptr, z_ptr, stat_ptr, flow_w_ptr,
                                                 flow_vec_ptr, flow_layer_ptr, COLUMN, A_PAD, FLOW_L, FLOW_H, FLOW_LD,
@@ -343,7 +344,9 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
                     of_draw = draws[:, None] * ACTION_DIM + offs_a[None, :]
                     g += tl.load(gx_ptr + of_draw, mask=mask_a, other=0.0)
                     std += tl.load(q_std_ptr + draws, mask=mask_b, other=0.0)
-            v, norm, usable = _steer_velocity(v, tilt * g, std, dims, alpha, floor, max_grad_norm, gaf_decay, gaf_min, SCALE)
+            v, norm, usable = _steer_velocity(
+                v, tilt * g, std, dims, alpha, floor, max_grad_norm, gaf_decay, gaf_min, SCALE
+            )
             x += dt * v
             tl.store(norm_ptr + step * num_rows + rows, norm, mask=mask_b)
             tl.store(nonfinite_ptr + step * num_rows + rows, tl.where(usable, 0, 1).to(tl.int8), mask=mask_b)
@@ -375,7 +378,9 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
                     mask_da = mask_d[:, None] & (offs_a < ACTION_DIM)[None, :]
                     of_row = draws // num_draws
                     of_draw = draws[:, None] * ACTION_DIM + offs_a[None, :]
-                    draw_x = tl.load(x_out_ptr + of_row[:, None] * ACTION_DIM + offs_a[None, :], mask=mask_da, other=0.0)
+                    draw_x = tl.load(
+                        x_out_ptr + of_row[:, None] * ACTION_DIM + offs_a[None, :], mask=mask_da, other=0.0
+                    )
                     xbar = tl.load(eps_ptr + proposed.to(tl.int64) * total_draws * ACTION_DIM + of_draw,
                                    mask=mask_da, other=0.0)  # fmt: skip
                     if ESTIMATE == "mfm":
@@ -383,13 +388,15 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
                         tl.debug_barrier()
                         _write_tile(h_ptr, draw_x, COLUMN, LDH, BLOCK_B, A_PAD)
                         _write_tile(h_ptr, xbar, COLUMN + A_PAD, LDH, BLOCK_B, A_PAD)
-                        xbar += _mlp_forward(h_ptr, z_ptr, stat_ptr, map_w_ptr, map_vec_ptr, map_bias_ptr + proposed * MAP_H,
-                                             map_layer_ptr, map_eps, MAP_L, MAP_H, MAP_LD, LDH, A_PAD,
+                        xbar += _mlp_forward(h_ptr, z_ptr, stat_ptr, map_w_ptr, map_vec_ptr,
+                                             map_bias_ptr + proposed * MAP_H, map_layer_ptr, map_eps, MAP_L, MAP_H, MAP_LD, LDH, A_PAD,
                                              MAP_ACT, MAP_NORM, DOT, BLOCK_B, BLOCK_N, BLOCK_K)  # fmt: skip
                     else:
                         for inner in range(0, GLASS_STEPS):
                             coefficients = glass_ptr + (proposed * GLASS_STEPS + inner) * 5
-                            tl.store(xbar_ptr + inner * total_draws.to(tl.int64) * ACTION_DIM + of_draw, xbar, mask=mask_da)
+                            tl.store(
+                                xbar_ptr + inner * total_draws.to(tl.int64) * ACTION_DIM + of_draw, xbar, mask=mask_da
+                            )
                             x_star = tl.load(coefficients) * draw_x + tl.load(coefficients + 1) * xbar
                             time = NUM_STEPS + proposed * GLASS_STEPS + inner
                             _write_rows(h_ptr, obs_ptr, of_row, mask_d, OBS_DIM, FLOW_K0, LDH, BLOCK_B, BLOCK_K)
@@ -413,7 +420,7 @@ def _network_kernel(in_ptr, cotangent_ptr, out_ptr, w_ptr, vec_ptr, layer_ptr, h
                     L: tl.constexpr, K0: tl.constexpr, H_PAD: tl.constexpr, LD: tl.constexpr, LDH: tl.constexpr,
                     OUT_ROWS: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr, DOT: tl.constexpr,
                     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """One network on in [B, IN_DIM]: its output [E, B, OUT_DIM], or (VJP) d_in [E, B, IN_DIM] of cotangent [E, B, OUT_DIM]."""
+    """One network on in [B, IN_DIM]: output [E, B, OUT_DIM], or (VJP) d_in [E, B, IN_DIM] of cotangent [E, B, OUT_DIM]."""
     program = tl.program_id(0).to(tl.int64)
     h_ptr += program * (BLOCK_B * LDH)
     z_ptr += program * ((L + 1) * BLOCK_B * H_PAD)

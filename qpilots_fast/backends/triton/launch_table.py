@@ -84,8 +84,8 @@ _ANY = (80, 999)
 TABLE: tuple[LaunchRow, ...] = (
     LaunchRow(
         "critic", _HALF, _ANY, 64, Tile(64, 256, 32, 8, 4),
-        "64 rows are one warpgroup's MMA height on sm_90 and up, and halve the weight traffic of 32; 256 columns read a "
-        "row's operands twice a layer instead of 8 times with 64 (L2 is the bound, see docs/gpu.md), where 512 spill; "
+        "64 rows are one warpgroup's MMA height on sm_90 and up, and halve the weight traffic of 32; 256 columns read "
+        "a row's operands twice a layer instead of 8 times with 64 (L2 is the bound, see docs/gpu.md), where 512 spill; "
         "80 KiB of shared memory in 4 stages fits the 99 KiB of sm_86 and sm_120.",
     ),
     LaunchRow(
@@ -103,13 +103,13 @@ TABLE: tuple[LaunchRow, ...] = (
     ),
     LaunchRow("step", ("tf32",), _ANY, 64, Tile(32, 128, 32, 8, 3), "As for half precision, with 4-byte operands."),
     LaunchRow("step", ("float32",), _ANY, 64, Tile(16, 64, 16, 8, 2, 2), "As for the critics, fewer rows as above."),
-    LaunchRow("critic", (*_HALF, "tf32"), _ANY, 256, Tile(32, 64, 32, 8, 3), "Wide actions: d_a [rows, A] is held in registers."),
+    LaunchRow("critic", (*_HALF, "tf32"), _ANY, 256, Tile(32, 64, 32, 8, 3), "Wide actions: d_a stays in registers."),
     LaunchRow("critic", ("float32",), _ANY, 256, Tile(16, 64, 16, 8, 2, 2), "Wide actions, as above."),
-    LaunchRow("step", (*_HALF, "tf32"), _ANY, 256, Tile(16, 64, 32, 8, 3), "Wide actions: six [rows, A] tiles at once."),
+    LaunchRow("step", (*_HALF, "tf32"), _ANY, 256, Tile(16, 64, 32, 8, 3), "Wide actions: six such tiles at once."),
     LaunchRow("step", ("float32",), _ANY, 256, Tile(16, 64, 16, 8, 2, 2), "Wide actions, as above."),
-    LaunchRow("network", _HALF, _ANY, 256, Tile(32, 64, 32, 8, 4), "Serves single forward and vjp calls only."),
-    LaunchRow("network", ("tf32",), _ANY, 256, Tile(32, 64, 32, 8, 3), "Serves single forward and vjp calls only."),
-    LaunchRow("network", ("float32",), _ANY, 256, Tile(16, 64, 16, 8, 2, 2), "Serves single forward and vjp calls only."),
+    LaunchRow("network", _HALF, _ANY, 256, Tile(32, 64, 32, 8, 4), "Single forward and vjp calls only."),
+    LaunchRow("network", ("tf32",), _ANY, 256, Tile(32, 64, 32, 8, 3), "Single forward and vjp calls only."),
+    LaunchRow("network", ("float32",), _ANY, 256, Tile(16, 64, 16, 8, 2, 2), "Single forward and vjp calls only."),
 )  # fmt: skip
 
 MAX_ACTION_PAD = max(row.max_action_pad for row in TABLE)
@@ -138,7 +138,7 @@ class LaunchTable:
         if capability == 0:
             return INTERPRETER_TILE
         raise ValueError(
-            f"no launch row for kernel {kernel!r}, precision {precision!r}, sm_{capability}, {action_pad} action columns."
+            f"no launch row for kernel {kernel!r}, precision {precision!r}, sm_{capability}, action width {action_pad}."
         )
 
     def to_json(self) -> str:
@@ -150,7 +150,7 @@ class LaunchTable:
         for values in json.loads(text):
             tile = Tile(**values.pop("tile"))
             lists = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-            rows.append(LaunchRow(tile=tile, **lists))
+            rows.append(LaunchRow(tile=tile, **lists))  # type: ignore[arg-type]
         return LaunchTable(tuple(rows))
 
 

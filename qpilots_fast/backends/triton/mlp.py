@@ -3,21 +3,22 @@
 A program owns BLOCK_B rows. Its activations live in a scratch of its own (small enough to stay in L2), because a
 row's whole hidden vector fits neither in registers nor in shared memory at useful sizes:
 
-- h [BLOCK_B, LDH]           operand dtype: what the next product reads (inputs, hidden, deltas); always overwritten in place
+- h [BLOCK_B, LDH]           operand dtype: what the next product reads (inputs, hidden, deltas)
 - z [L + 1, BLOCK_B, H_PAD]  pre-activations, in the operand's format (it halves this traffic for 16-bit operands); slot
                              l + 1 is free by the time the backward needs d_hidden of layer l
 - stat [2, L, BLOCK_B]       float32: mean and reciprocal std of each LayerNorm
 
-Weights of one member, operand dtype, leading dimension LD: L blocks [H_PAD, LD] ([out, in], as torch), then [OUT_ROWS, LD].
-Vectors of one member, float32: L blocks [3, H_PAD] (bias, LayerNorm weight, LayerNorm bias), then [OUT_ROWS] output bias.
+Weights of one member, operand dtype, leading dimension LD: L blocks [H_PAD, LD] ([out, in] as in torch), then
+[OUT_ROWS, LD]. Vectors of one member, float32: L blocks [3, H_PAD] (bias, LayerNorm weight, LayerNorm bias), then
+[OUT_ROWS] output bias.
 layer_ptr [L + 1, 4] int32: true width, norm placement (0 none, 1 pre, 2 post), depth of the forward product (padded
 inputs), depth of the backward product (padded width of the next layer, 0 for dQ = 1); the last row is
 the output's. Loop bounds read from it rather than constants
 keep the compiler from unrolling the elementwise passes, which would spill.
 Padding columns that a product reads are written as zeros, so uninitialised scratch never reaches a result.
 
-A layer is a product with a bare epilogue, so that its accumulator may be wide, then elementwise passes over narrow tiles:
-LayerNorm in the epilogue of a wide tile spills on every target.
+A layer is a product with a bare epilogue, so that its accumulator may be wide, then elementwise passes over narrow
+tiles: LayerNorm in the epilogue of a wide tile spills on every target.
 The barriers order the program's own global writes before its own later reads.
 """
 # No `from __future__ import annotations` here: the interpreter recognises constexpr parameters by their evaluated type.

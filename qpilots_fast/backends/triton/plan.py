@@ -155,7 +155,11 @@ class SamplerPlan:
             if not layouts or not programs:
                 return [empty(0, dtype=self.operand), empty(0, dtype=self.operand), empty(0)]
             h, z, stat = scratch_sizes(layouts, tile)
-            return [empty(programs, h, dtype=self.operand), empty(programs, z, dtype=self.operand), empty(programs, stat)]
+            return [
+                empty(programs, h, dtype=self.operand),
+                empty(programs, z, dtype=self.operand),
+                empty(programs, stat),
+            ]
 
         step = scratch(self.step_layouts(), self.step_tile, grid.step_programs)
         critic = scratch([self.critic_layout] if self.critic_layout else [], self.critic_tile, grid.critic_programs)
@@ -186,7 +190,9 @@ class SamplerPlan:
         if first >= steps:
             self._step(ws, packed, grid, obs, noise, actions, eps, steer=False, propose=False, flow=(0, steps))
             return
-        self._step(ws, packed, grid, obs, noise, ws.x, eps, steer=False, propose=True, flow=(0, first + 1), plain_end=first)
+        self._step(
+            ws, packed, grid, obs, noise, ws.x, eps, steer=False, propose=True, flow=(0, first + 1), plain_end=first
+        )
         for k in range(first, steps):
             self._critic(ws, packed, grid, obs)
             last = k == steps - 1

@@ -1,4 +1,4 @@
-"""Compares every kernel with the float64 reference on the device at hand. `python -m qpilots_fast.backends.triton.self_check`."""
+"""Compares every kernel with the float64 reference: `python -m qpilots_fast.backends.triton.self_check` on a GPU."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def self_check(
         quick: tiny shapes and two settings, for the interpreter.
     """
     triton, reference = backend or TritonBackend(), ReferenceBackend()
-    steerings, batches = _steerings(), (1, 17, 257)
+    steerings = _steerings()
+    batches: tuple[int, ...] = (1, 17, 257)
     shape = dict(obs_dim=40, action_dim=25, num_critics=4, hidden_dims=(512, 300), num_steps=10)
     if quick:
         steerings, batches = {name: steerings[name] for name in ("U", "QGF")}, (3,)
@@ -129,7 +130,9 @@ def main() -> int:
     results = self_check(torch.device("cuda"))
     for result in results:
         verdict = "ok" if result.passed else "WRONG"
-        print(f"{verdict:6} {result.precision:9} {result.what:32} max {result.max_error:.1e} mean {result.mean_error:.1e}")
+        print(
+            f"{verdict:6} {result.precision:9} {result.what:32} max {result.max_error:.1e} mean {result.mean_error:.1e}"
+        )
     return 0 if all(result.passed for result in results) else 1
 
 

@@ -40,7 +40,9 @@ def candidates(kernel: str, precision: str) -> list[Tile]:
     return found
 
 
-def measure(backend: TritonBackend, spec: SamplerSpec, networks: BoundNetworks, inputs: tuple) -> tuple[float, torch.Tensor]:
+def measure(
+    backend: TritonBackend, spec: SamplerSpec, networks: BoundNetworks, inputs: tuple
+) -> tuple[float, torch.Tensor]:
     """Median milliseconds of a graph replay's worth of kernels, by CUDA events, and the actions."""
     packed = backend.pack(spec, networks)
     actions = backend.sample(spec, networks, *inputs, packed=packed).actions

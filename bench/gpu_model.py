@@ -1,0 +1,163 @@
+"""Exact counts of a call on a GPU, ours and eager PyTorch's, and roofline predictions from them. Nothing is measured.
+
+`python -m bench.gpu_model` prints the tables of docs/gpu.md. Ours are counted from the launch plan. The eager loop's
+are counted from its operations: it runs here, on the CPU, and every operation that makes or fills a tensor would be
+one kernel (at least) on a GPU, reading its inputs and writing its outputs once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qpilots_fast.backends.triton.gpu_counts import (
+    DEVICES,
+    Device,
+    call_counts,
+    hbm_bytes,
+    predicted_seconds,
+    workspace_bytes,
+)
+from qpilots_fast.backends.triton.launch_table import LaunchTable
+from qpilots_fast.backends.triton.plan import SamplerPlan
+from qpilots_fast.spec import SamplerSpec
+
+from .cases import CASES, Workload, make_workload
+from .peers import build_eager
+
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+
+
+@dataclass
+class EagerCounts:
+    """Of one call of the eager loop.
+
+    Args:
+        kernels: operations that are not views. products: those that are matrix products.
+        nbytes: inputs read once and outputs written once by each kernel.
+        flops: of the products.
+    """
+
+    kernels: int = 0
+    products: int = 0
+    nbytes: int = 0
+    flops: int = 0
+
+    def seconds(self, device: Device, precision: str) -> float:
+        """Back to back in a CUDA graph: the slower of bytes and flops of the whole call, plus the launches."""
+        fastest = max(self.nbytes / device.l2_bytes_per_s, self.flops / device.flops[precision])
+        return self.kernels * device.launch_s + fastest
+
+    def fused_seconds(self, device: Device, precision: str) -> float:
+        """As if a compiler left one kernel beside every product, and products moved nothing: a bound from below."""
+        return 2 * self.products * device.launch_s + self.flops / device.flops[precision]
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = EagerCounts()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.is_view or not isinstance(out, (Tensor, tuple, list)):
+            return out
+        name = func._schema.name.split("::")[1]
+        if name.startswith(("empty", "detach", "_unsafe_view")):
+            return out
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        self.counts.kernels += 1
+        self.counts.nbytes += sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
+        if name in _PRODUCTS:
+            self.counts.products += 1
+            first = inputs[-2]  # baddbmm and addmm put their bias first
+            self.counts.flops += 2 * outputs[0].numel() * first.shape[-1]
+        return out
+
+
+def eager_counts(workload: Workload, precision: str) -> EagerCounts:
+    """Runs one call of the eager peer and counts."""
+    run = build_eager(workload, precision)
+    with _Counter() as counter:
+        run()
+    return counter.counts
+
+
+def sampler_plan(workload: Workload, precision: str, device: Device) -> SamplerPlan:
+    sampler = workload.sampler("auto", "float32")
+    spec: SamplerSpec = sampler._spec
+    spec = SamplerSpec(spec.flow, spec.critic, spec.posterior, spec.steering, spec.num_steps, precision)
+    return SamplerPlan(spec, torch.device("cpu"), LaunchTable(), sms=device.multiprocessors, sm=max(80, device.sm))
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ("---",) * len(header), *rows))
+
+
+def counts_table(names: tuple[str, ...], batches: tuple[int, ...], precision: str = "bfloat16") -> str:
+    """Launches, flops and bytes of one call, ours (H100's grid) and eager."""
+    rows = []
+    for name in names:
+        for batch in batches:
+            workload = make_workload(CASES["paper"], name, batch)
+            plan = sampler_plan(workload, precision, DEVICES[0])
+            ours = call_counts(plan, batch)
+            row = [name, str(batch), str(len(ours) + 1), f"{sum(c.flops for c in ours) / 1e9:.0f}"]
+            row += [f"{sum(c.l2_bytes for c in ours) / 1e9:.2f}", f"{hbm_bytes(plan, batch) / 1e6:.0f}"]
+            row += [f"{workspace_bytes(plan, batch) / 2**20:.0f}"]
+            if batch <= 256:  # larger ones scale with the batch, and would take minutes here
+                eager = eager_counts(workload, precision)
+                row += [
+                    str(eager.kernels),
+                    str(eager.products),
+                    f"{eager.flops / 1e9:.0f}",
+                    f"{eager.nbytes / 1e9:.2f}",
+                ]
+            else:
+                row += ["as above", "as above", "-", "-"]
+            rows.append(tuple(row))
+    header = (
+        "method", "B", "launches", "GFLOP", "L2 GB", "HBM MB", "workspace MiB",
+        "eager kernels", "of them products", "eager GFLOP", "eager GB",
+    )  # fmt: skip
+    return _table(header, rows)
+
+
+def prediction_table(names: tuple[str, ...], batches: tuple[int, ...]) -> str:
+    """Predicted, not measured: lower bounds in milliseconds."""
+    rows = []
+    for name in names:
+        for batch in batches:
+            workload = make_workload(CASES["paper"], name, batch)
+            eager = eager_counts(workload, "bfloat16") if batch <= 256 else None
+            for device in DEVICES:
+                ours = [
+                    predicted_seconds(sampler_plan(workload, p, device), batch, device)
+                    for p in ("bfloat16", "tf32", "float32")
+                ]
+                bounds = ("-", "-")
+                if eager is not None:
+                    seconds = (eager.seconds(device, "bfloat16"), eager.fused_seconds(device, "bfloat16"))
+                    bounds = tuple(f"{1e3 * s:.2f}" for s in seconds)  # type: ignore[assignment]
+                rows.append((name, str(batch), device.name, *(f"{1e3 * s:.2f}" for s in ours), *bounds))
+    header = (
+        "method", "B", "device", "ours bf16", "ours tf32", "ours fp32", "eager bf16 in a graph", "compiled bf16, bound",
+    )  # fmt: skip
+    return _table(header, rows)
+
+
+def main() -> None:
+    names = ("U", "M")
+    print(counts_table(names, (1, 16, 256, 4096)))
+    print()
+    print(prediction_table(names, (1, 16, 256, 4096)))
+
+
+if __name__ == "__main__":
+    main()
