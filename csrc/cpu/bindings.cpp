@@ -57,6 +57,7 @@ std::vector<LayerSource> read_table(const Network& net, const Table& table) {
 struct BoundSources {
   std::shared_ptr<const Network> net;
   std::vector<LayerSource> sources;
+  std::unique_ptr<LiveArena> live = std::make_unique<LiveArena>();
 };
 
 template <class E>
@@ -214,9 +215,13 @@ void sample_binding(const std::shared_ptr<SamplerPlan>& plan, const BoundSources
   args.packed = packed;
   if (packed == nullptr) {
     check_bound(*plan, {flow, critic, posterior});
-    args.sources[0] = flow->sources.data();
-    if (plan->steers) args.sources[1] = critic->sources.data();
-    if (plan->steers && plan->steering.estimate == Estimate::kMfm) args.sources[2] = posterior->sources.data();
+    const bool uses[3] = {true, plan->steers, plan->steers && plan->steering.estimate == Estimate::kMfm};
+    const BoundList bound = {flow, critic, posterior};
+    for (int n = 0; n < 3; ++n) {
+      if (!uses[n]) continue;
+      args.sources[n] = bound[n]->sources.data();
+      args.live[n] = bound[n]->live.get();
+    }
   } else {
     for (int n = 0; n < 3; ++n) {
       const bool needed = n == 0 || (n == 1 && plan->steers) || (n == 2 && plan->steers && plan->steering.estimate == Estimate::kMfm);
@@ -261,10 +266,10 @@ void network_binding(const BoundSources& bound, const std::vector<std::uintptr_t
   require(!vjp || cotangent != 0, "the cotangent is missing");
   const py::gil_scoped_release release;
   if (vjp) {
-    network_vjp(net, bound.sources.data(), inputs, pointer<const float>(cotangent), batch, threads, input_dim,
+    network_vjp(net, bound.sources.data(), *bound.live, inputs, pointer<const float>(cotangent), batch, threads, input_dim,
                 pointer<float>(out), pool());
   } else {
-    network_forward(net, bound.sources.data(), inputs, batch, threads, pointer<float>(out), pool());
+    network_forward(net, bound.sources.data(), *bound.live, inputs, batch, threads, pointer<float>(out), pool());
   }
 }
 
@@ -327,7 +332,10 @@ void bind(py::module_& module) {
     return std::const_pointer_cast<Network>(make_network(spec, precision, isa));
   });
   module.def("cpu_bind", [](const std::shared_ptr<Network>& net, const Table& table) {
-    return BoundSources{net, read_table(*net, table)};
+    auto bound = std::make_unique<BoundSources>();
+    bound->net = net;
+    bound->sources = read_table(*net, table);
+    return bound;
   });
   module.def("cpu_plan", &make_plan);
   module.def("cpu_pack", &pack_binding);

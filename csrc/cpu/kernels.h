@@ -166,6 +166,8 @@ struct KernelTable {
   void (*activate_vjp_f32[3])(const ActivateVjpArgs&);  // dz as plain float32
   // dst[0..width) = src (or fill where absent), rounded to bfloat16 on request, zero up to the padded width
   void (*pack_vector)(const Source&, int width, float fill, bool round, float* dst);
+  // never 0
+  std::uint64_t (*fingerprint)(const void* data, std::ptrdiff_t row_stride_bytes, int rows, std::ptrdiff_t row_bytes);
   void (*combine)(const CombineArgs&);
   void (*posterior_softmax)(const float* q, int count, float scale, float* p);
   void (*steer)(const SteerArgs&);

@@ -118,6 +118,24 @@ void Network::pack(int unit, const LayerSource* sources, char* arena) const {
   }
 }
 
+void Network::refresh(int unit, const LayerSource* sources, char* arena, std::uint64_t* fingerprints) const {
+  const Unit& u = units_[unit];
+  if (u.panel >= 0) {
+    constexpr std::ptrdiff_t kElementBytes[] = {4, 8, 2, 2};
+    const Source& source = sources[static_cast<std::size_t>(u.member) * layers_.size() + u.layer].weight;
+    const Block& block = u.layer > 0 ? layers_[u.layer].block : inputs_[u.input];
+    const std::ptrdiff_t element = kElementBytes[static_cast<int>(source.dtype)];
+    if (source.col_stride == 1) {
+      const int first = u.panel * block.panel_width, rows = std::min(block.panel_width, block.out - first);
+      const char* data = static_cast<const char*>(source.data) + (first * source.row_stride + block.column) * element;
+      const std::uint64_t now = table_->fingerprint(data, source.row_stride * element, rows, block.in * element);
+      if (now == fingerprints[unit]) return;
+      fingerprints[unit] = now;
+    }
+  }
+  pack(unit, sources, arena);
+}
+
 // ---------------------------------------------------------------- a tile's scratch
 
 std::size_t TileScratch::bytes(int rows, int width) {

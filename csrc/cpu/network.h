@@ -58,6 +58,8 @@ class Network {
   // Packing, in independent units [0, pack_units()) of any order. sources: [members][layers].
   int pack_units() const { return static_cast<int>(units_.size()); }
   void pack(int unit, const LayerSource* sources, char* arena) const;
+  // The same, but leaves a unit alone whose source has the fingerprint of the last time (0: never packed).
+  void refresh(int unit, const LayerSource* sources, char* arena, std::uint64_t* fingerprints) const;
 
  private:
   struct Unit {

@@ -13,20 +13,21 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 class NetworkRun {
  public:
-  NetworkRun(const Network& net, const LayerSource* sources, const float* const (&blocks)[kInputKinds], int batch,
-             int threads)
-      : net_(net), sources_(sources), blocks_(blocks), batch_(batch), threads_(threads),
+  NetworkRun(const Network& net, const LayerSource* sources, LiveArena& live,
+             const float* const (&blocks)[kInputKinds], int batch, int threads)
+      : net_(net), sources_(sources), live_(live), blocks_(blocks), batch_(batch), threads_(threads),
         members_(net.shape().members), tiles_(tile_count(batch, net.shape().members, threads)) {}
 
   // cotangent null: forward into `out`; else the pullback into `out` [B, input_dim].
   void run(const float* cotangent, int input_dim, float* out, WorkspacePool& pool) {
     std::unique_ptr<Workspace> workspace = pool.acquire();
-    arena_ = workspace->arenas[0].reserve(net_.arena_bytes());
+    auto lease = std::make_unique<ArenaLease>(net_, live_, workspace->arenas[0]);
+    arena_ = lease->data();
     carve(nullptr, cotangent != nullptr ? input_dim : 0);
     carve(workspace->scratch.reserve(carved_), cotangent != nullptr ? input_dim : 0);
     new (all_) Barrier();
     parallel_region(threads_, [&](int thread, int threads) {
-      for (int u = thread; u < net_.pack_units(); u += threads) net_.pack(u, sources_, arena_);
+      for (int u = thread; u < net_.pack_units(); u += threads) net_.refresh(u, sources_, arena_, lease->fingerprints());
       all_->wait(threads);
       for (int i = thread; i < members_ * tiles_; i += threads) visit(i, thread, cotangent, input_dim, out);
       if (cotangent == nullptr) return;
@@ -38,6 +39,7 @@ class NetworkRun {
         out[e] = sum;
       }
     });
+    lease.reset();
     pool.release(std::move(workspace));
   }
 
@@ -135,6 +137,7 @@ class NetworkRun {
 
   const Network& net_;
   const LayerSource* sources_;
+  LiveArena& live_;
   const float* const (&blocks_)[kInputKinds];
   const int batch_, threads_, members_, tiles_;
   char *arena_ = nullptr, *scratch_ = nullptr;
@@ -145,14 +148,15 @@ class NetworkRun {
 
 }  // namespace
 
-void network_forward(const Network& net, const LayerSource* sources, const float* const (&blocks)[kInputKinds], int batch,
-                     int threads, float* out, WorkspacePool& pool) {
-  NetworkRun(net, sources, blocks, batch, usable_threads(threads)).run(nullptr, 0, out, pool);
+void network_forward(const Network& net, const LayerSource* sources, LiveArena& live,
+                     const float* const (&blocks)[kInputKinds], int batch, int threads, float* out, WorkspacePool& pool) {
+  NetworkRun(net, sources, live, blocks, batch, usable_threads(threads)).run(nullptr, 0, out, pool);
 }
 
-void network_vjp(const Network& net, const LayerSource* sources, const float* const (&blocks)[kInputKinds],
-                 const float* cotangent, int batch, int threads, int input_dim, float* dx, WorkspacePool& pool) {
-  NetworkRun(net, sources, blocks, batch, usable_threads(threads)).run(cotangent, input_dim, dx, pool);
+void network_vjp(const Network& net, const LayerSource* sources, LiveArena& live,
+                 const float* const (&blocks)[kInputKinds], const float* cotangent, int batch, int threads,
+                 int input_dim, float* dx, WorkspacePool& pool) {
+  NetworkRun(net, sources, live, blocks, batch, usable_threads(threads)).run(cotangent, input_dim, dx, pool);
 }
 
 }  // namespace qpilots::cpu

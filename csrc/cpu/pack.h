@@ -78,7 +78,9 @@ static void pack_panel(const Block& block, const Source& source, int panel, char
 }
 
 static void pack_vector(const Source& source, int width, float fill, bool round, float* dst) {
-  for (int i = 0; i < width; ++i) {
+  const bool plain = source.data != nullptr && source.dtype == DType::kFloat32 && source.row_stride == 1 && !round;
+  if (plain) std::memcpy(dst, source.data, sizeof(float) * width);
+  for (int i = 0; !plain && i < width; ++i) {
     const float x = source.data == nullptr ? fill : read_element(source, i * source.row_stride);
     dst[i] = round ? qpilots::round_to_bf16(x) : x;
   }

@@ -25,7 +25,7 @@ class SampleRun {
   SampleRun(const SamplerPlan& plan, const SampleArgs& args, int threads);
 
   std::size_t carve(char* base);
-  void set_arenas(char* const (&live)[3]);
+  void set_arenas(const std::unique_ptr<ArenaLease> (&live)[3]);
   void run(int thread, int threads);
 
  private:
@@ -81,7 +81,7 @@ class SampleRun {
   float q_divisor_ = 1.0f;
 
   const char* arenas_[3] = {};
-  char* live_[3] = {};
+  const ArenaLease* live_[3] = {};
   float *x_, *v_, *a_, *g_, *jg_, *vhat_ = nullptr, *gx_ = nullptr;
   float *flow_base_, *flow_time_, *critic_base_ = nullptr, *map_base_ = nullptr, *map_time_ = nullptr, *map_x_ = nullptr;
   float *delta_sum_ = nullptr, *flow_saves_ = nullptr, *map_saves_ = nullptr;
@@ -156,10 +156,10 @@ std::size_t SampleRun::carve(char* base) {
   return c.used();
 }
 
-void SampleRun::set_arenas(char* const (&live)[3]) {
+void SampleRun::set_arenas(const std::unique_ptr<ArenaLease> (&live)[3]) {
   for (int i = 0; i < 3; ++i) {
-    live_[i] = args_.packed == nullptr ? live[i] : nullptr;
-    arenas_[i] = args_.packed == nullptr ? live[i] : args_.packed->arenas[i].data();
+    live_[i] = live[i].get();
+    arenas_[i] = args_.packed != nullptr ? args_.packed->arenas[i].data() : live_[i] != nullptr ? live_[i]->data() : nullptr;
   }
   for (int i = 0; i < threads_; ++i) new (&barriers_[i]) Barrier();
   new (all_) Barrier();
@@ -580,7 +580,7 @@ void SampleRun::run(int thread, int threads) {
       for (; live_[n] == nullptr || i >= plan_.network(n)->pack_units(); ++n) {
         if (live_[n] != nullptr) i -= plan_.network(n)->pack_units();
       }
-      plan_.network(n)->pack(i, args_.sources[n], live_[n]);
+      plan_.network(n)->refresh(i, args_.sources[n], live_[n]->data(), live_[n]->fingerprints());
     }
     all_->wait(threads);
     lap(kPack);
@@ -646,13 +646,23 @@ void sample(const SamplerPlan& plan, const SampleArgs& args, WorkspacePool& pool
   std::unique_ptr<Workspace> workspace = pool.acquire();
   SampleRun run(plan, args, threads);
   run.carve(workspace->scratch.reserve(run.carve(nullptr)));
-  char* live[3] = {};
+  std::unique_ptr<ArenaLease> live[3];
   for (int n = 0; n < 3 && args.packed == nullptr; ++n) {
-    if (args.sources[n] != nullptr) live[n] = workspace->arenas[n].reserve(plan.network(n)->arena_bytes());
+    if (args.sources[n] != nullptr) {
+      live[n] = std::make_unique<ArenaLease>(*plan.network(n), *args.live[n], workspace->arenas[n]);
+    }
   }
   run.set_arenas(live);
   parallel_region(threads, [&](int thread, int count) { run.run(thread, count); });
+  for (auto& lease : live) lease.reset();
   pool.release(std::move(workspace));
+}
+
+ArenaLease::ArenaLease(const Network& net, LiveArena& own, LiveArena& spare)
+    : lock_(own.mutex, std::try_to_lock), arena_(lock_.owns_lock() ? &own : &spare) {
+  arena_->arena.reserve(net.arena_bytes());
+  if (arena_ == &spare) arena_->fingerprints.clear();  // whatever it holds may be another network's
+  arena_->fingerprints.resize(net.pack_units(), 0);
 }
 
 void pack(const SamplerPlan& plan, const LayerSource* const (&sources)[3], int threads, PackedWeights& out) {

@@ -35,6 +35,7 @@ enum PhaseIndex { kPack, kPrepare, kDenoise, kGradient, kUpdate, kPhases };
 
 struct SampleArgs {
   const LayerSource* sources[3] = {};     // live weights, where packed is null
+  LiveArena* live[3] = {};                // their packed copies between calls
   const PackedWeights* packed = nullptr;
   int batch = 0, threads = 1;
   const float* obs = nullptr;              // [B, S]
@@ -51,15 +52,29 @@ void pack(const SamplerPlan& plan, const LayerSource* const (&sources)[3], int t
 std::size_t workspace_bytes(const SamplerPlan& plan, int batch, int threads);
 
 // One network on its input blocks. out [E, B, out]. blocks: pointers to [B, dim] by InputKind.
-void network_forward(const Network& net, const LayerSource* sources, const float* const (&blocks)[kInputKinds], int batch,
-                     int threads, float* out, WorkspacePool& pool);
+void network_forward(const Network& net, const LayerSource* sources, LiveArena& live,
+                     const float* const (&blocks)[kInputKinds], int batch, int threads, float* out, WorkspacePool& pool);
 // cotangent [E, B, out] pulled back to the input columns, summed over members: [B, input_dim].
-void network_vjp(const Network& net, const LayerSource* sources, const float* const (&blocks)[kInputKinds],
-                 const float* cotangent, int batch, int threads, int input_dim, float* dx, WorkspacePool& pool);
+void network_vjp(const Network& net, const LayerSource* sources, LiveArena& live,
+                 const float* const (&blocks)[kInputKinds], const float* cotangent, int batch, int threads,
+                 int input_dim, float* dx, WorkspacePool& pool);
 
-// Runs body(thread, threads) on up to `threads` threads; on one in a forked child, whose thread pool is gone.
+// A live arena for the length of a call: the network's own, or where another call is using that, a spare one to be
+// packed from scratch.
+class ArenaLease {
+ public:
+  ArenaLease(const Network& net, LiveArena& own, LiveArena& spare);
+  char* data() const { return arena_->arena.data(); }
+  std::uint64_t* fingerprints() const { return arena_->fingerprints.data(); }
+
+ private:
+  std::unique_lock<std::mutex> lock_;
+  LiveArena* arena_;
+};
+
+// How many threads a region may use: one in a forked child, whose thread pool is gone, and inside another region.
 int usable_threads(int threads);
 
-inline constexpr int kMaxTileRows = 48;
+inline constexpr int kMaxTileRows = 32;
 
 }  // namespace qpilots::cpu

@@ -43,6 +43,7 @@ static KernelTable make_table(const char* name) {
   t.activate_vjp_f32[1] = activate_vjp_rows<F32, NormPlacement::kPre>;
   t.activate_vjp_f32[2] = activate_vjp_rows<F32, NormPlacement::kPost>;
   t.pack_vector = pack_vector;
+  t.fingerprint = fingerprint;
   t.combine = combine_rows;
   t.posterior_softmax = softmax_row;
   t.steer = steer_rows;

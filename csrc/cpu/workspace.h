@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -24,9 +25,16 @@ class Buffer {
   std::size_t size_ = 0;
 };
 
+// A network's live weights as packed by the last call that used them.
+struct LiveArena {
+  Buffer arena;
+  std::vector<std::uint64_t> fingerprints;  // one a pack unit; 0: never packed
+  std::mutex mutex;                         // held by the call that uses it
+};
+
 struct Workspace {
   Buffer scratch;
-  Buffer arenas[3];  // live weights, packed anew by each call: flow, critic, posterior
+  LiveArena arenas[3];  // for calls that find a network's own live arena in use
 };
 
 class WorkspacePool {
