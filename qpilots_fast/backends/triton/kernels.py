@@ -328,7 +328,8 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
                             tl.debug_barrier()
                             _write_tile(h_ptr, p_x * draw_x + p_xbar * xbar, COLUMN, LDH, BLOCK_B, A_PAD)
                             _mlp_forward(h_ptr, z_ptr, stat_ptr, flow_w_ptr, flow_vec_ptr,
-                                         flow_bias_ptr + time * FLOW_H, flow_layer_ptr, flow_eps, FLOW_L, FLOW_H, FLOW_LD, LDH, A_PAD,
+                                         flow_bias_ptr + time * FLOW_H,
+                                         flow_layer_ptr, flow_eps, FLOW_L, FLOW_H, FLOW_LD, LDH, A_PAD,
                                          FLOW_ACT, FLOW_NORM, DOT, BLOCK_B, BLOCK_N, BLOCK_K)  # fmt: skip
                             d_star = _pull_back(tl.load(coefficients + 4) * d_a, h_ptr, z_ptr, stat_ptr, flow_w_ptr,
                                                 flow_vec_ptr, flow_layer_ptr, COLUMN, A_PAD, FLOW_L, FLOW_H, FLOW_LD,
@@ -389,7 +390,8 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
                         _write_tile(h_ptr, draw_x, COLUMN, LDH, BLOCK_B, A_PAD)
                         _write_tile(h_ptr, xbar, COLUMN + A_PAD, LDH, BLOCK_B, A_PAD)
                         xbar += _mlp_forward(h_ptr, z_ptr, stat_ptr, map_w_ptr, map_vec_ptr,
-                                             map_bias_ptr + proposed * MAP_H, map_layer_ptr, map_eps, MAP_L, MAP_H, MAP_LD, LDH, A_PAD,
+                                             map_bias_ptr + proposed * MAP_H,
+                                             map_layer_ptr, map_eps, MAP_L, MAP_H, MAP_LD, LDH, A_PAD,
                                              MAP_ACT, MAP_NORM, DOT, BLOCK_B, BLOCK_N, BLOCK_K)  # fmt: skip
                     else:
                         for inner in range(0, GLASS_STEPS):
@@ -420,7 +422,7 @@ def _network_kernel(in_ptr, cotangent_ptr, out_ptr, w_ptr, vec_ptr, layer_ptr, h
                     L: tl.constexpr, K0: tl.constexpr, H_PAD: tl.constexpr, LD: tl.constexpr, LDH: tl.constexpr,
                     OUT_ROWS: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr, DOT: tl.constexpr,
                     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """One network on in [B, IN_DIM]: output [E, B, OUT_DIM], or (VJP) d_in [E, B, IN_DIM] of cotangent [E, B, OUT_DIM]."""
+    """in [B, IN_DIM] to the output [E, B, OUT_DIM], or (VJP) cotangent [E, B, OUT_DIM] to d_in [E, B, IN_DIM]."""
     program = tl.program_id(0).to(tl.int64)
     h_ptr += program * (BLOCK_B * LDH)
     z_ptr += program * ((L + 1) * BLOCK_B * H_PAD)

@@ -84,8 +84,8 @@ _ANY = (80, 999)
 TABLE: tuple[LaunchRow, ...] = (
     LaunchRow(
         "critic", _HALF, _ANY, 64, Tile(64, 256, 32, 8, 4),
-        "64 rows are one warpgroup's MMA height on sm_90 and up, and halve the weight traffic of 32; 256 columns read "
-        "a row's operands twice a layer instead of 8 times with 64 (L2 is the bound, see docs/gpu.md), where 512 spill; "
+        "64 rows are one warpgroup's MMA height on sm_90 and up, and halve the weight bytes of 32; 256 columns read "
+        "a row's operands twice a layer instead of 8 times with 64 (L2 is the bound, docs/gpu.md), where 512 spill; "
         "80 KiB of shared memory in 4 stages fits the 99 KiB of sm_86 and sm_120.",
     ),
     LaunchRow(
