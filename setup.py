@@ -1,4 +1,4 @@
-"""Drives CMake + ninja. Everything about the package itself is in pyproject.toml.
+"""Drives CMake + ninja, and ships the CUDA sources for `qpilots-fast build-cuda`. Everything about the package itself is in pyproject.toml.
 
 Environment variables:
     QPILOTS_NATIVE   0: pure Python only. 1: a failing build fails the install. Unset: build, and where that fails
@@ -47,6 +47,9 @@ class CMakeBuild(build_ext):
                 print(f"warning: {reason}\nwarning: installing qpilots_fast without its native backend", file=sys.stderr)
         if reason is not None:
             target.unlink(missing_ok=True)  # never leave a module of an older build behind
+        if not self.inplace:  # a checkout has them beside the package
+            for folder in ("cuda", "include"):
+                shutil.copytree(ROOT / "csrc" / folder, target.parent / "csrc" / folder, dirs_exist_ok=True)
         info = {"native": reason is None, "reason": reason, "cuda": os.environ.get("QPILOTS_CUDA") == "1"}
         (target.parent / INFO).write_text(json.dumps(info, indent=2) + "\n")
 

@@ -26,7 +26,7 @@ from .measure import measure_cell
 GPU_BACKENDS = ("triton", "cuda")
 _BATCH_SIZES = (1, 16, 64, 256, 1024, 4096, 16384)
 # odd on purpose: each leaves a different remainder in every block shape
-_CHECKED_BATCHES = (1, 17, 257)
+_CHECKED_BATCHES = (1, 3, 16, 17, 257)
 
 
 @dataclass(frozen=True)
