@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from qpilots_fast.demo import CANDIDATES, RHO, Method, Outcome, compare, plot, standard_methods
+from qpilots_fast.demo import ALPHAS, CANDIDATES, RHO, Method, Outcome, compare, plot, standard_methods
 from qpilots_fast.ogbench_cube import ASSETS, TASKS, CubePolicy, CubeTasks
 from qpilots_fast.steering import Steering
 
@@ -49,9 +49,9 @@ def write_csv(outcomes: list[Outcome], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path, default=ASSETS)
-    parser.add_argument("--episodes", type=int, default=30, help="per task and method (default: %(default)s)")
+    parser.add_argument("--episodes", type=int, default=20, help="per task and method (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=100_000, help="the demo's default is 0, this differs on purpose")
-    parser.add_argument("--alphas", type=float, nargs="+", default=(0.05, 0.1, 0.15, 0.2, 0.3, 0.5))
+    parser.add_argument("--alphas", type=float, nargs="+", default=ALPHAS)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("out/ogbench_cube"))
