@@ -82,7 +82,7 @@ class SampleRun {
 
   const char* arenas_[3] = {};
   const ArenaLease* live_[3] = {};
-  float *x_, *v_, *a_, *g_, *jg_, *vhat_ = nullptr, *gx_ = nullptr;
+  float *x_, *v_, *a_, *g_, *jg_, *vhat_ = nullptr, *gx_ = nullptr, *total_ = nullptr;
   float *flow_base_, *flow_time_, *critic_base_ = nullptr, *map_base_ = nullptr, *map_time_ = nullptr, *map_x_ = nullptr;
   float *delta_sum_ = nullptr, *flow_saves_ = nullptr, *map_saves_ = nullptr;
   float *q_ = nullptr, *dq_ = nullptr, *value_ = nullptr, *std_ = nullptr, *p_ = nullptr;
@@ -146,6 +146,7 @@ std::size_t SampleRun::carve(char* base) {
       map_saves_ = c.take<float>(map.saves_floats(draw_rows_));
     } else if (steering_.estimate == Estimate::kGlass) {
       gx_ = c.take<float>(D * P);
+      total_ = c.take<float>(B * P);
       flow_saves_ = c.take<float>(flow.saves_floats(draw_rows_) * steering_.glass_steps);
     }
   }
@@ -479,7 +480,7 @@ void SampleRun::pull_back_mfm(Tile tile, const Worker& w) {
   team.wait();
 }
 
-// The inner Euler steps backwards, into jg; the gradient at xbar lives in g.
+// The inner Euler steps backwards, into total; the gradient at xbar lives in g.
 void SampleRun::pull_back_glass(int k, Tile tile, const Worker& w) {
   const Network& flow = *plan_.flow;
   const int m = steering_.glass_steps;
@@ -514,7 +515,7 @@ void SampleRun::pull_back_glass(int k, Tile tile, const Worker& w) {
     for (int d = 0; d < pitch_; ++d) {
       float sum = 0.0f;
       for (int n = 0; n < draws_; ++n) sum += row(gx_, b * draws_ + n)[d];
-      row(jg_, b)[d] = sum;  // g's row b may still be another row's draw
+      row(total_, b)[d] = sum;
     }
   }
   w.team.wait();
@@ -530,7 +531,7 @@ void SampleRun::update(int k, Tile tile, const Worker& w) {
       if (steering_.full_jacobian) pull_back_tweedie(k, tile, w);
       break;
     case Estimate::kMfm: pull_back_mfm(tile, w); g = jg_; break;
-    case Estimate::kGlass: pull_back_glass(k, tile, w); g = jg_; break;
+    case Estimate::kGlass: pull_back_glass(k, tile, w); g = total_; break;
   }
   const int begin = tile.begin + w.team.begin(tile.rows()), end = tile.begin + w.team.end(tile.rows());
   const float scale = steering_.tau / q_divisor_;
