@@ -1,4 +1,6 @@
-"""Drives CMake + ninja, and ships the CUDA sources for `qpilots-fast build-cuda`. Everything about the package itself is in pyproject.toml.
+"""Drives CMake + ninja, and ships the CUDA sources for `qpilots-fast build-cuda`.
+
+Everything about the package itself is in pyproject.toml.
 
 Environment variables:
     QPILOTS_NATIVE   0: pure Python only. 1: a failing build fails the install. Unset: build, and where that fails
@@ -44,7 +46,9 @@ class CMakeBuild(build_ext):
                     raise
                 output = getattr(error, "output", None) or str(error)
                 reason = f"the native build failed: {output.strip()[-1500:]}"
-                print(f"warning: {reason}\nwarning: installing qpilots_fast without its native backend", file=sys.stderr)
+                print(
+                    f"warning: {reason}\nwarning: installing qpilots_fast without its native backend", file=sys.stderr
+                )
         if reason is not None:
             target.unlink(missing_ok=True)  # never leave a module of an older build behind
         if not self.inplace:  # a checkout has them beside the package

@@ -69,7 +69,7 @@ def composite_evaluators(
     def packed(network: PackableNetwork) -> tuple[NetworkSpec, Any]:
         if not isinstance(obs, Tensor):
             raise TypeError(
-                f"obs is {type(obs).__name__}, but {type(network).__name__} needs a Tensor [B, {network.spec.obs_dim}]; "
+                f"obs is {type(obs).__name__}; {type(network).__name__} needs a Tensor [B, {network.spec.obs_dim}]: "
                 "give a callable that reads your obs, or a tensor."
             )
         return network.spec, backend.prepare(network.bound(), precision)

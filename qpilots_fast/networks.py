@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -161,7 +162,7 @@ class _TimedMLP(PackableNetwork):
         super().__init__()
         self.spec = spec
         widths = (spec.input_dim, *spec.hidden_dims)
-        self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths[:-1], widths[1:]))
+        self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
         self.norms = nn.ModuleList(
             nn.LayerNorm(width, eps=spec.layer_norm_eps) if placement else nn.Identity()
             for width, placement in zip(spec.hidden_dims, spec.layer_norm)

@@ -302,8 +302,9 @@ class SteeredSampler(nn.Module):
         from . import ops
 
         assert self._spec is not None
+        used = (self._spec.flow, self._spec.critic, self._spec.posterior)
         flat: list[Tensor] = []
-        for network, spec in ((self.flow, self._spec.flow), (self.critic, self._spec.critic), (self.posterior, self._spec.posterior)):  # fmt: skip
+        for network, spec in zip((self.flow, self.critic, self.posterior), used):
             if spec is not None:
                 flat += network.flat_parameters()  # type: ignore[union-attr]
         return RawSample(*ops.sample(obs, noise, eps, flat, self._spec, self.backend))

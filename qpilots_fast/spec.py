@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -92,7 +93,7 @@ class NetworkSpec:
     def layer_dims(self) -> tuple[tuple[int, int], ...]:
         """(in, out) of every Linear, the last one included."""
         widths = (self.input_dim, *self.hidden_dims, self.output_dim)
-        return tuple(zip(widths[:-1], widths[1:]))
+        return tuple(pairwise(widths))
 
 
 @dataclass(frozen=True)

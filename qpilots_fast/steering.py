@@ -93,7 +93,7 @@ class Steering:
     steer_first_step: bool = False
     num_samples: int = 1
     glass_steps: int = 2
-    q_scale: None | float | Literal["batch_std"] = None
+    q_scale: float | Literal["batch_std"] | None = None
     num_candidates: int = 1
     candidate_aggregation: Aggregation = "mean"
     eps: float = 1e-8
@@ -171,7 +171,7 @@ class Steering:
 
     @classmethod
     def qgf(cls, weight: float, aggregation: Aggregation = "min", jacobian: Jacobian = "identity") -> Steering:
-        """QGF (jacobian="identity") and QGF-Jacobian ("full"): v + weight * g, every step steered (arXiv 2606.11087)."""
+        """QGF ("identity") and QGF-Jacobian ("full"): v + weight * g, every step steered (arXiv 2606.11087)."""
         return cls(
             alpha=weight,
             aggregation=aggregation,

@@ -107,8 +107,8 @@ def make_case(
     num_critics: int = 3,
     hidden_dims: tuple[int, ...] = (37, 24),
     activation: str = "gelu_tanh",
-    layer_norm: str | None | tuple[str | None, ...] = None,
-    critic_layer_norm: str | None | tuple[str | None, ...] = "post",
+    layer_norm: str | tuple[str | None, ...] | None = None,
+    critic_layer_norm: str | tuple[str | None, ...] | None = "post",
     time_embedding: str = "raw",
     num_steps: int = 10,
 ) -> Case:

@@ -180,7 +180,7 @@ def test_wrong_arguments_are_named(batch, critics):
         td_loss(critic, target, **{**batch, "rewards": batch["rewards"][:, None]}, next_actions=next_actions)
     with pytest.raises(ValueError, match="aggregation is 'max'"):
         td_loss(critic, target, **batch, next_actions=next_actions, aggregation="max")
-    with pytest.raises(ValueError, match="expectile is 1.0"):
+    with pytest.raises(ValueError, match=r"expectile is 1\.0"):
         iql_loss(critic, target, nn.Linear(S, 1), **batch, expectile=1.0)
     with pytest.raises(ValueError, match="actions has shape"):
         flow_matching_loss(FlowMLP(S, A, (8,)), batch["obs"], batch["actions"][:3])

@@ -27,10 +27,10 @@ inline int cuda_failure(cudaError_t code, const char* call) {
   return fail(kCudaError, std::string(call) + ": " + cudaGetErrorName(code) + ": " + cudaGetErrorString(code));
 }
 
-#define QPILOTS_CHECK(call)                                                                       \
-  do {                                                                                            \
-    const cudaError_t qpilots_code = (call);                                                      \
-    if (qpilots_code != cudaSuccess) return ::qpilots::cuda::cuda_failure(qpilots_code, #call);   \
+#define QPILOTS_CHECK(call)                                                                     \
+  do {                                                                                          \
+    const cudaError_t qpilots_code = (call);                                                    \
+    if (qpilots_code != cudaSuccess) return ::qpilots::cuda::cuda_failure(qpilots_code, #call); \
   } while (0)
 
 struct DeviceScope {

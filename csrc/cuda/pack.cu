@@ -1,5 +1,5 @@
-// Copies live parameters, of any strides and type, into the kernels' layout: rows padded to 16 bytes, in float32 or bf16,
-// and the transposes that the backward pass reads.
+// Copies live parameters, of any strides and type, into the kernels' layout: rows padded to 16 bytes, in float32 or
+// bf16, and the transposes that the backward pass reads.
 #include "host.h"
 #include "phase.h"
 #include "warp.h"
@@ -26,30 +26,38 @@ __device__ __forceinline__ float half_to_float(std::uint16_t h) {
 
 __device__ __forceinline__ float load_element(const void* source, std::int64_t i, std::int32_t type) {
   switch (static_cast<ElementType>(type)) {
-    case ElementType::kBf16: return from_bf16(load_constant(static_cast<const std::uint16_t*>(source) + i));
-    case ElementType::kFloat16: return half_to_float(load_constant(static_cast<const std::uint16_t*>(source) + i));
-    case ElementType::kFloat64: return static_cast<float>(load_constant(static_cast<const double*>(source) + i));
-    default: return load_constant(static_cast<const float*>(source) + i);
+    case ElementType::kBf16:
+      return from_bf16(load_constant(static_cast<const std::uint16_t*>(source) + i));
+    case ElementType::kFloat16:
+      return half_to_float(load_constant(static_cast<const std::uint16_t*>(source) + i));
+    case ElementType::kFloat64:
+      return static_cast<float>(load_constant(static_cast<const double*>(source) + i));
+    default:
+      return load_constant(static_cast<const float*>(source) + i);
   }
 }
 
 // One tile of kTile x kTile elements at a time, through shared memory: reads run along the source's nearer stride,
 // writes along the target's rows.
 __global__ void __launch_bounds__(kThreads) pack_kernel(const PackArgs a) {
-  QPILOTS_SHARED(float, tile, kTile * (kTile + 1));
+  QPILOTS_SHARED(float, tile, kTile*(kTile + 1));
   const int x = threadIdx.x % kTile, y = threadIdx.x / kTile;
   for (int t = blockIdx.x; t < a.num_tiles; t += gridDim.x) {
     int low = 0, high = a.num_items - 1;
     while (low < high) {  // the last item that begins at or before tile t
       const int middle = (low + high + 1) / 2;
-      if (load_constant(&a.items[middle].first_tile) <= t) low = middle; else high = middle - 1;
+      if (load_constant(&a.items[middle].first_tile) <= t)
+        low = middle;
+      else
+        high = middle - 1;
     }
     const PackItem* item = a.items + low;
     const int rows = load_constant(&item->rows), columns = load_constant(&item->columns);
     const int stride = load_constant(&item->target_stride), width = load_constant(&item->target_columns);
     const int across = (width + kTile - 1) / kTile, index = t - load_constant(&item->first_tile);
     const int row0 = index / across * kTile, column0 = index % across * kTile;
-    const std::int64_t row_stride = load_constant(&item->row_stride), column_stride = load_constant(&item->column_stride);
+    const std::int64_t row_stride = load_constant(&item->row_stride),
+                       column_stride = load_constant(&item->column_stride);
     const auto* source = reinterpret_cast<const unsigned char*>(load_constant(&item->source));
     const std::int32_t source_type = load_constant(&item->source_type);
     const bool along_columns = column_stride <= row_stride;
@@ -95,7 +103,6 @@ QPILOTS_EXPORT int qpilots_cuda_pack(const void* items, int num_items, int num_t
                                      void* stream) {
   using namespace qpilots::cuda;
   const PackArgs args{static_cast<const PackItem*>(items), static_cast<unsigned char*>(target), num_items, num_tiles};
-  return on_device(device, [&](const DeviceScope& scope) {
-    return launch_pack(args, scope, static_cast<cudaStream_t>(stream));
-  });
+  return on_device(
+      device, [&](const DeviceScope& scope) { return launch_pack(args, scope, static_cast<cudaStream_t>(stream)); });
 }

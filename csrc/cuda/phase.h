@@ -1,5 +1,5 @@
-// The program that the persistent kernel runs, as plain data, written by qpilots_fast/backends/cuda_plan.py. The mirrors
-// in cuda_structs.py must match field by field (qpilots_cuda_struct_bytes tells them apart).
+// The program that the persistent kernel runs, as plain data, written by qpilots_fast/backends/cuda_plan.py. The
+// mirrors in cuda_structs.py must match field by field (qpilots_cuda_struct_bytes tells them apart).
 #pragma once
 
 #include <cstdint>
@@ -26,34 +26,34 @@ enum class Stage : std::int32_t {
 // Offsets: -1 is none; "floats" count from the workspace, "bytes" from the packed weights of member 0.
 struct Phase {
   std::int32_t stage;
-  std::int32_t activation;    // of the staged hidden layer (kHidden, kCriticTop, kDelta) and of the target
-  std::int32_t staged_norm;   // NormPlacement of the staged hidden layer
-  std::int32_t activates;     // the target is a hidden layer without "pre" norm: act(product) and act'(product) are kept
+  std::int32_t activation;   // of the staged hidden layer (kHidden, kCriticTop, kDelta) and of the target
+  std::int32_t staged_norm;  // NormPlacement of the staged hidden layer
+  std::int32_t activates;    // the target is a hidden layer without "pre" norm: act(product) and act'(product) are kept
   std::int32_t members;
   std::int32_t rows;
   std::int32_t in_dim;
-  std::int32_t in_stride;     // row stride of the weight, in elements: in_dim padded to 16 bytes
+  std::int32_t in_stride;  // row stride of the weight, in elements: in_dim padded to 16 bytes
   std::int32_t out_dim;
-  std::int32_t input;         // kRows: which of SampleArgs::inputs; -1: the workspace
+  std::int32_t input;  // kRows: which of SampleArgs::inputs; -1: the workspace
   std::int32_t rows_per_addend;
   std::int32_t ends_with_barrier;
-  float norm_eps;             // of the staged hidden layer
+  float norm_eps;                  // of the staged hidden layer
   std::int32_t completes_critics;  // after it, Q and dQ/da of every critic are known
-  std::int64_t source;         // floats, [members][rows][in_dim]; kRows: [rows][in_dim] + m * source_member_stride
+  std::int64_t source;             // floats, [members][rows][in_dim]; kRows: [rows][in_dim] + m * source_member_stride
   std::int64_t source_member_stride;
-  std::int64_t source_slope;   // floats, act'(z) of the staged hidden layer (kCriticTop, kDelta; not "pre")
-  std::int64_t source_delta;   // floats, d h of the staged hidden layer (kDelta)
-  std::int64_t target;         // floats: the product; of a hidden layer without "pre" norm, act of it
-  std::int64_t target_slope;   // floats: act' of the product, of such a layer
-  std::int64_t row_addend;     // floats, [members][rows / rows_per_addend][out_dim]
-  std::int64_t step_addend;    // floats, [num_steps][out_dim]
-  std::int64_t weight;         // bytes
-  std::int64_t bias;           // bytes, float32
-  std::int64_t gamma;          // bytes, float32: affine of the staged hidden layer's norm
+  std::int64_t source_slope;  // floats, act'(z) of the staged hidden layer (kCriticTop, kDelta; not "pre")
+  std::int64_t source_delta;  // floats, d h of the staged hidden layer (kDelta)
+  std::int64_t target;        // floats: the product; of a hidden layer without "pre" norm, act of it
+  std::int64_t target_slope;  // floats: act' of the product, of such a layer
+  std::int64_t row_addend;    // floats, [members][rows / rows_per_addend][out_dim]
+  std::int64_t step_addend;   // floats, [num_steps][out_dim]
+  std::int64_t weight;        // bytes
+  std::int64_t bias;          // bytes, float32
+  std::int64_t gamma;         // bytes, float32: affine of the staged hidden layer's norm
   std::int64_t beta;
-  std::int64_t top_weight;     // bytes: the critic's output row (kCriticTop)
+  std::int64_t top_weight;  // bytes: the critic's output row (kCriticTop)
   std::int64_t top_bias;
-  std::int64_t member_bytes;   // between members
+  std::int64_t member_bytes;  // between members
 };
 
 // The argument of sample_kernel.
@@ -69,9 +69,9 @@ struct SampleArgs {
   const float* remaining_time;   // [K] 1 - t
   const unsigned char* steered;  // [A] 1 where the critic may move the action; null: all
   // outputs; the last two may be null
-  float* actions;                // [B][A]
-  float* gradient_norms;         // [K][B]
-  unsigned char* nonfinite;      // [K][B]
+  float* actions;            // [B][A]
+  float* gradient_norms;     // [K][B]
+  unsigned char* nonfinite;  // [K][B]
   // floats into the workspace
   std::int64_t velocity;         // [B][A]
   std::int64_t map_output;       // [B N][A]
@@ -84,8 +84,8 @@ struct SampleArgs {
   std::int32_t num_steps;        // 0: the phases before the first step are all
   std::int32_t batch;
   std::int32_t action_dim;
-  std::int32_t num_members;      // E
-  std::int32_t stage_stride;     // the largest in_stride
+  std::int32_t num_members;   // E
+  std::int32_t stage_stride;  // the largest in_stride
   std::uint32_t spin_limit;
   float dt;
   SteeringParams steering;
@@ -99,11 +99,11 @@ struct PackItem {
   std::int64_t target;         // bytes
   std::int32_t rows;
   std::int32_t columns;
-  std::int32_t target_columns; // columns to write, those beyond `columns` with zeros
-  std::int32_t target_stride;  // elements
-  std::int32_t source_type;    // ElementType
+  std::int32_t target_columns;  // columns to write, those beyond `columns` with zeros
+  std::int32_t target_stride;   // elements
+  std::int32_t source_type;     // ElementType
   std::int32_t target_type;
-  std::int32_t first_tile;     // tiles of all items before this one
+  std::int32_t first_tile;  // tiles of all items before this one
   std::int32_t padding;
 };
 
@@ -115,12 +115,12 @@ struct SteerStepArgs {
   const float* q_std;            // [rows], for GAF; may be null
   const unsigned char* steered;  // [A]; null: all
   // outputs; the last two may be null
-  float* result;                 // [rows][A], may be x
-  float* gradient_norms;         // [rows]
-  unsigned char* nonfinite;      // [rows]
+  float* result;             // [rows][A], may be x
+  float* gradient_norms;     // [rows]
+  unsigned char* nonfinite;  // [rows]
   std::int64_t rows;
   std::int32_t action_dim;
-  float dt;                      // clean_actions: 1 - t
+  float dt;  // clean_actions: 1 - t
   SteeringParams steering;
 };
 

@@ -32,9 +32,13 @@ __device__ __forceinline__ float to_float(Bf16 x) { return from_bf16(x.bits); }
 template <class T>
 __device__ __forceinline__ T from_float(float x);
 template <>
-__device__ __forceinline__ float from_float<float>(float x) { return x; }
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
 template <>
-__device__ __forceinline__ Bf16 from_float<Bf16>(float x) { return Bf16{to_bf16(x)}; }
+__device__ __forceinline__ Bf16 from_float<Bf16>(float x) {
+  return Bf16{to_bf16(x)};
+}
 
 struct alignas(16) Vector16 {
   std::uint32_t words[4];
@@ -45,19 +49,27 @@ struct alignas(16) Vector16 {
 // Written by other blocks during this launch: bypasses L1.
 __device__ __forceinline__ float load_global(const float* p) { return __ldcg(p); }
 template <class T>
-__device__ __forceinline__ void store_global(T* p, T value) { *p = value; }
+__device__ __forceinline__ void store_global(T* p, T value) {
+  *p = value;
+}
 // Constant during this launch.
 template <class T>
-__device__ __forceinline__ T load_constant(const T* p) { return __ldg(p); }
+__device__ __forceinline__ T load_constant(const T* p) {
+  return __ldg(p);
+}
 __device__ __forceinline__ Bf16 load_constant(const Bf16* p) { return Bf16{__ldg(&p->bits)}; }
 __device__ __forceinline__ Vector16 load16_constant(const void* p) {
   const uint4 v = __ldg(static_cast<const uint4*>(p));
   return {{v.x, v.y, v.z, v.w}};
 }
 template <class T>
-__device__ __forceinline__ T load_shared(const T* p) { return *p; }
+__device__ __forceinline__ T load_shared(const T* p) {
+  return *p;
+}
 template <class T>
-__device__ __forceinline__ void store_shared(T* p, T value) { *p = value; }
+__device__ __forceinline__ void store_shared(T* p, T value) {
+  *p = value;
+}
 __device__ __forceinline__ Vector16 load16_shared(const void* p) {
   const uint4 v = *static_cast<const uint4*>(p);
   return {{v.x, v.y, v.z, v.w}};
@@ -84,7 +96,9 @@ __device__ __forceinline__ void store_relaxed(std::uint32_t* word, std::uint32_t
 #else  // the emulator
 
 template <class T>
-inline T observed(const T* p) { return *static_cast<const T*>(cuda_emulator::machine.read(p, sizeof(T))); }
+inline T observed(const T* p) {
+  return *static_cast<const T*>(cuda_emulator::machine.read(p, sizeof(T)));
+}
 template <class T>
 inline void observed_store(T* p, T value) {
   cuda_emulator::machine.write(p, sizeof(T));
@@ -92,14 +106,22 @@ inline void observed_store(T* p, T value) {
 }
 inline float load_global(const float* p) { return observed(p); }
 template <class T>
-inline void store_global(T* p, T value) { observed_store(p, value); }
+inline void store_global(T* p, T value) {
+  observed_store(p, value);
+}
 template <class T>
-inline T load_constant(const T* p) { return observed(p); }
+inline T load_constant(const T* p) {
+  return observed(p);
+}
 inline Vector16 load16_constant(const void* p) { return observed(static_cast<const Vector16*>(p)); }
 template <class T>
-inline T load_shared(const T* p) { return observed(p); }
+inline T load_shared(const T* p) {
+  return observed(p);
+}
 template <class T>
-inline void store_shared(T* p, T value) { observed_store(p, value); }
+inline void store_shared(T* p, T value) {
+  observed_store(p, value);
+}
 inline Vector16 load16_shared(const void* p) { return observed(static_cast<const Vector16*>(p)); }
 inline unsigned char* dynamic_shared() { return static_cast<unsigned char*>(cuda_emulator::machine.dynamic_shared()); }
 inline void add_release(std::uint32_t* counter, std::uint32_t value) {
@@ -117,10 +139,10 @@ inline void store_relaxed(std::uint32_t* word, std::uint32_t value) {
 #if defined(__CUDACC__)
 #define QPILOTS_SHARED(type, name, count) __shared__ type name[count]
 #else
-#define QPILOTS_SHARED(type, name, count)  \
-  static const char name##_tag = 0;        \
-  type* const name = static_cast<type*>(   \
-      cuda_emulator::machine.static_shared(&name##_tag, sizeof(type) * (count), #name))
+#define QPILOTS_SHARED(type, name, count) \
+  static const char name##_tag = 0;       \
+  type* const name =                      \
+      static_cast<type*>(cuda_emulator::machine.static_shared(&name##_tag, sizeof(type) * (count), #name))
 #endif
 
 // 16 bytes as 4 floats, or as 8 bf16 values widened.
@@ -154,8 +176,8 @@ cudaError_t launch_kernel(void (*kernel)(Args), const LaunchConfig& config, Args
              ? cudaLaunchCooperativeKernel(function, grid, block, parameters, config.shared_bytes, config.stream)
              : cudaLaunchKernel(function, grid, block, parameters, config.shared_bytes, config.stream);
 #else
-  const bool passed = cuda_emulator::machine.launch(config.grid, config.block, config.shared_bytes,
-                                                    [kernel, args] { kernel(args); });
+  const bool passed =
+      cuda_emulator::machine.launch(config.grid, config.block, config.shared_bytes, [kernel, args] { kernel(args); });
   return passed ? cudaSuccess : cudaErrorLaunchFailure;
 #endif
 }

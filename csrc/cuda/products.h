@@ -14,7 +14,7 @@ __device__ __forceinline__ OwnedSums multiply_rows(const Weight* weight, const W
   constexpr int kVector = 16 / static_cast<int>(sizeof(Weight));
 #pragma unroll
   for (int i = 0; i < NEURONS * ROWS; ++i) acc[i] = 0.0f;
-#pragma unroll(NEURONS * ROWS <= 16 ? 4 : 1)
+#pragma unroll(NEURONS* ROWS <= 16 ? 4 : 1)
   for (int c = lane * kVector; c < stride; c += kWarpSize * kVector) {
     float w[NEURONS][kVector];
 #pragma unroll

@@ -65,8 +65,13 @@ __device__ __forceinline__ SharedMemory<Weight> shared_memory(const SampleArgs& 
   const auto floats = [base](std::int64_t offset) { return reinterpret_cast<float*>(base + offset); };
   SharedMemory<Weight> m;
   m.program = reinterpret_cast<Phase*>(base + s.program);
-  m.buffers = {reinterpret_cast<Weight*>(base + s.staged), floats(s.values), floats(s.deltas), floats(s.parts),
-               floats(s.sums), floats(s.sums) + rows, floats(s.sums) + 2 * rows};
+  m.buffers = {reinterpret_cast<Weight*>(base + s.staged),
+               floats(s.values),
+               floats(s.deltas),
+               floats(s.parts),
+               floats(s.sums),
+               floats(s.sums) + rows,
+               floats(s.sums) + 2 * rows};
   m.x = floats(s.x);
   m.g = floats(s.g);
   m.member_weights = floats(s.member_weights);
@@ -86,21 +91,24 @@ __device__ __forceinline__ float posterior_noise(const SampleArgs& a, int k, int
 
 // The clean-action estimate of a row before the clip.
 template <class Weight>
-__device__ __forceinline__ float estimate(const SampleArgs& a, const SharedMemory<Weight>& shared, int k, int row, int c) {
+__device__ __forceinline__ float estimate(const SampleArgs& a, const SharedMemory<Weight>& shared, int k, int row,
+                                          int c) {
   const std::int64_t cell = static_cast<std::int64_t>(row) * a.action_dim + c;
   switch (a.steering.estimate) {
-    case Estimate::kNoisy: return load_shared(shared.x + cell);
+    case Estimate::kNoisy:
+      return load_shared(shared.x + cell);
     case Estimate::kTweedie:
       return fmadd(load_constant(a.remaining_time + k), load_global(a.workspace + a.velocity + cell),
                    load_shared(shared.x + cell));
-    default: return posterior_noise(a, k, row, c) + load_global(a.workspace + a.map_output + cell);
+    default:
+      return posterior_noise(a, k, row, c) + load_global(a.workspace + a.map_output + cell);
   }
 }
 
 // sum_j w_j dQ_j / da at the estimate, through the clip.
 template <class Weight>
-__device__ __forceinline__ float critic_gradient(const SampleArgs& a, const SharedMemory<Weight>& shared, int k, int row,
-                                                 int c) {
+__device__ __forceinline__ float critic_gradient(const SampleArgs& a, const SharedMemory<Weight>& shared, int k,
+                                                 int row, int c) {
   const std::int64_t rows = static_cast<std::int64_t>(a.batch) * a.steering.num_samples;
   const float* vjp = a.workspace + a.critic_vjp + static_cast<std::int64_t>(row) * a.action_dim + c;
   const float* weights = shared.member_weights + static_cast<std::int64_t>(row) * a.num_members;
@@ -183,8 +191,8 @@ __device__ __forceinline__ void weigh_critics(const SampleArgs& a, const SharedM
 
 // g of one action dim, before the norm match.
 template <class Weight>
-__device__ __forceinline__ float steering_gradient(const SampleArgs& a, const SharedMemory<Weight>& shared, int k, int b,
-                                                   int c) {
+__device__ __forceinline__ float steering_gradient(const SampleArgs& a, const SharedMemory<Weight>& shared, int k,
+                                                   int b, int c) {
   const SteeringParams& s = a.steering;
   const float scale = s.tau / load_shared(shared.q_scale);
   const float* pulled_back = a.workspace + a.estimate_vjp + c;
@@ -272,10 +280,11 @@ __device__ __forceinline__ void stage(const SampleArgs& a, const SharedMemory<We
       });
       break;
     case Stage::kCotangent:
-      stage_each<ROWS>(p, tile, staged,
-                       [&](int r, int c) { return critic_gradient(a, shared, k, tile.row0 + r, c); });
+      stage_each<ROWS>(p, tile, staged, [&](int r, int c) { return critic_gradient(a, shared, k, tile.row0 + r, c); });
       break;
-    case Stage::kHidden: stage_hidden<ROWS>(p, tile, a.workspace, member, shared.buffers); break;
+    case Stage::kHidden:
+      stage_hidden<ROWS>(p, tile, a.workspace, member, shared.buffers);
+      break;
     default: {  // kCriticTop, kDelta
       const bool stores_q = yields_q && static_cast<Stage>(p.stage) == Stage::kCriticTop;
       float* q_values = a.workspace + a.q_values + static_cast<std::int64_t>(tile.member) * p.rows + tile.row0;
@@ -292,8 +301,7 @@ __device__ __forceinline__ void compute_neurons(const SampleArgs& a, const Share
   const Weight* weight =
       reinterpret_cast<const Weight*>(member + p.weight) + static_cast<std::int64_t>(neuron0) * p.in_stride;
   float acc[NEURONS * ROWS];
-  const OwnedSums owned =
-      multiply_rows<NEURONS, ROWS>(weight, shared.buffers.staged, p.in_stride, lane_index(), acc);
+  const OwnedSums owned = multiply_rows<NEURONS, ROWS>(weight, shared.buffers.staged, p.in_stride, lane_index(), acc);
   constexpr int kPerLane = NEURONS * ROWS > kWarpSize ? NEURONS * ROWS / kWarpSize : 1;
   if (!owned.owner) return;
 #pragma unroll
@@ -321,7 +329,8 @@ __device__ __forceinline__ void compute_neurons(const SampleArgs& a, const Share
 }
 
 template <int ROWS, class Weight>
-__device__ __forceinline__ void run_phase(const SampleArgs& a, const SharedMemory<Weight>& shared, const Phase& p, int k) {
+__device__ __forceinline__ void run_phase(const SampleArgs& a, const SharedMemory<Weight>& shared, const Phase& p,
+                                          int k) {
   const std::int64_t total = static_cast<std::int64_t>(p.members) * p.out_dim;
   std::int64_t unit = total * blockIdx.x / gridDim.x;
   const std::int64_t last = total * (blockIdx.x + 1) / gridDim.x;
@@ -415,14 +424,16 @@ int launch_sample(const SampleArgs& args, int weight_bytes, int max_rows, const 
                               " bytes of shared memory; this GPU gives a block " + std::to_string(shared_limit));
   }
   const auto kernel = variants[pick].kernel;
-  QPILOTS_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  QPILOTS_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
   int blocks_per_sm = 0;
   QPILOTS_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel, kThreads, shared_bytes));
   if (blocks_per_sm < 1) return fail(kRefused, "no block of the persistent kernel fits on an SM of this GPU");
   int grid = num_sms;
   if (max_blocks > 0 && max_blocks < grid) grid = max_blocks;
   QPILOTS_CHECK(cudaMemsetAsync(args.sync, 0, sizeof(GridSync), stream));
-  const LaunchConfig config{static_cast<unsigned>(grid), kThreads, static_cast<std::size_t>(shared_bytes), stream, true};
+  const LaunchConfig config{static_cast<unsigned>(grid), kThreads, static_cast<std::size_t>(shared_bytes), stream,
+                            true};
   QPILOTS_CHECK(QPILOTS_LAUNCH(kernel, config, args));
   return kSuccess;
 }
@@ -430,9 +441,10 @@ int launch_sample(const SampleArgs& args, int weight_bytes, int max_rows, const 
 }  // namespace cuda
 }  // namespace qpilots
 
-// Queues one call. weight_bytes: 4 (float32) or 2 (bf16); max_rows: the most rows of any phase; max_blocks: 0 for all SMs.
-QPILOTS_EXPORT int qpilots_cuda_sample(const qpilots::cuda::SampleArgs* args, int weight_bytes, int max_rows, int device,
-                                       int max_blocks, void* stream) {
+// Queues one call. weight_bytes: 4 (float32) or 2 (bf16); max_rows: the most rows of any phase; max_blocks: 0 for all
+// SMs.
+QPILOTS_EXPORT int qpilots_cuda_sample(const qpilots::cuda::SampleArgs* args, int weight_bytes, int max_rows,
+                                       int device, int max_blocks, void* stream) {
   return qpilots::cuda::on_device(device, [&](const qpilots::cuda::DeviceScope& scope) {
     return qpilots::cuda::launch_sample(*args, weight_bytes, max_rows, scope, max_blocks,
                                         static_cast<cudaStream_t>(stream));

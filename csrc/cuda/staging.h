@@ -12,12 +12,18 @@ namespace cuda {
 
 __device__ __forceinline__ ValueSlope<float> activate_any(std::int32_t activation, float z) {
   switch (static_cast<Activation>(activation)) {
-    case Activation::kGeluTanh: return activate<Activation::kGeluTanh>(z);
-    case Activation::kGelu: return activate<Activation::kGelu>(z);
-    case Activation::kRelu: return activate<Activation::kRelu>(z);
-    case Activation::kSilu: return activate<Activation::kSilu>(z);
-    case Activation::kMish: return activate<Activation::kMish>(z);
-    default: return activate<Activation::kTanh>(z);
+    case Activation::kGeluTanh:
+      return activate<Activation::kGeluTanh>(z);
+    case Activation::kGelu:
+      return activate<Activation::kGelu>(z);
+    case Activation::kRelu:
+      return activate<Activation::kRelu>(z);
+    case Activation::kSilu:
+      return activate<Activation::kSilu>(z);
+    case Activation::kMish:
+      return activate<Activation::kMish>(z);
+    default:
+      return activate<Activation::kTanh>(z);
   }
 }
 
@@ -139,9 +145,8 @@ __device__ __forceinline__ void stage_hidden(const Phase& p, const Tile& tile, c
       store_shared(buffers.values + cell, activate_any(p.activation, load_shared(buffers.values + cell)).value);
     });
   }
-  stage_own_cells<ROWS>(p, tile, buffers.staged, [&](int r, int c) {
-    return load_shared(buffers.values + r * p.in_stride + c);
-  });
+  stage_own_cells<ROWS>(p, tile, buffers.staged,
+                        [&](int r, int c) { return load_shared(buffers.values + r * p.in_stride + c); });
 }
 
 // Q = <output row, h> + bias of the tile's rows, from xhat (or, without a norm, the plane).
@@ -176,8 +181,8 @@ __device__ __forceinline__ void store_q_values(const Phase& p, const Tile& tile,
   }
 }
 
-// d z of a hidden layer from d h, through LayerNorm and activation. At the critic's top d h is the output row and, where
-// q_values is not null, Q goes there, [row].
+// d z of a hidden layer from d h, through LayerNorm and activation. At the critic's top d h is the output row and,
+// where q_values is not null, Q goes there, [row].
 template <int ROWS, class Weight>
 __device__ __forceinline__ void stage_delta(const Phase& p, const Tile& tile, const float* workspace,
                                             const unsigned char* member, const StagingBuffers<Weight>& buffers,
@@ -190,7 +195,9 @@ __device__ __forceinline__ void stage_delta(const Phase& p, const Tile& tile, co
     return top ? to_float(load_constant(output_row + c))
                : load_global(workspace + p.source_delta + plane_offset(p, tile, r) + c);
   };
-  const auto slope = [&](int r, int c) { return load_global(workspace + p.source_slope + plane_offset(p, tile, r) + c); };
+  const auto slope = [&](int r, int c) {
+    return load_global(workspace + p.source_slope + plane_offset(p, tile, r) + c);
+  };
   if (norm == NormPlacement::kNone) {
     stage_each<ROWS>(p, tile, buffers.staged, [&](int r, int c) { return d_hidden(r, c) * slope(r, c); });
     if (q_values != nullptr) store_q_values<ROWS>(p, tile, source, member, buffers, q_values);

@@ -1,6 +1,7 @@
 // The row-wise pieces that drop into anyone's loop, for any batch: one warp a row.
 //   clean_actions: a = x + (1 - t) v, clipped.
-//   steer_step: v' = v + scale(v, g) g over the steered dims, x + dt v'; a row with a non-finite g takes the plain step.
+//   steer_step: v' = v + scale(v, g) g over the steered dims, x + dt v'; a row with a non-finite g takes the plain
+//   step.
 #include "host.h"
 #include "phase.h"
 #include "steering_rows.h"
@@ -60,14 +61,12 @@ int launch_steer_step(const SteerStepArgs& args, cudaStream_t stream) {
 // result = x + (1 - t) v, clipped unless the clip is none; dt is 1 - t.
 QPILOTS_EXPORT int qpilots_cuda_clean_actions(const qpilots::cuda::SteerStepArgs* args, int device, void* stream) {
   using namespace qpilots::cuda;
-  return on_device(device, [&](const DeviceScope&) {
-    return launch_clean_actions(*args, static_cast<cudaStream_t>(stream));
-  });
+  return on_device(device,
+                   [&](const DeviceScope&) { return launch_clean_actions(*args, static_cast<cudaStream_t>(stream)); });
 }
 
 QPILOTS_EXPORT int qpilots_cuda_steer_step(const qpilots::cuda::SteerStepArgs* args, int device, void* stream) {
   using namespace qpilots::cuda;
-  return on_device(device, [&](const DeviceScope&) {
-    return launch_steer_step(*args, static_cast<cudaStream_t>(stream));
-  });
+  return on_device(device,
+                   [&](const DeviceScope&) { return launch_steer_step(*args, static_cast<cudaStream_t>(stream)); });
 }

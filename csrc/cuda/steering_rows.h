@@ -11,17 +11,18 @@ namespace cuda {
 __device__ __forceinline__ float not_a_number() { return bits_float(0x7fc00000u); }
 
 struct MemberStatistics {
-  float value;   // aggregated Q
-  float std;     // population std over the members
-  float mean;    // relative to the first member
+  float value;  // aggregated Q
+  float std;    // population std over the members
+  float mean;   // relative to the first member
   float first;
-  float ties;    // members at the minimum
-  bool finite;   // every Q is
+  float ties;   // members at the minimum
+  bool finite;  // every Q is
 };
 
 // Aggregated Q of a row; load(j) is Q_j.
 template <class Load>
-__device__ __forceinline__ MemberStatistics member_statistics(const SteeringParams& s, int members, int lane, Load load) {
+__device__ __forceinline__ MemberStatistics member_statistics(const SteeringParams& s, int members, int lane,
+                                                              Load load) {
   MemberStatistics out{};
   out.first = load(0);
   const float count = static_cast<float>(members);

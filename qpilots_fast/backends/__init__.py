@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -33,7 +33,7 @@ _TABLE = {
 BACKENDS: tuple[str, ...] = tuple(_TABLE)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(name: str) -> Backend | str:
     """The backend, or why it cannot be imported."""
     module, cls = _TABLE[name]

@@ -100,14 +100,19 @@ class Backend(ABC):
 
     @abstractmethod
     def forward(self, network: Any, blocks: Sequence[Tensor], precision: str) -> Tensor:
-        """The network (a BoundNetwork or what `prepare` returned) on its input blocks (in spec.input_order order, each [B, d] contiguous): [E, B, out]."""
+        """The network on its input blocks: [E, B, out].
+
+        Args:
+            network: a BoundNetwork or what `prepare` returned.
+            blocks: each [B, d], contiguous, in the order of spec.input_order.
+        """
 
     @abstractmethod
     def vjp(self, network: Any, blocks: Sequence[Tensor], cotangent: Tensor, precision: str) -> Tensor:
         """cotangent [E, B, out] pulled back to all input columns, summed over the members: [B, input_dim]."""
 
     def capture(self, spec: SamplerSpec, networks: BoundNetworks, batch_size: int) -> Callable[..., Tensor]:
-        """A CUDA graph of one call at a fixed batch size, as a function (obs, noise, posterior_noise=None) -> actions."""
+        """A CUDA graph of one call at a fixed batch size: f(obs, noise, posterior_noise=None) -> actions."""
         raise BackendUnavailable(f"backend {self.name!r} has no CUDA graphs; expected 'triton' or 'cuda' on a GPU.")
 
     @abstractmethod

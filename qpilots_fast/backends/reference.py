@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..reference import Evaluators, Pullback, ReferenceNetwork, ordered_blocks, sample, time_block
 from ..spec import SamplerSpec
-from .base import Backend, BoundNetwork, BoundNetworks, Footprint, RawSample
+from .base import Backend, BoundNetworks, Footprint, RawSample
 from .counts import count_flops, count_weights
 
 

@@ -70,8 +70,11 @@ struct Allocation {
   std::vector<Cell> cells;  // empty where read-only
 
   Allocation(const void* pointer, std::size_t bytes, std::string label, bool constant, bool initialised)
-      : begin(reinterpret_cast<std::uintptr_t>(pointer)), end(begin + bytes), name(std::move(label)),
-        read_only(constant), cell_bytes(bytes <= 4096 ? 1 : 2) {
+      : begin(reinterpret_cast<std::uintptr_t>(pointer)),
+        end(begin + bytes),
+        name(std::move(label)),
+        read_only(constant),
+        cell_bytes(bytes <= 4096 ? 1 : 2) {
     if (!read_only) cells.resize((bytes + cell_bytes - 1) / cell_bytes);
     if (initialised) {
       for (Cell& cell : cells) cell.written = true;
@@ -169,8 +172,9 @@ class Machine {
   void register_memory(const void* pointer, std::size_t bytes, const char* name, bool read_only, bool initialised) {
     if (bytes == 0) return;
     auto allocation = std::make_unique<Allocation>(pointer, bytes, name, read_only, initialised);
-    auto position = std::upper_bound(global_.begin(), global_.end(), allocation->begin,
-                                     [](std::uintptr_t a, const std::unique_ptr<Allocation>& b) { return a < b->begin; });
+    auto position =
+        std::upper_bound(global_.begin(), global_.end(), allocation->begin,
+                         [](std::uintptr_t a, const std::unique_ptr<Allocation>& b) { return a < b->begin; });
     global_.insert(position, std::move(allocation));
     last_hit_ = nullptr;
   }
@@ -192,7 +196,8 @@ class Machine {
       if (!ordered(cell.write)) race(cell.write, "wrote", "reads", memory, i);
       if (cell.reads[0].thread != current->id) {
         const bool other_block = cell.reads[0].thread / block_dim.x != current->block;
-        if (cell.reads[0].thread != kNoThread && (other_block || !ordered(cell.reads[0]))) cell.reads[1] = cell.reads[0];
+        if (cell.reads[0].thread != kNoThread && (other_block || !ordered(cell.reads[0])))
+          cell.reads[1] = cell.reads[0];
       }
       cell.reads[0] = now();
     }
@@ -335,8 +340,8 @@ class Machine {
   }
 
   std::string name(std::uint32_t thread) const {
-    return "thread (block " + std::to_string(thread / block_dim.x) + ", thread " + std::to_string(thread % block_dim.x) +
-           ")";
+    return "thread (block " + std::to_string(thread / block_dim.x) + ", thread " +
+           std::to_string(thread % block_dim.x) + ")";
   }
 
  private:
@@ -363,9 +368,7 @@ class Machine {
     state_ ^= state_ << 17;
     return static_cast<std::uint32_t>(state_ >> 32);
   }
-  Access now() const {
-    return {current->id, blocks_[current->block].epoch, warps_[current->id / kWarpSize].epoch};
-  }
+  Access now() const { return {current->id, blocks_[current->block].epoch, warps_[current->id / kWarpSize].epoch}; }
   bool ordered(const Access& access) const {
     if (access.thread == kNoThread || access.thread == current->id) return true;
     const std::uint32_t block = access.thread / block_dim.x;
@@ -375,7 +378,8 @@ class Machine {
            access.warp_epoch < warps_[current->id / kWarpSize].epoch;
   }
   std::string describe(const char* what, const Allocation* memory, std::size_t cell) const {
-    return name(current->id) + " " + what + ": byte " + std::to_string(cell * memory->cell_bytes) + " of " + memory->name;
+    return name(current->id) + " " + what + ": byte " + std::to_string(cell * memory->cell_bytes) + " of " +
+           memory->name;
   }
   [[noreturn]] void race(const Access& other, const char* did, const char* does, const Allocation* memory,
                          std::size_t cell) {
@@ -388,7 +392,9 @@ class Machine {
     if (begin % alignment != 0) {
       fail(name(current->id) + ": misaligned " + what + " of " + std::to_string(bytes) + " bytes");
     }
-    const auto holds = [&](const Allocation* a) { return a != nullptr && begin >= a->begin && begin + bytes <= a->end; };
+    const auto holds = [&](const Allocation* a) {
+      return a != nullptr && begin >= a->begin && begin + bytes <= a->end;
+    };
     Allocation* dynamic = blocks_[current->block].dynamic_shared;
     if (holds(dynamic)) return dynamic;
     if (holds(last_hit_)) return last_hit_;
@@ -409,8 +415,8 @@ class Machine {
     std::string near;
     if (after != global_.begin()) {
       const Allocation* before = std::prev(after)->get();
-      near = "; " + std::to_string(begin - before->begin) + " bytes after the start of " + before->name + ", which has " +
-             std::to_string(before->end - before->begin);
+      near = "; " + std::to_string(begin - before->begin) + " bytes after the start of " + before->name +
+             ", which has " + std::to_string(before->end - before->begin);
     }
     fail("out of bounds: " + name(current->id) + ": " + what + " of " + std::to_string(bytes) +
          " bytes outside every allocation" + near);
@@ -484,10 +490,11 @@ class Machine {
     for (unsigned b = 0; b < grid; ++b) {
       if (shared_bytes == 0) continue;
       blocks_[b].dynamic_storage.assign(shared_bytes + 256, 0xff);
-      const auto base = (reinterpret_cast<std::uintptr_t>(blocks_[b].dynamic_storage.data()) + 127) & ~std::uintptr_t(127);
+      const auto base =
+          (reinterpret_cast<std::uintptr_t>(blocks_[b].dynamic_storage.data()) + 127) & ~std::uintptr_t(127);
       blocks_[b].dynamic_pointer = reinterpret_cast<void*>(base);
-      shared_.push_back(
-          std::make_unique<Allocation>(blocks_[b].dynamic_pointer, shared_bytes, "dynamic shared memory", false, false));
+      shared_.push_back(std::make_unique<Allocation>(blocks_[b].dynamic_pointer, shared_bytes, "dynamic shared memory",
+                                                     false, false));
       blocks_[b].dynamic_shared = shared_.back().get();
     }
     for (std::size_t i = 0; i < total; ++i) {
@@ -537,8 +544,8 @@ class Machine {
     }
     error = "deadlock:";
     for (const auto& group : groups) {
-      error += " " + std::to_string(group.second.first) + " threads " + group.first + " (first: " +
-               name(group.second.second) + ");";
+      error += " " + std::to_string(group.second.first) + " threads " + group.first +
+               " (first: " + name(group.second.second) + ");";
     }
   }
 };
@@ -578,10 +585,8 @@ inline int lane_id() { return static_cast<int>(machine.current->id % kWarpSize);
 #define __shfl_xor_sync(mask, value, offset) \
   cuda_emulator::shuffle(value, cuda_emulator::lane_id() ^ (offset), "__shfl_xor_sync", __LINE__)
 #define __shfl_sync(mask, value, source) cuda_emulator::shuffle(value, source, "__shfl_sync", __LINE__)
-#define __ballot_sync(mask, predicate) \
-  cuda_emulator::machine.warp_ballot((predicate) != 0, "__ballot_sync", __LINE__)
-#define __any_sync(mask, predicate) \
-  (cuda_emulator::machine.warp_ballot((predicate) != 0, "__any_sync", __LINE__) != 0u)
+#define __ballot_sync(mask, predicate) cuda_emulator::machine.warp_ballot((predicate) != 0, "__ballot_sync", __LINE__)
+#define __any_sync(mask, predicate) (cuda_emulator::machine.warp_ballot((predicate) != 0, "__any_sync", __LINE__) != 0u)
 
 // ---------------------------------------------------------------- the part of the runtime API that the hosts call
 
@@ -624,11 +629,21 @@ inline cudaError_t cudaRuntimeGetVersion(int* version) { return cudaDriverGetVer
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const cuda_emulator::Settings& settings = cuda_emulator::machine.settings;
   switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = settings.num_sms; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = settings.max_shared_bytes; break;
-    case cudaDevAttrCooperativeLaunch: *value = 1; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = settings.num_sms;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = settings.max_shared_bytes;
+      break;
+    case cudaDevAttrCooperativeLaunch:
+      *value = 1;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      break;
   }
   return cudaSuccess;
 }
@@ -650,14 +665,14 @@ inline cudaError_t cudaMemsetAsync(void* pointer, int value, std::size_t bytes, 
 
 extern "C" {
 inline __attribute__((used, visibility("default"))) void cuda_emulator_configure(std::uint64_t seed, int num_sms,
-                                                                                  int max_shared_bytes,
-                                                                                  int preempt_every,
-                                                                                  int blocks_per_sm, int has_device) {
+                                                                                 int max_shared_bytes,
+                                                                                 int preempt_every, int blocks_per_sm,
+                                                                                 int has_device) {
   cuda_emulator::machine.settings = {seed, num_sms, max_shared_bytes, preempt_every, blocks_per_sm, has_device != 0};
 }
-inline __attribute__((used, visibility("default"))) void cuda_emulator_register(const void* pointer, std::uint64_t bytes,
-                                                                                 const char* name, int read_only,
-                                                                                 int initialised) {
+inline __attribute__((used, visibility("default"))) void cuda_emulator_register(const void* pointer,
+                                                                                std::uint64_t bytes, const char* name,
+                                                                                int read_only, int initialised) {
   cuda_emulator::machine.register_memory(pointer, bytes, name, read_only != 0, initialised != 0);
 }
 inline __attribute__((used, visibility("default"))) void cuda_emulator_forget_memory() {

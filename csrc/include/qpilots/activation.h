@@ -133,12 +133,18 @@ QPILOTS_HD ValueSlope<T> relu(T x) {  // derivative 0 at 0, as PyTorch; NaN stay
 // The activation known at compile time: value and derivative, of which an unused one is dropped by the compiler.
 template <Activation kActivation, class T>
 QPILOTS_HD ValueSlope<T> activate(T x) {
-  if constexpr (kActivation == Activation::kGeluTanh) return gelu_tanh(x);
-  else if constexpr (kActivation == Activation::kGelu) return gelu_erf(x);
-  else if constexpr (kActivation == Activation::kRelu) return relu(x);
-  else if constexpr (kActivation == Activation::kSilu) return silu(x);
-  else if constexpr (kActivation == Activation::kMish) return mish(x);
-  else return hyperbolic_tangent(x);
+  if constexpr (kActivation == Activation::kGeluTanh)
+    return gelu_tanh(x);
+  else if constexpr (kActivation == Activation::kGelu)
+    return gelu_erf(x);
+  else if constexpr (kActivation == Activation::kRelu)
+    return relu(x);
+  else if constexpr (kActivation == Activation::kSilu)
+    return silu(x);
+  else if constexpr (kActivation == Activation::kMish)
+    return mish(x);
+  else
+    return hyperbolic_tangent(x);
 }
 
 }  // namespace qpilots
