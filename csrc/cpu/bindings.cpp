@@ -46,7 +46,8 @@ std::vector<LayerSource> read_table(const Network& net, const Table& table) {
     Source* parts[4] = {&sources[i].weight, &sources[i].bias, &sources[i].gamma, &sources[i].beta};
     for (int p = 0; p < 4; ++p, entry += 4) {
       require(entry[3] >= 0 && entry[3] <= 3, "weight table: unknown dtype code " + std::to_string(entry[3]));
-      *parts[p] = {pointer<const void>(static_cast<std::uintptr_t>(entry[0])), entry[1], entry[2], static_cast<DType>(entry[3])};
+      *parts[p] = {pointer<const void>(static_cast<std::uintptr_t>(entry[0])), entry[1], entry[2],
+                   static_cast<DType>(entry[3])};
     }
     require(sources[i].weight.data != nullptr, "weight table: a weight pointer is null");
   }
@@ -72,16 +73,19 @@ const std::map<std::string, Activation> kActivations = {
     {"gelu_tanh", Activation::kGeluTanh}, {"gelu", Activation::kGelu}, {"relu", Activation::kRelu},
     {"silu", Activation::kSilu},          {"mish", Activation::kMish}, {"tanh", Activation::kTanh}};
 
-std::shared_ptr<const Network> make_network(const py::dict& spec, const std::string& precision, const std::string& isa) {
-  require(precision == "float32" || precision == "bfloat16", "precision is '" + precision + "'; expected float32 or bfloat16");
+std::shared_ptr<const Network> make_network(const py::dict& spec, const std::string& precision,
+                                            const std::string& isa) {
+  require(precision == "float32" || precision == "bfloat16",
+          "precision is '" + precision + "'; expected float32 or bfloat16");
   NetworkShape shape;
   shape.members = spec["members"].cast<int>();
   shape.widths = spec["widths"].cast<std::vector<int>>();
   require(shape.members >= 1 && !shape.widths.empty(), "a network needs a member and an output");
   for (int width : shape.widths) require(width >= 1, "widths must be at least 1");
   for (const py::handle norm : spec["norms"]) {
-    shape.norms.push_back(norm.is_none() ? NormPlacement::kNone
-                          : norm.cast<std::string>() == "pre" ? NormPlacement::kPre : NormPlacement::kPost);
+    shape.norms.push_back(norm.is_none()                      ? NormPlacement::kNone
+                          : norm.cast<std::string>() == "pre" ? NormPlacement::kPre
+                                                              : NormPlacement::kPost);
   }
   require(shape.norms.size() + 1 == shape.widths.size(), "norms: expected one entry per hidden layer");
   shape.activation = choice(spec, "activation", kActivations);
@@ -95,17 +99,24 @@ std::shared_ptr<const Network> make_network(const py::dict& spec, const std::str
     columns += dim;
   }
   require(shape.input_dims[kX] > 0, "inputs: the actions are missing");
-  return std::make_shared<const Network>(std::move(shape), precision == "float32" ? Format::kF32 : Format::kBf16, kernels(isa));
+  return std::make_shared<const Network>(std::move(shape), precision == "float32" ? Format::kF32 : Format::kBf16,
+                                         kernels(isa));
 }
 
 SteeringParams make_steering(const py::dict& d) {
   SteeringParams s{};
-  s.estimate = choice<Estimate>(d, "estimate", {{"noisy", Estimate::kNoisy}, {"tweedie", Estimate::kTweedie},
-                                                {"mfm", Estimate::kMfm}, {"glass", Estimate::kGlass}});
-  s.clip = choice<Clip>(d, "clip", {{"straight_through", Clip::kStraightThrough}, {"masked", Clip::kMasked}, {"none", Clip::kNone}});
-  s.aggregation = choice<Aggregation>(d, "aggregation", {{"pessimistic", Aggregation::kPessimistic},
-                                                         {"mean", Aggregation::kMean}, {"min", Aggregation::kMin}});
-  s.scale = choice<Scale>(d, "scale", {{"norm_match", Scale::kNormMatch}, {"absolute", Scale::kAbsolute}, {"gaf", Scale::kGaf}});
+  s.estimate = choice<Estimate>(d, "estimate",
+                                {{"noisy", Estimate::kNoisy},
+                                 {"tweedie", Estimate::kTweedie},
+                                 {"mfm", Estimate::kMfm},
+                                 {"glass", Estimate::kGlass}});
+  s.clip = choice<Clip>(
+      d, "clip", {{"straight_through", Clip::kStraightThrough}, {"masked", Clip::kMasked}, {"none", Clip::kNone}});
+  s.aggregation = choice<Aggregation>(
+      d, "aggregation",
+      {{"pessimistic", Aggregation::kPessimistic}, {"mean", Aggregation::kMean}, {"min", Aggregation::kMin}});
+  s.scale = choice<Scale>(d, "scale",
+                          {{"norm_match", Scale::kNormMatch}, {"absolute", Scale::kAbsolute}, {"gaf", Scale::kGaf}});
   const py::object q_scale = d["q_scale"];
   if (q_scale.is_none()) {
     s.q_scale_kind = QScale::kNone;
@@ -155,14 +166,16 @@ std::shared_ptr<SamplerPlan> make_plan(const py::dict& d) {
   require(plan->flow->shape().members == 1, "the flow must have one member");
   const SteeringParams& s = plan->steering;
   require(!plan->steers || plan->critic != nullptr, "steering needs a critic");
-  require(!plan->steers || s.estimate != Estimate::kMfm || plan->posterior != nullptr, "estimate 'mfm' needs a posterior");
+  require(!plan->steers || s.estimate != Estimate::kMfm || plan->posterior != nullptr,
+          "estimate 'mfm' needs a posterior");
   for (int n = 0; n < 3; ++n) {
     const Network* net = plan->network(n);
     if (net == nullptr) continue;
     require(net->shape().input_dims[kObs] == plan->obs_dim && net->shape().input_dims[kX] == plan->action_dim,
             "obs_dim or action_dim differ between the networks");
     require(net->shape().widths.back() == (n == 1 ? 1 : plan->action_dim), "a network's output width is wrong");
-    require(&net->table() == &plan->flow->table() && net->format() == plan->flow->format(), "networks of different paths");
+    require(&net->table() == &plan->flow->table() && net->format() == plan->flow->format(),
+            "networks of different paths");
   }
   require(plan->posterior == nullptr || plan->posterior->has(kXbar), "the posterior needs an xbar input");
   if (!d["steered_dims"].is_none()) {
@@ -175,7 +188,8 @@ std::shared_ptr<SamplerPlan> make_plan(const py::dict& d) {
   if (s.estimate == Estimate::kGlass && plan->steers) {
     for (int k = 0; k < plan->steps; ++k) {
       for (int i = 0; i < s.glass_steps; ++i) {
-        plan->glass.push_back(glass_coefficients(static_cast<double>(i) / s.glass_steps, static_cast<double>(k) / plan->steps));
+        plan->glass.push_back(
+            glass_coefficients(static_cast<double>(i) / s.glass_steps, static_cast<double>(k) / plan->steps));
       }
     }
   }
@@ -198,16 +212,17 @@ using BoundList = std::array<const BoundSources*, 3>;
 
 void check_bound(const SamplerPlan& plan, const BoundList& bound) {
   for (int n = 0; n < 3; ++n) {
-    const bool needed = n == 0 || (n == 1 && plan.steers) || (n == 2 && plan.steers && plan.steering.estimate == Estimate::kMfm);
+    const bool needed =
+        n == 0 || (n == 1 && plan.steers) || (n == 2 && plan.steers && plan.steering.estimate == Estimate::kMfm);
     require(!needed || bound[n] != nullptr, "parameters of a network that the sampler needs are missing");
     require(bound[n] == nullptr || bound[n]->net.get() == plan.network(n), "parameters belong to another network");
   }
 }
 
 void sample_binding(const std::shared_ptr<SamplerPlan>& plan, const BoundSources* flow, const BoundSources* critic,
-                    const BoundSources* posterior, const PackedWeights* packed, std::uintptr_t obs, std::uintptr_t noise,
-                    std::uintptr_t posterior_noise, std::uintptr_t actions, std::uintptr_t norms, std::uintptr_t nonfinite,
-                    int batch, int threads, std::uintptr_t phase_seconds) {
+                    const BoundSources* posterior, const PackedWeights* packed, std::uintptr_t obs,
+                    std::uintptr_t noise, std::uintptr_t posterior_noise, std::uintptr_t actions, std::uintptr_t norms,
+                    std::uintptr_t nonfinite, int batch, int threads, std::uintptr_t phase_seconds) {
   require(batch >= 1 && threads >= 1, "batch and threads must be at least 1");
   require((obs != 0 || plan->obs_dim == 0) && noise != 0 && actions != 0, "a null pointer was given");
   require(!(plan->steers && plan->draws()) || posterior_noise != 0, "posterior_noise is missing");
@@ -224,8 +239,10 @@ void sample_binding(const std::shared_ptr<SamplerPlan>& plan, const BoundSources
     }
   } else {
     for (int n = 0; n < 3; ++n) {
-      const bool needed = n == 0 || (n == 1 && plan->steers) || (n == 2 && plan->steers && plan->steering.estimate == Estimate::kMfm);
-      require(!needed || packed->arenas[n].size() >= plan->network(n)->arena_bytes(), "packed weights of another sampler");
+      const bool needed =
+          n == 0 || (n == 1 && plan->steers) || (n == 2 && plan->steers && plan->steering.estimate == Estimate::kMfm);
+      require(!needed || packed->arenas[n].size() >= plan->network(n)->arena_bytes(),
+              "packed weights of another sampler");
     }
   }
   args.batch = batch;
@@ -241,8 +258,8 @@ void sample_binding(const std::shared_ptr<SamplerPlan>& plan, const BoundSources
   sample(*plan, args, pool());
 }
 
-std::unique_ptr<PackedWeights> pack_binding(const SamplerPlan& plan, const BoundSources* flow, const BoundSources* critic,
-                                            const BoundSources* posterior, int threads) {
+std::unique_ptr<PackedWeights> pack_binding(const SamplerPlan& plan, const BoundSources* flow,
+                                            const BoundSources* critic, const BoundSources* posterior, int threads) {
   check_bound(plan, {flow, critic, posterior});
   const LayerSource* const sources[3] = {flow->sources.data(), critic == nullptr ? nullptr : critic->sources.data(),
                                          posterior == nullptr ? nullptr : posterior->sources.data()};
@@ -266,8 +283,8 @@ void network_binding(const BoundSources& bound, const std::vector<std::uintptr_t
   require(!vjp || cotangent != 0, "the cotangent is missing");
   const py::gil_scoped_release release;
   if (vjp) {
-    network_vjp(net, bound.sources.data(), *bound.live, inputs, pointer<const float>(cotangent), batch, threads, input_dim,
-                pointer<float>(out), pool());
+    network_vjp(net, bound.sources.data(), *bound.live, inputs, pointer<const float>(cotangent), batch, threads,
+                input_dim, pointer<float>(out), pool());
   } else {
     network_forward(net, bound.sources.data(), *bound.live, inputs, batch, threads, pointer<float>(out), pool());
   }
@@ -344,8 +361,10 @@ void bind(py::module_& module) {
   module.def("cpu_workspace_bytes", &workspace_bytes);
   module.def("cpu_isa_paths", &available_paths);
   module.def("cpu_isa", [](const std::string& name) { return std::string(kernels(name).name); }, py::arg("name") = "");
-  module.def("cpu_peak_flops", &peak_flops_per_second, py::arg("precision"), py::arg("threads"), py::arg("seconds") = 0.1);
-  module.def("cpu_read_bandwidth", &read_bytes_per_second, py::arg("bytes"), py::arg("threads"), py::arg("seconds") = 0.1);
+  module.def("cpu_peak_flops", &peak_flops_per_second, py::arg("precision"), py::arg("threads"),
+             py::arg("seconds") = 0.1);
+  module.def("cpu_read_bandwidth", &read_bytes_per_second, py::arg("bytes"), py::arg("threads"),
+             py::arg("seconds") = 0.1);
 }
 
 }  // namespace qpilots::cpu

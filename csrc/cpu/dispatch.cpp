@@ -69,13 +69,15 @@ const KernelTable& kernels(const std::string& name) {
     known += (known.empty() ? "" : ", ") + std::string(path.name);
     if (wanted == path.name) {
       if (!path.supported) {
-        throw std::invalid_argument("QPILOTS_CPU_ISA is '" + wanted + "', which this machine lacks; unset it to use the best path.");
+        throw std::invalid_argument("QPILOTS_CPU_ISA is '" + wanted +
+                                    "', which this machine lacks; unset it to use the best path.");
       }
       return *path.table();
     }
     if (path.supported) best = &path;
   }
-  if (!wanted.empty()) throw std::invalid_argument("QPILOTS_CPU_ISA is '" + wanted + "'; expected one of " + known + ".");
+  if (!wanted.empty())
+    throw std::invalid_argument("QPILOTS_CPU_ISA is '" + wanted + "'; expected one of " + known + ".");
   return *best->table();
 }
 

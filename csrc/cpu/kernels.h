@@ -36,8 +36,8 @@ struct ForwardArgs {
   const Block* block;
   const char* weights;  // the block's first panel
   int panel_begin, panel_end;
-  const void* a;             // [rows, in] operand
-  std::ptrdiff_t a_stride;   // bytes
+  const void* a;            // [rows, in] operand
+  std::ptrdiff_t a_stride;  // bytes
   int rows;
   const float* const* init;  // one row each; unused where init_shared is given
   const float* add;          // or null
@@ -150,7 +150,7 @@ struct FormatKernels {
   int a_bytes, d_bytes;  // per element of a forward and a backward operand
   void (*forward)(const ForwardArgs&);
   void (*backward)(const BackwardArgs&);
-  void (*activate[6][3])(const ActivateArgs&);     // [Activation][NormPlacement]
+  void (*activate[6][3])(const ActivateArgs&);      // [Activation][NormPlacement]
   void (*activate_vjp[3])(const ActivateVjpArgs&);  // [NormPlacement]
   void (*to_operand)(const ConvertArgs&);
   void (*to_d_operand)(const ConvertArgs&);
@@ -171,8 +171,8 @@ struct KernelTable {
   void (*combine)(const CombineArgs&);
   void (*posterior_softmax)(const float* q, int count, float scale, float* p);
   void (*steer)(const SteerArgs&);
-  double (*peak)(Format, long iterations);               // flops done by one thread's FMA loop
-  float (*read)(const char* data, std::size_t bytes);    // sums a buffer: read bandwidth
+  double (*peak)(Format, long iterations);             // flops done by one thread's FMA loop
+  float (*read)(const char* data, std::size_t bytes);  // sums a buffer: read bandwidth
 };
 
 const KernelTable* table_portable();

@@ -114,7 +114,8 @@ struct Bf16Dot {
   using Gradient = Pairs;
   static inline Weights load_weights(const char* w) {
     // per 128 bits: (o0: e o)(o1: e o)(o2: e o)(o3: e o) -> (o0 o1)e (o2 o3)e (o0 o1)o (o2 o3)o
-    const __m512i by_output = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    const __m512i by_output =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
     return _mm512_shuffle_epi8(load_pairs(w), by_output);
   }
   static inline Gradient load_gradient(const char* dy) { return load_pairs(dy); }
@@ -223,7 +224,8 @@ template <class F, int NV>
 static void forward_panel(const ForwardArgs& args, const char* w, int vectors, int column) {
   if constexpr (NV > 0) {
     if (vectors == NV) {
-      for_row_blocks<kTileRows>(args.rows, [&](int row, int count) { forward_rows<F, NV, kTileRows>(args, w, count, row, column); });
+      for_row_blocks<kTileRows>(
+          args.rows, [&](int row, int count) { forward_rows<F, NV, kTileRows>(args, w, count, row, column); });
     } else {
       forward_panel<F, NV - 1>(args, w, vectors, column);
     }

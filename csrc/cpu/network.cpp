@@ -68,8 +68,8 @@ Network::Network(NetworkShape shape, Format format, const KernelTable& table)
         if (shape_.input_dims[kind] == 0) continue;
         // what is computed once a call stays float32: it costs nothing, and rounding t alone moves an action by 1e-3
         const bool moving = kind == kX || kind == kXbar;
-        inputs_[kind] = place(moving ? format_ : Format::kF32, shape_.input_dims[kind], layer.width,
-                              shape_.input_columns[kind]);
+        inputs_[kind] =
+            place(moving ? format_ : Format::kF32, shape_.input_dims[kind], layer.width, shape_.input_columns[kind]);
       }
     }
     layers_.push_back(layer);
@@ -209,8 +209,9 @@ void forward_pass(const Pass& pass, InputKind moving, const float* add, Saves sa
     const Share share = panel_share(team, block);
     float* z = last ? out : s.z;
     const std::ptrdiff_t z_pitch = last ? out_pitch : s.pitch;
-    ForwardArgs product{&block, pass.arena + block.offset, share.begin, share.end, s.operand[current], operand_pitch,
-                        pass.rows, s.init, l == 0 ? add : nullptr, z, z_pitch};
+    ForwardArgs product{
+        &block, pass.arena + block.offset, share.begin, share.end, s.operand[current], operand_pitch, pass.rows,
+        s.init, l == 0 ? add : nullptr,    z,           z_pitch};
     if (l > 0) product.init_shared = reinterpret_cast<const float*>(pass.arena + layer.bias);
     fk.forward(product);
     if (last) return;

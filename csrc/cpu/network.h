@@ -13,7 +13,7 @@ enum InputKind { kObs = 0, kX = 1, kXbar = 2, kT = 3, kS = 4, kU = 5, kInputKind
 
 struct NetworkShape {
   int members = 1;
-  std::vector<int> widths;  // hidden widths, then the output width
+  std::vector<int> widths;           // hidden widths, then the output width
   std::vector<NormPlacement> norms;  // one per hidden layer
   Activation activation = Activation::kGeluTanh;
   float eps = 1e-6f;
@@ -31,7 +31,7 @@ class Network {
   struct Layer {
     int width, padded_width;
     NormPlacement norm = NormPlacement::kNone;
-    Block block;  // unused in the first layer, which has one block per input
+    Block block;                                // unused in the first layer, which has one block per input
     std::size_t bias = 0, gamma = 0, beta = 0;  // bytes, within a member's arena
     std::size_t slope = 0, xhat = 0, rstd = 0;  // floats per saved row, within saves
   };
@@ -83,9 +83,9 @@ class Network {
 // Buffers of one team for one tile; each is [capacity rows, max padded width] elements of 4 bytes.
 struct TileScratch {
   float* z;
-  char* operand[2];    // forward operands, and (float32) first-layer deltas
-  char* d_operand[2];  // backward operands
-  const float** init;  // [capacity]
+  char* operand[2];      // forward operands, and (float32) first-layer deltas
+  char* d_operand[2];    // backward operands
+  const float** init;    // [capacity]
   std::ptrdiff_t pitch;  // elements
 
   static std::size_t bytes(int rows, int width);
@@ -108,14 +108,17 @@ struct Pass {  // one tile of rows through one member
 };
 
 // The first layer's sum starts from scratch.init[r] (+ add) and adds the block `moving` of scratch.operand[0].
-// out: [rows, out_pitch], or with a head q[rows]. saves.data may be null. All of the team must call; ends unsynchronised.
-void forward_pass(const Pass& pass, InputKind moving, const float* add, Saves saves, float* out, std::ptrdiff_t out_pitch);
+// out: [rows, out_pitch], or with a head q[rows]. saves.data may be null. All of the team must call; ends
+// unsynchronised.
+void forward_pass(const Pass& pass, InputKind moving, const float* add, Saves saves, float* out,
+                  std::ptrdiff_t out_pitch);
 
 // From dL/d(output) [rows, pitch] (for a head: a scale per row, or null for 1) down to the first layer's delta, left as
 // a backward operand in scratch.d_operand[return value], or with as_float in float32.
 int backward_pass(const Pass& pass, const float* d_out, std::ptrdiff_t d_out_pitch, Saves saves, bool as_float);
 
 // dx[rows, pitch] = delta W_block, delta being the backward operand in scratch.d_operand[which].
-void input_vjp(const Pass& pass, const Block& block, const FormatKernels& kernels, int which, float* dx, std::ptrdiff_t pitch);
+void input_vjp(const Pass& pass, const Block& block, const FormatKernels& kernels, int which, float* dx,
+               std::ptrdiff_t pitch);
 
 }  // namespace qpilots::cpu

@@ -13,10 +13,16 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 class NetworkRun {
  public:
-  NetworkRun(const Network& net, const LayerSource* sources, LiveArena& live,
-             const float* const (&blocks)[kInputKinds], int batch, int threads)
-      : net_(net), sources_(sources), live_(live), blocks_(blocks), batch_(batch), threads_(threads),
-        members_(net.shape().members), tiles_(tile_count(batch, net.shape().members, threads)) {}
+  NetworkRun(const Network& net, const LayerSource* sources, LiveArena& live, const float* const (&blocks)[kInputKinds],
+             int batch, int threads)
+      : net_(net),
+        sources_(sources),
+        live_(live),
+        blocks_(blocks),
+        batch_(batch),
+        threads_(threads),
+        members_(net.shape().members),
+        tiles_(tile_count(batch, net.shape().members, threads)) {}
 
   // cotangent null: forward into `out`; else the pullback into `out` [B, input_dim].
   void run(const float* cotangent, int input_dim, float* out, WorkspacePool& pool) {
@@ -27,7 +33,8 @@ class NetworkRun {
     carve(workspace->scratch.reserve(carved_), cotangent != nullptr ? input_dim : 0);
     new (all_) Barrier();
     parallel_region(threads_, [&](int thread, int threads) {
-      for (int u = thread; u < net_.pack_units(); u += threads) net_.refresh(u, sources_, arena_, lease->fingerprints());
+      for (int u = thread; u < net_.pack_units(); u += threads)
+        net_.refresh(u, sources_, arena_, lease->fingerprints());
       all_->wait(threads);
       for (int i = thread; i < members_ * tiles_; i += threads) visit(i, thread, cotangent, input_dim, out);
       if (cotangent == nullptr) return;
@@ -126,11 +133,13 @@ class NetworkRun {
       if (!net_.has(input)) continue;
       const Block& block = net_.input(input);
       const FormatKernels& kernels = net_.table().formats[static_cast<int>(block.format)];
-      kernels.to_d_operand({rows, static_cast<int>(first), delta, delta_pitch / static_cast<std::ptrdiff_t>(sizeof(float)),
-                            -kInfinity, kInfinity, scratch.d_operand[1 - which], scratch.pitch * kernels.d_bytes});
+      kernels.to_d_operand({rows, static_cast<int>(first), delta,
+                            delta_pitch / static_cast<std::ptrdiff_t>(sizeof(float)), -kInfinity, kInfinity,
+                            scratch.d_operand[1 - which], scratch.pitch * kernels.d_bytes});
       input_vjp(pass, block, kernels, 1 - which, wide, block.in_padded);
       for (int r = 0; r < rows; ++r) {
-        std::memcpy(partial_ + (row + r) * input_dim + block.column, wide + r * block.in_padded, sizeof(float) * block.in);
+        std::memcpy(partial_ + (row + r) * input_dim + block.column, wide + r * block.in_padded,
+                    sizeof(float) * block.in);
       }
     }
   }
@@ -149,7 +158,8 @@ class NetworkRun {
 }  // namespace
 
 void network_forward(const Network& net, const LayerSource* sources, LiveArena& live,
-                     const float* const (&blocks)[kInputKinds], int batch, int threads, float* out, WorkspacePool& pool) {
+                     const float* const (&blocks)[kInputKinds], int batch, int threads, float* out,
+                     WorkspacePool& pool) {
   NetworkRun(net, sources, live, blocks, batch, usable_threads(threads)).run(nullptr, 0, out, pool);
 }
 

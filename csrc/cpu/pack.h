@@ -11,10 +11,14 @@ static inline float half_to_float(std::uint16_t h) {
 
 static inline float read_element(const Source& source, std::int64_t i) {
   switch (source.dtype) {
-    case DType::kFloat64: return static_cast<float>(static_cast<const double*>(source.data)[i]);
-    case DType::kBFloat16: return from_bf16(static_cast<const std::uint16_t*>(source.data)[i]);
-    case DType::kFloat16: return half_to_float(static_cast<const std::uint16_t*>(source.data)[i]);
-    default: return static_cast<const float*>(source.data)[i];
+    case DType::kFloat64:
+      return static_cast<float>(static_cast<const double*>(source.data)[i]);
+    case DType::kBFloat16:
+      return from_bf16(static_cast<const std::uint16_t*>(source.data)[i]);
+    case DType::kFloat16:
+      return half_to_float(static_cast<const std::uint16_t*>(source.data)[i]);
+    default:
+      return static_cast<const float*>(source.data)[i];
   }
 }
 

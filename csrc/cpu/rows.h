@@ -166,8 +166,7 @@ template <class F>
 static void head_rows(const HeadArgs& args) {
   for (int r = 0; r < args.rows; ++r) {
     const char* h = at<const char*>(args.h, r * args.h_stride);
-    args.q[r] = args.bias + row_sum(args.width, [&](int c) {
-      return F::load_operand(h + c * F::kABytes) * Vec::load(args.w + c);
-    });
+    args.q[r] = args.bias +
+                row_sum(args.width, [&](int c) { return F::load_operand(h + c * F::kABytes) * Vec::load(args.w + c); });
   }
 }

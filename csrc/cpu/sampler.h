@@ -21,8 +21,8 @@ struct SamplerPlan {
   int steps = 1;
   int obs_dim = 0, action_dim = 0;
   bool steers = false;
-  std::vector<unsigned char> mask;    // steered dims, or empty
-  std::vector<float> flow_times;      // [K (+ K m for glass), dim]
+  std::vector<unsigned char> mask;        // steered dims, or empty
+  std::vector<float> flow_times;          // [K (+ K m for glass), dim]
   std::vector<float> posterior_times[3];  // t, s, u: [K, dim] each
   std::vector<GlassCoefficients> glass;   // [K, m]
 
@@ -34,8 +34,8 @@ struct SamplerPlan {
 enum PhaseIndex { kPack, kPrepare, kDenoise, kGradient, kUpdate, kPhases };
 
 struct SampleArgs {
-  const LayerSource* sources[3] = {};     // live weights, where packed is null
-  LiveArena* live[3] = {};                // their packed copies between calls
+  const LayerSource* sources[3] = {};  // live weights, where packed is null
+  LiveArena* live[3] = {};             // their packed copies between calls
   const PackedWeights* packed = nullptr;
   int batch = 0, threads = 1;
   const float* obs = nullptr;              // [B, S]
@@ -53,7 +53,8 @@ std::size_t workspace_bytes(const SamplerPlan& plan, int batch, int threads);
 
 // One network on its input blocks. out [E, B, out]. blocks: pointers to [B, dim] by InputKind.
 void network_forward(const Network& net, const LayerSource* sources, LiveArena& live,
-                     const float* const (&blocks)[kInputKinds], int batch, int threads, float* out, WorkspacePool& pool);
+                     const float* const (&blocks)[kInputKinds], int batch, int threads, float* out,
+                     WorkspacePool& pool);
 // cotangent [E, B, out] pulled back to the input columns, summed over members: [B, input_dim].
 void network_vjp(const Network& net, const LayerSource* sources, LiveArena& live,
                  const float* const (&blocks)[kInputKinds], const float* cotangent, int batch, int threads,

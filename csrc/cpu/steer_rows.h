@@ -8,8 +8,8 @@ static void combine_rows(const CombineArgs& args) {
   const bool masked = s.clip == Clip::kMasked && s.full_jacobian;
   const Vec low(s.action_low), high(s.action_high);
   for (int i = args.begin; i < args.end; ++i) {
-    const EnsembleValue row = aggregate(args.q + i, static_cast<int>(args.q_stride), args.members, s.aggregation, s.rho,
-                                        args.weights, 1);
+    const EnsembleValue row =
+        aggregate(args.q + i, static_cast<int>(args.q_stride), args.members, s.aggregation, s.rho, args.weights, 1);
     bool finite = true;
     for (int j = 0; j < args.members; ++j) finite = finite && is_finite(args.q[j * args.q_stride + i]);
     args.value[i] = row.value;
@@ -31,13 +31,15 @@ static void combine_rows(const CombineArgs& args) {
   }
 }
 
-static void softmax_row(const float* q, int count, float scale, float* p) { posterior_softmax(q, 1, count, scale, p, 1); }
+static void softmax_row(const float* q, int count, float scale, float* p) {
+  posterior_softmax(q, 1, count, scale, p, 1);
+}
 
 static void steer_rows(const SteerArgs& args) {
   for (int i = args.begin; i < args.end; ++i) {
     const std::ptrdiff_t row = static_cast<std::ptrdiff_t>(i) * args.padded_width;
-    const SteerOutcome outcome = steer_row(*args.steering, args.x + row, args.v + row, args.g + row, args.width, args.mask,
-                                           args.std[i * args.std_stride], args.dt);
+    const SteerOutcome outcome = steer_row(*args.steering, args.x + row, args.v + row, args.g + row, args.width,
+                                           args.mask, args.std[i * args.std_stride], args.dt);
     if (args.norms != nullptr) args.norms[i] = outcome.g_norm;
     if (args.nonfinite != nullptr) args.nonfinite[i] = outcome.nonfinite ? 1 : 0;
   }

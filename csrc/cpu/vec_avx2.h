@@ -35,8 +35,7 @@ static inline Vec copy_sign(Vec x, Vec sign) {
 }
 static inline Vec round_even(Vec x) { return _mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline Vec power_of_two(Vec n) {
-  return _mm256_castsi256_ps(
-      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23));
 }
 
 static inline Vec scale_by_power_of_two(Vec x, Vec n) { return x * power_of_two(n); }

@@ -31,8 +31,7 @@ static inline Vec select(Mask m, Vec yes, Vec no) { return _mm512_mask_blend_ps(
 static inline Vec absolute(Vec x) { return _mm512_abs_ps(x.v); }
 static inline Vec copy_sign(Vec x, Vec sign) {  // (x & ~s) | (sign & s)
   const __m512i s = _mm512_set1_epi32(static_cast<int>(0x80000000u));
-  return _mm512_castsi512_ps(
-      _mm512_ternarylogic_epi32(s, _mm512_castps_si512(sign.v), _mm512_castps_si512(x.v), 0xCA));
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(s, _mm512_castps_si512(sign.v), _mm512_castps_si512(x.v), 0xCA));
 }
 static inline Vec round_even(Vec x) { return _mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline Vec scale_by_power_of_two(Vec x, Vec n) { return _mm512_scalef_ps(x.v, n.v); }
@@ -130,8 +129,10 @@ static inline void transpose(Vec (&rows)[16]) {
     u[i + 2 * j + 1] = _mm512_shuffle_ps(t[i + j], t[i + j + 2], 0xEE);
   });
   unroll<4>([&](auto j) {  // u[4 b + j]: column 4 q + j of rows 4 b .. 4 b + 3 in quarter q
-    const __m512 low = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88), low2 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88);
-    const __m512 high = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xDD), high2 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xDD);
+    const __m512 low = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88),
+                 low2 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88);
+    const __m512 high = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xDD),
+                 high2 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xDD);
     rows[j].v = _mm512_shuffle_f32x4(low, low2, 0x88);
     rows[8 + j].v = _mm512_shuffle_f32x4(low, low2, 0xDD);
     rows[4 + j].v = _mm512_shuffle_f32x4(high, high2, 0x88);
