@@ -151,7 +151,9 @@ def test_activations_over_their_whole_range(backend, monkeypatch, activation, pa
             parameter.zero_()
             if name.endswith("weight") or "weight" in name:
                 parameter.fill_(1.0)
-    z = torch.cat([torch.linspace(-100, 100, 4001), torch.linspace(-3, 3, 2001), torch.tensor([1e30, -1e30, 3e38, -3e38])])
+    z = torch.cat(
+        [torch.linspace(-100, 100, 4001), torch.linspace(-3, 3, 2001), torch.tensor([1e30, -1e30, 3e38, -3e38])]
+    )
     zeros = torch.zeros_like(z).unsqueeze(-1)
     blocks, ones = [zeros, z.unsqueeze(-1)], torch.ones(1, len(z), 1)
     exact = [block.double() for block in blocks]

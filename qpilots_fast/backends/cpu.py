@@ -117,7 +117,9 @@ def _network(spec: NetworkSpec, precision: str, isa: str) -> Any:
 
 
 def _times(spec: NetworkSpec, times: Sequence[float]) -> np.ndarray:
-    features = time_features(torch.tensor(times, dtype=torch.float64).unsqueeze(-1), spec.time_embedding, spec.time_embedding_dim)
+    features = time_features(
+        torch.tensor(times, dtype=torch.float64).unsqueeze(-1), spec.time_embedding, spec.time_embedding_dim
+    )
     return features.to(torch.float32).numpy()
 
 
