@@ -93,7 +93,7 @@ TABLE: tuple[LaunchRow, ...] = (
         "4-byte operands: half the columns keep 3 stages at 72 KiB.",
     ),
     LaunchRow(
-        "critic", ("float32",), _ANY, 64, Tile(32, 64, 16, 8, 2, 2),
+        "critic", ("float32",), _ANY, 64, Tile(32, 64, 16, 8, 2),
         "No tensor cores in IEEE float32: the tile is bounded by registers of the FMA loop, not by shared memory.",
     ),
     LaunchRow(
@@ -102,14 +102,14 @@ TABLE: tuple[LaunchRow, ...] = (
         "registers for the [rows, action] tiles of the combination.",
     ),
     LaunchRow("step", ("tf32",), _ANY, 64, Tile(32, 128, 32, 8, 3), "As for half precision, with 4-byte operands."),
-    LaunchRow("step", ("float32",), _ANY, 64, Tile(16, 64, 16, 8, 2, 2), "As for the critics, fewer rows as above."),
+    LaunchRow("step", ("float32",), _ANY, 64, Tile(16, 64, 16, 8, 2), "As for the critics, fewer rows as above."),
     LaunchRow("critic", (*_HALF, "tf32"), _ANY, 256, Tile(32, 64, 32, 8, 3), "Wide actions: d_a stays in registers."),
-    LaunchRow("critic", ("float32",), _ANY, 256, Tile(16, 64, 16, 8, 2, 2), "Wide actions, as above."),
+    LaunchRow("critic", ("float32",), _ANY, 256, Tile(16, 64, 16, 8, 2), "Wide actions, as above."),
     LaunchRow("step", (*_HALF, "tf32"), _ANY, 256, Tile(16, 64, 32, 8, 3), "Wide actions: six such tiles at once."),
-    LaunchRow("step", ("float32",), _ANY, 256, Tile(16, 64, 16, 8, 2, 2), "Wide actions, as above."),
+    LaunchRow("step", ("float32",), _ANY, 256, Tile(16, 64, 16, 8, 2), "Wide actions, as above."),
     LaunchRow("network", _HALF, _ANY, 256, Tile(32, 64, 32, 8, 4), "Single forward and vjp calls only."),
     LaunchRow("network", ("tf32",), _ANY, 256, Tile(32, 64, 32, 8, 3), "Single forward and vjp calls only."),
-    LaunchRow("network", ("float32",), _ANY, 256, Tile(16, 64, 16, 8, 2, 2), "Single forward and vjp calls only."),
+    LaunchRow("network", ("float32",), _ANY, 256, Tile(16, 64, 16, 8, 2), "Single forward and vjp calls only."),
 )  # fmt: skip
 
 MAX_ACTION_PAD = max(row.max_action_pad for row in TABLE)
