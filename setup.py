@@ -65,13 +65,15 @@ class CMakeBuild(build_ext):
             raise OSError("cmake was not found")
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
+        # a cache of an earlier isolated build names tools in a folder that is gone; object files stay
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
         configure = [
             cmake, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DQPILOTS_CUDA={'ON' if os.environ.get('QPILOTS_CUDA') == '1' else 'OFF'}",
             *os.environ.get("QPILOTS_CMAKE_ARGS", "").split(),
         ]  # fmt: skip
-        if shutil.which("ninja") is not None and not (build / "CMakeCache.txt").exists():
+        if shutil.which("ninja") is not None:
             configure += ["-G", "Ninja"]
         self._call(configure)
         jobs = os.environ.get("QPILOTS_BUILD_JOBS", str(os.cpu_count() or 1))
