@@ -37,6 +37,13 @@ def test_widths_and_members(hidden, num_critics, backend):
     assert_close(case.run(backend), case.expected())
 
 
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_one_action_dimension(preset, backend):
+    """A flow with one output must not be taken for a critic."""
+    case = make_case(PRESETS[preset], action_dim=1, obs_dim=1)
+    assert_close(case.run(backend), case.expected())
+
+
 @pytest.mark.parametrize("time_embedding", ["raw", "sinusoidal", "fourier"])
 def test_time_embeddings(time_embedding, backend):
     case = make_case(Steering.qpilots_m(), time_embedding=time_embedding)
@@ -76,7 +83,7 @@ def test_settings(name, backend):
     assert_close(case.run(backend), case.expected())
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.integers(0, 2**31))
 def test_random_cases(seed):
     case = random_case(seed)

@@ -90,6 +90,7 @@ std::shared_ptr<const Network> make_network(const py::dict& spec, const std::str
   require(shape.norms.size() + 1 == shape.widths.size(), "norms: expected one entry per hidden layer");
   shape.activation = choice(spec, "activation", kActivations);
   shape.eps = spec["eps"].cast<float>();
+  shape.scalar_head = spec["scalar_head"].cast<bool>();
   int columns = 0;
   for (const py::handle entry : spec["inputs"]) {  // (kind, first column, width)
     const auto [kind, column, dim] = entry.cast<std::tuple<int, int, int>>();

@@ -35,7 +35,7 @@ Block Network::place(Format format, int in, int out, int column) {
 Network::Network(NetworkShape shape, Format format, const KernelTable& table)
     : shape_(std::move(shape)), format_(format), table_(&table) {
   const int count = static_cast<int>(shape_.widths.size());
-  head_ = count > 1 && shape_.widths.back() == 1;
+  head_ = count > 1 && shape_.scalar_head;
   const auto vector = [&](int width) {
     const std::size_t at = member_bytes_;
     member_bytes_ += sizeof(float) * padded(width);

@@ -17,6 +17,7 @@ struct NetworkShape {
   std::vector<NormPlacement> norms;  // one per hidden layer
   Activation activation = Activation::kGeluTanh;
   float eps = 1e-6f;
+  bool scalar_head = false;          // a critic: its last layer is one dot product a row
   int input_dims[kInputKinds] = {};  // 0: absent
   int input_columns[kInputKinds] = {};
 };

@@ -111,6 +111,7 @@ def _network(spec: NetworkSpec, precision: str, isa: str) -> Any:
         "norms": list(spec.layer_norm),
         "activation": spec.activation,
         "eps": spec.layer_norm_eps,
+        "scalar_head": spec.kind == "critic",
         "inputs": inputs,
     }
     return load_module().cpu_network(shape, precision, isa)
