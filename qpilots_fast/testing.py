@@ -149,7 +149,8 @@ def random_case(seed: int, *, batch_size: int | None = None) -> Case:
         obs_dim=pick(1, 20),
         action_dim=pick(1, 30),
         num_critics=pick(1, 5),
-        hidden_dims=tuple(pick(1, 90) for _ in range(depth)),
+        # LayerNorm over a few units is close to a sign function, which float32 cannot follow whoever computes it
+        hidden_dims=tuple(pick(12, 90) for _ in range(depth)),
         activation=ACTIVATIONS[pick(0, len(ACTIVATIONS) - 1)],
         layer_norm=tuple(norms[pick(0, 2)] for _ in range(depth)),
         critic_layer_norm=tuple(norms[pick(0, 2)] for _ in range(depth)),
