@@ -198,7 +198,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(rows)} kernels, {bad} refused, {time.perf_counter() - start:.0f} s")
     failed = bool(bad) or (not rows and args.families != ["cuda"])
     if "cuda" in args.families and not args.match:
-        failed |= gpu_static_cuda.main(["--targets", *map(str, args.targets)]) == 1
+        targets = gpu_static_cuda.TARGETS if args.targets == list(TARGETS) else args.targets
+        failed |= gpu_static_cuda.main(["--targets", *map(str, targets)]) == 1
     return int(failed)
 
 
