@@ -158,15 +158,7 @@ def _parameter_count(spec: NetworkSpec) -> int:
 
 
 def _network_backend(name: str, precision: str, like: Tensor) -> Backend:
-    if like.dtype == torch.float64:
-        if name not in ("auto", "reference"):
-            raise TypeError(f"inputs are float64, but backend {name!r} computes in float32; expected float32 inputs.")
-        return backends.get("reference")
-    if name != "auto":
-        return backends.get(name)
-    native = "cpu" if like.device.type == "cpu" else "triton"
-    usable = backends.unavailable_reason(native) is None and precision in backends.get(native).precisions
-    return backends.get(native if usable else "reference")
+    return backends.for_networks(name, precision, like.device, like.dtype)
 
 
 def _blocks(spec: NetworkSpec, named: dict[str, Tensor], like: Tensor) -> list[Tensor]:

@@ -8,191 +8,51 @@ of the steering objective, w_j the critics' weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from .backends.base import BoundNetwork, RawSample
-from .networks import time_features
-from .spec import NetworkSpec
+from .backends.base import RawSample
+from .reference_mlp import (
+    Pullback,
+    ReferenceNetwork,
+    activation,
+    activation_derivative,
+    layer_norm,
+    layer_norm_vjp,
+    ordered_blocks,
+    time_block,
+)
 from .steering import Steering
 
-Pullback = Callable[[Tensor], Tensor]
+__all__ = [
+    "Evaluators",
+    "GlassCoefficients",
+    "Pullback",
+    "ReferenceNetwork",
+    "activation",
+    "activation_derivative",
+    "aggregate",
+    "clean_actions",
+    "ensemble_std",
+    "glass_coefficients",
+    "glass_draw",
+    "layer_norm",
+    "layer_norm_vjp",
+    "member_weights",
+    "ordered_blocks",
+    "posterior_weights",
+    "row_norm",
+    "sample",
+    "steer_velocity",
+    "steered_mask",
+    "steering_gradient",
+    "time_block",
+]
 Time = TypeVar("Time", float, Tensor)
-
-# ---------------------------------------------------------------- activations and LayerNorm
-
-_SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
-_GELU_CUBIC = 0.044715
-
-
-def activation(z: Tensor, kind: str) -> Tensor:
-    """act(z); kind is one of spec.ACTIVATIONS."""
-    if kind == "gelu_tanh":
-        return 0.5 * z * (1 + _gelu_tanh(z)[0])
-    if kind == "gelu":
-        return 0.5 * z * (1 + torch.erf(z / math.sqrt(2)))
-    if kind == "relu":
-        return z.clamp(min=0)
-    if kind == "silu":
-        return z * torch.sigmoid(z)
-    if kind == "mish":
-        return z * torch.tanh(_softplus(z))
-    return torch.tanh(z)
-
-
-def activation_derivative(z: Tensor, kind: str) -> Tensor:
-    """d act / dz; at relu's kink, 0 as in PyTorch."""
-    if kind == "gelu_tanh":
-        tanh, slope = _gelu_tanh(z)
-        return 0.5 * (1 + tanh) + 0.5 * z.clamp(-_FLAT, _FLAT) * slope
-    if kind == "gelu":
-        density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-        return 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * density
-    if kind == "relu":
-        return (z > 0).to(z.dtype)
-    if kind == "silu":
-        sigmoid = torch.sigmoid(z)
-        return sigmoid * (1 + z * (1 - sigmoid))
-    if kind == "mish":
-        tanh = torch.tanh(_softplus(z))
-        return tanh + z * (1 - tanh * tanh) * torch.sigmoid(z)
-    tanh = torch.tanh(z)
-    return 1 - tanh * tanh
-
-
-_FLAT = 100.0  # tanh is 1 in float64 long before: beyond, the derivative would only be infinity times zero
-
-
-def _gelu_tanh(z: Tensor) -> tuple[Tensor, Tensor]:
-    """tanh(u) and d tanh(u) / dz for u = sqrt(2/pi) (z + 0.044715 z^3)."""
-    z = z.clamp(-_FLAT, _FLAT)
-    tanh = torch.tanh(_SQRT_2_OVER_PI * (z + _GELU_CUBIC * z * z * z))
-    return tanh, (1 - tanh * tanh) * _SQRT_2_OVER_PI * (1 + 3 * _GELU_CUBIC * z * z)
-
-
-def _softplus(z: Tensor) -> Tensor:
-    return z.clamp(min=0) + torch.log1p(torch.exp(-z.abs()))
-
-
-@dataclass(frozen=True)
-class _Norm:
-    """What LayerNorm's pullback needs."""
-
-    normalised: Tensor
-    inverse_std: Tensor
-    weight: Tensor | None
-
-
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, _Norm]:
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis, population variance."""
-    centred = x - x.mean(-1, keepdim=True)
-    inverse_std = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-    normalised = centred * inverse_std
-    y = normalised if weight is None else normalised * weight
-    return (y if bias is None else y + bias), _Norm(normalised, inverse_std, weight)
-
-
-def layer_norm_vjp(d_y: Tensor, norm: _Norm) -> Tensor:
-    """d_x = inverse_std * (h - mean(h) - normalised * mean(h * normalised)), h = d_y * weight."""
-    h = d_y if norm.weight is None else d_y * norm.weight
-    projection = (h * norm.normalised).mean(-1, keepdim=True)
-    return norm.inverse_std * (h - h.mean(-1, keepdim=True) - norm.normalised * projection)
-
-
-# ---------------------------------------------------------------- networks
-
-_OPERAND_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class _StackedLayer:
-    weight: Tensor  # [E, out, in]
-    bias: Tensor | None  # [E, 1, out]
-    norm_weight: Tensor | None
-    norm_bias: Tensor | None
-
-
-class ReferenceNetwork:
-    """A bound network made ready for one call: members stacked, in the computing dtype.
-
-    Args:
-        network: spec and live parameters.
-        dtype: of state and accumulation.
-        precision: "bfloat16" and "float16" round weights and the inputs of every product to that format.
-    """
-
-    def __init__(self, network: BoundNetwork, dtype: torch.dtype, precision: str = "float32") -> None:
-        self.spec: NetworkSpec = network.spec
-        self._operand_dtype = _OPERAND_DTYPES.get(precision)
-        self._dtype = dtype
-
-        def stack(members: tuple[Tensor, ...] | None, *, vector: bool) -> Tensor | None:
-            if members is None:
-                return None
-            stacked = torch.stack(members).to(dtype)
-            return stacked.unsqueeze(1) if vector else self._round(stacked)
-
-        self._layers = []
-        for layer in network.layers:
-            weight = stack(layer.weight, vector=False)
-            assert weight is not None
-            vectors = (stack(p, vector=True) for p in (layer.bias, layer.norm_weight, layer.norm_bias))
-            self._layers.append(_StackedLayer(weight, *vectors))
-
-    def _round(self, x: Tensor) -> Tensor:
-        return x if self._operand_dtype is None else x.to(self._operand_dtype).to(self._dtype)
-
-    def __call__(self, blocks: Sequence[Tensor]) -> tuple[Tensor, Pullback]:
-        """Output [E, B, out], and the pullback of [E, B, out] to all input columns per member, [E, B, in]."""
-        spec = self.spec
-        h = torch.cat([block.to(self._dtype) for block in blocks], dim=-1)
-        h = h.expand(spec.num_members, *h.shape)
-        tape: list[tuple[Tensor, _Norm | None]] = []
-        for layer, placement in zip(self._layers[:-1], spec.layer_norm):
-            z = self._linear(h, layer)
-            norm = None
-            if placement == "pre":
-                z, norm = layer_norm(z, layer.norm_weight, layer.norm_bias, spec.layer_norm_eps)
-            h = activation(z, spec.activation)
-            if placement == "post":
-                h, norm = layer_norm(h, layer.norm_weight, layer.norm_bias, spec.layer_norm_eps)
-            tape.append((z, norm))
-        return self._linear(h, self._layers[-1]), lambda d_output: self._pull_back(d_output, tape)
-
-    def _linear(self, h: Tensor, layer: _StackedLayer) -> Tensor:
-        z = self._round(h) @ layer.weight.transpose(1, 2)
-        return z if layer.bias is None else z + layer.bias
-
-    def _pull_back(self, d_output: Tensor, tape: list[tuple[Tensor, _Norm | None]]) -> Tensor:
-        d_h = self._round(d_output) @ self._layers[-1].weight
-        rows = zip(reversed(self._layers[:-1]), reversed(self.spec.layer_norm), reversed(tape))
-        for layer, placement, (z, norm) in rows:
-            if placement == "post":
-                assert norm is not None
-                d_h = layer_norm_vjp(d_h, norm)
-            d_z = d_h * activation_derivative(z, self.spec.activation)
-            if placement == "pre":
-                assert norm is not None
-                d_z = layer_norm_vjp(d_z, norm)
-            d_h = self._round(d_z) @ layer.weight
-        return d_h
-
-
-def time_block(spec: NetworkSpec, t: float | Tensor, batch_size: int, device: torch.device) -> Tensor:
-    """Time features [B, time_embedding_dim], float64; t is a number or [B, 1]."""
-    t = torch.as_tensor(t, dtype=torch.float64, device=device)
-    features = time_features(t.reshape(-1, 1), spec.time_embedding, spec.time_embedding_dim)
-    return features.expand(batch_size, -1)
-
-
-def ordered_blocks(spec: NetworkSpec, named: dict[str, Tensor]) -> list[Tensor]:
-    """The input blocks in the order of the first layer's columns."""
-    return [named[block] for block in spec.input_order]
-
 
 # ---------------------------------------------------------------- one step, row by row
 

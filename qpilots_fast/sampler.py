@@ -199,7 +199,7 @@ class SteeredSampler(nn.Module):
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}; expected an integer >= 1.")
         if self._spec is None:
-            chosen = self._composite_backend(self._device(), torch.float32)
+            chosen = backends.for_networks(self.backend, self.precision, self._device(), torch.float32)
             return Explanation("reference loop, packed networks on " + chosen.name, {}, batch_size, None)
         rows = batch_size * self.steering.num_candidates
         chosen, passed = backends.choose(self.backend, self._spec, self._device(), rows)
@@ -326,10 +326,8 @@ class SteeredSampler(nn.Module):
         )  # fmt: skip
 
     def _run_mixed(self, obs: Any, noise: Tensor, eps: Tensor | None) -> RawSample:
-        chosen = self._composite_backend(noise.device, noise.dtype)
-        net = composite_evaluators(
-            self.flow, self.critic, self.posterior, self.steering, chosen, self._composite_precision(chosen), obs
-        )
+        chosen = backends.for_networks(self.backend, self.precision, noise.device, noise.dtype)
+        net = composite_evaluators(self.flow, self.critic, self.posterior, self.steering, chosen, self.precision, obs)
         bounds = (self.action_low, self.action_high)
         return reference.sample(net, self.steering, self.num_steps, noise, eps, bounds)
 
@@ -355,23 +353,6 @@ class SteeredSampler(nn.Module):
             warnings.warn(f"qpilots_fast falls back to the unfused reference backend ({reasons}).", stacklevel=4)
         return chosen
 
-    def _composite_backend(self, device: torch.device, dtype: torch.dtype) -> Backend:
-        """Where the packed networks run when others are callables."""
-        if self.backend != "auto":
-            return backends.get(self.backend)
-        if dtype == torch.float64:
-            return backends.get("reference")
-        native = "cpu" if device.type == "cpu" else "triton"
-        usable = backends.unavailable_reason(native) is None and self.precision in backends.get(native).precisions
-        return backends.get(native if usable else "reference")
-
-    def _composite_precision(self, chosen: Backend) -> str:
-        if self.precision not in chosen.precisions:
-            raise BackendUnavailable(
-                f"backend {chosen.name!r} has no precision {self.precision!r}; it has {', '.join(chosen.precisions)}."
-            )
-        return self.precision
-
     def _q_values(self, obs: Any, actions: Tensor) -> Tensor | None:
         if self.critic is None:
             return None
@@ -381,8 +362,8 @@ class SteeredSampler(nn.Module):
             from . import ops
 
             return ops.critic_values(obs, actions, self.critic, backend=self.backend)
-        chosen = self._composite_backend(actions.device, actions.dtype)
-        precision = self.precision if self.precision in chosen.precisions else "float32"
+        chosen = backends.for_networks(self.backend, self.precision, actions.device, actions.dtype)
+        precision = self.precision
         handle = chosen.prepare(self.critic.bound(), precision)
         named = {"obs": obs.to(actions.dtype).contiguous(), "actions": actions.contiguous()}
         blocks = reference.ordered_blocks(self.critic.spec, named)

@@ -360,3 +360,10 @@ def test_float64_with_a_callable(mixed):
     actions, info = SteeredSampler(flow, critic, case.steering)(case.obs, case.noise, return_info=True)
     assert actions.dtype == info.q_values.dtype == torch.float64
     assert (actions - case.run("reference")).abs().max() < 1e-12
+
+
+def test_precision_that_no_backend_here_has():
+    case = make_case()
+    for flow in (case.flow, lambda *a: case.flow(*a)):
+        with pytest.raises(BackendUnavailable, match="tf32"):
+            SteeredSampler(flow, case.critic, case.steering, precision="tf32")(case.obs, case.noise)

@@ -19,6 +19,7 @@ __all__ = [
     "Footprint",
     "RawSample",
     "choose",
+    "for_networks",
     "get",
     "unavailable_reason",
 ]
@@ -69,6 +70,30 @@ def get(name: str) -> Backend:
         )
     backend = _load(name)
     assert isinstance(backend, Backend)
+    return backend
+
+
+def for_networks(name: str, precision: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend that runs single networks: for operators, and beside networks that are the user's own callables.
+
+    Raises:
+        TypeError: float64 inputs on a backend, asked for by name, that computes in float32.
+        BackendUnavailable: where a named backend cannot run, or lacks the precision.
+    """
+    if dtype == torch.float64 and name not in ("auto", "reference"):
+        raise TypeError(
+            f"inputs are float64, but backend {name!r} computes in float32; expected float32 inputs (.float()), or "
+            "backend='reference'."
+        )
+    if name == "auto":
+        native = "cpu" if device.type == "cpu" else "triton"
+        usable = unavailable_reason(native) is None and precision in get(native).precisions
+        name = native if usable and dtype != torch.float64 else "reference"
+    backend = get(name)
+    if precision not in backend.precisions:
+        raise BackendUnavailable(
+            f"backend {name!r} has no precision {precision!r}; it has {', '.join(backend.precisions)}."
+        )
     return backend
 
 
