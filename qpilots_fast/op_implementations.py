@@ -85,9 +85,20 @@ def _posterior_weights_reference(
     return reference.posterior_weights(tensors[0], tau, q_scale)
 
 
-def _steer_step_reference(
+def _steer_step_reference(tensors: Sequence[Tensor], parameters: Sequence[Tensor], *args: Any) -> Tensor:
+    def network(spec: NetworkSpec, precision: str, backend: str) -> _NetworkCall:
+        dtype = compute_dtype(precision, tensors[1])
+        return reference.ReferenceNetwork(bind(spec, parameters), dtype, precision)
+
+    return _steer_step(tensors, network, *args)
+
+
+_NetworkCall = Callable[[Sequence[Tensor]], tuple[Tensor, reference.Pullback]]  # as ReferenceNetwork is called
+
+
+def _steer_step(
     tensors: Sequence[Tensor],
-    parameters: Sequence[Tensor],
+    network: Callable[[NetworkSpec, str, str], _NetworkCall],
     dt: float,
     spec_json: str,
     steering_json: str,
@@ -98,22 +109,16 @@ def _steer_step_reference(
 ) -> Tensor:
     obs, noisy_actions, v, t = tensors
     steering, spec = Steering.from_json(steering_json), network_spec_from_json(spec_json)
-    network = reference.ReferenceNetwork(bind(spec, parameters), compute_dtype(precision, noisy_actions), precision)
+    columns = spec.block_slices["actions"]
+    call = network(spec, precision, backend)
 
     def critic(a: Tensor) -> tuple[Tensor, reference.Pullback]:
-        q, pullback = network(reference.ordered_blocks(spec, {"obs": obs, "actions": a}))
-        columns = spec.block_slices["actions"]
-        return q.squeeze(-1), lambda weights: pullback(weights.unsqueeze(-1))[..., columns].sum(0)
+        q, pullback = call(reference.ordered_blocks(spec, {"obs": obs, "actions": a}))
+        return q.squeeze(-1).to(a.dtype), lambda weights: pullback(weights.unsqueeze(-1))[..., columns].sum(0)
 
-    return _one_step(noisy_actions, v, t, dt, critic, steering, (low, high))
-
-
-def _one_step(
-    x: Tensor, v: Tensor, t: Tensor, dt: float, critic: Any, steering: Steering, bounds: tuple[float, float]
-) -> Tensor:
     net = reference.Evaluators(flow=lambda *_: (v, lambda d: d), critic=critic)
-    g, std = reference.steering_gradient(net, steering, x, v, lambda d: d, t, None, bounds)
-    return x + dt * reference.steer_velocity(v, g, steering, std)[0]
+    g, std = reference.steering_gradient(net, steering, noisy_actions, v, lambda d: d, t, None, (low, high))
+    return noisy_actions + dt * reference.steer_velocity(v, g, steering, std)[0]
 
 
 def _sample_reference(
@@ -203,29 +208,21 @@ def _pessimistic_q_forward(
     return reference.aggregate(q_values, aggregation, rho)
 
 
-def _steer_step_forward(
-    tensors: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    dt: float,
-    spec_json: str,
-    steering_json: str,
-    low: float,
-    high: float,
-    precision: str,
-    backend: str,
-) -> Tensor:
-    obs, noisy_actions, v, t = tensors
-    spec, steering = network_spec_from_json(spec_json), Steering.from_json(steering_json)
-    chosen = _network_backend(backend, precision, noisy_actions)
-    handle = chosen.prepare(bind(spec, [p.detach() for p in parameters]), precision)
+def _steer_step_forward(tensors: Sequence[Tensor], parameters: Sequence[Tensor], *args: Any) -> Tensor:
+    def network(spec: NetworkSpec, precision: str, backend: str) -> _NetworkCall:
+        chosen = _network_backend(backend, precision, tensors[1])
+        handle = chosen.prepare(bind(spec, [p.detach() for p in parameters]), precision)
 
-    def critic(a: Tensor) -> tuple[Tensor, reference.Pullback]:
-        blocks = _blocks(spec, {"obs": obs, "actions": a}, noisy_actions)
-        q = chosen.forward(handle, blocks, precision).squeeze(-1).to(a.dtype)
-        columns = spec.block_slices["actions"]
-        return q, lambda weights: chosen.vjp(handle, blocks, weights.unsqueeze(-1).contiguous(), precision)[:, columns]
+        def call(blocks: Sequence[Tensor]) -> tuple[Tensor, reference.Pullback]:
+            named = dict(zip(spec.input_order, blocks))
+            ready = _blocks(spec, named, tensors[1])
+            return chosen.forward(handle, ready, precision), lambda d: chosen.vjp(
+                handle, ready, d.contiguous(), precision
+            ).unsqueeze(0)  # already summed over the members
 
-    return _one_step(noisy_actions, v, t, dt, critic, steering, (low, high))
+        return call
+
+    return _steer_step(tensors, network, *args)
 
 
 def _sample_forward(
