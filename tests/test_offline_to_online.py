@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+
+from qpilots_fast.objectives import td_loss
 
 pytest.importorskip("ogbench")
 TASK = "pointmaze-medium-navigate-singletask-task1-v0"
@@ -27,7 +30,7 @@ def example(tmp_path_factory):
     """The example's modules and a dataset of three short episodes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT))
-        from examples.offline_to_online import config, generate, report, run, tasks
+        from examples.offline_to_online import config, generate, pretrain, report, run, speed, sweep, tasks
 
         data = tmp_path_factory.mktemp("data") / "maze.npz"
         generate.generate("pointmaze-medium-navigate-v0", 3, data, steps=40)
@@ -40,7 +43,11 @@ def example(tmp_path_factory):
             )  # fmt: skip
             return config.Config(**(defaults | changes))
 
-        yield dict(config=config, run=run, tasks=tasks, report=report, settings=settings)
+        flow = tmp_path_factory.mktemp("pretrained") / "flow.safetensors"
+        pretrain.pretrain(settings("bc", "unused"), flow, steps=4, posterior_steps=2, batch_size=8, rate=1e-3)
+        modules = (config, pretrain, report, run, speed, sweep, tasks)
+        names = {module.__name__.rpartition(".")[2]: module for module in modules}
+        yield names | dict(settings=settings, flow=str(flow), data=str(data))
 
 
 def test_fifty_tasks_are_named(example):
@@ -58,7 +65,7 @@ def test_chunks_stop_at_a_success_and_stay_in_their_episode(example):
         "rewards": masks * -1, "masks": masks, "terminals": np.array([0, 0, 0, 0, 1, 0, 0, 1], np.float32),
     }  # fmt: skip
     buffer = example["tasks"].ReplayBuffer(rows, chunk=2, discount=0.5, capacity=4, seed=0)
-    assert buffer.starts == [0, 1, 2, 5]
+    assert buffer.starts.tolist() == [0, 1, 2, 5]
     batch = buffer.sample(64)
     expected = {0: (-1.5, 0.25), 1: (-1.0, 0.0), 2: (0.0, 0.0), 5: (-1.5, 0.25)}
     for obs, actions, reward, discount, next_obs in zip(*(v.tolist() for v in vars(batch).values())):
@@ -95,3 +102,90 @@ def test_a_run_goes_on_from_its_checkpoint_exactly(example, tmp_path):
             assert torch.equal(p, q), name
     with pytest.raises(ValueError, match="other settings of num_critics"):
         example["run"].Run(settings("qpilots_m", tmp_path / "part", num_critics=3)).go()
+
+
+@pytest.mark.parametrize("method", ["bc", "qpilots_m", "fql", "fbrac"])
+def test_a_pretrained_flow_stays_as_it_is_except_under_fbrac(example, method, tmp_path):
+    config = example["settings"](method, tmp_path, pretrained=example["flow"])
+    run = example["run"].Run(config)
+    frozen = {"flow", "posterior", "slow_posterior"} if method != "fbrac" else set()
+    before = {name: [p.clone() for p in network.parameters()] for name, network in run.agent.networks.items()}
+    with safe_open(example["flow"], "pt") as file:
+        assert torch.equal(run.agent.flow.output.weight, file.get_tensor("flow.output.weight"))
+    run.go()
+    for name, parameters in before.items():
+        moved = any(not torch.equal(p, q) for p, q in zip(parameters, run.agent.networks[name].parameters()))
+        assert moved == (name not in frozen and method != "bc"), name
+    rows = list(csv.DictReader((config.folder / "eval.csv").open()))
+    assert [(row["phase"], row["step"]) for row in rows] == [("offline", "3"), ("online", "10")]
+    resumed = example["run"].Run(config)
+    resumed.go()
+    assert list(csv.DictReader((config.folder / "eval.csv").open())) == rows
+
+
+def test_a_pretrained_file_of_another_shape_is_refused(example, tmp_path):
+    with pytest.raises(ValueError, match="holds no flow of this run's shape"):
+        example["run"].Run(example["settings"]("bc", tmp_path, pretrained=example["flow"], hidden_dim=16))
+
+
+def test_the_target_of_the_critics_is_that_of_the_library(example, tmp_path):
+    """The agent splits td_loss to compile the regression alone; loss and gradients are those of td_loss."""
+    settings = example["settings"]("qpilots_u", tmp_path, pretrained=example["flow"], initial_value=-7.0)
+    run = example["run"].Run(settings)
+    agent, batch = run.agent, run.buffer.sample(8)
+    torch.nn.init.normal_(agent.target.weights[-1])
+    state = agent.generator.get_state()
+    expected = td_loss(
+        agent.critic, agent.target, batch.obs, batch.actions, batch.rewards, batch.discounts, batch.next_obs,
+        sampler=agent.act, rho=settings.rho,
+    )  # fmt: skip
+    agent.generator.set_state(state)
+    assert agent.update(batch)["critic_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def sweep_flags(example, out, *more):
+    tiny = dict(
+        task=None, method=None, data=example["data"], out=str(out), chunk=5, offline_steps=2, online_steps=6,
+        batch_size=8, hidden_dim=8, hidden_layers=2, critic_dim=8, critic_layers=2, num_critics=2, num_steps=3,
+        eval_every=100, eval_episodes=1, pretrained_folder=str(out / "pretrained"), pretrain_steps=2, posterior_steps=1,
+    )  # fmt: skip
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in tiny.items() if value is not None]
+    return [*flags, "--no-compile", "--no-autocast", "--tasks", TASK, *more]
+
+
+def test_a_sweep_skips_what_is_finished_or_locked(example, tmp_path, capsys):
+    sweep, out = example["sweep"], tmp_path / "out"
+    flags = sweep_flags(example, out, "--methods", "bc", "qpilots_u", "--seeds", "0", "1")
+    with sweep.lock(out / TASK / "qpilots_u" / "seed0" / "lock", wait=False) as mine:
+        assert mine
+        sweep.main(flags)
+    assert len(list(out.glob("*/*/*/finished.json"))) == 3
+    before = (out / TASK / "bc" / "seed1" / "eval.csv").read_text()
+    sweep.main(flags)
+    assert len(list(out.glob("*/*/*/finished.json"))) == 4
+    assert (out / TASK / "bc" / "seed1" / "eval.csv").read_text() == before
+    assert "4 runs, 3 finished" in capsys.readouterr().out
+    example["report"].write_table(out, tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert "| task | bc | qpilots_u |" in table and "2 episodes of 2 seeds" in table
+    example["report"].plot(out, tmp_path)
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_a_sweep_is_ordered_by_seed_then_task_then_method(example):
+    queue = example["sweep"].queue(
+        {"preset": "bench"}, list(example["config"].BENCH_TASKS), ["bc", "qgf"], [0, 1], set()
+    )
+    assert len(queue) == 24
+    assert [(c.seed, c.method) for c in queue[:3]] == [(0, "bc"), (0, "qgf"), (0, "bc")]
+    assert [c.seed for c in queue] == [0] * 12 + [1] * 12
+
+
+def test_speed_compares_both_samplers_in_both_phases(example, tmp_path, monkeypatch):
+    presets = {"bench": dict(hidden_dim=8, hidden_layers=2, num_critics=2, num_steps=2, batch_size=8)}
+    monkeypatch.setattr(example["speed"], "PRESETS", presets)
+    monkeypatch.setattr(example["speed"], "VARIANTS", dict(list(example["speed"].VARIANTS.items())[:2]))
+    example["speed"].main(["--out", str(tmp_path), "--presets", "bench", "--methods", "qpilots_u", "--seconds", "0.01"])
+    rows = list(csv.DictReader((tmp_path / "speed.csv").open()))
+    assert [(row["sampler"], row["phase"]) for row in rows[:2]] == [("eager", "offline"), ("eager", "online")]
+    assert len(rows) == 4 and all(float(row["updates_per_s"]) > 0 for row in rows)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qpilots_fast import CriticEnsemble, FlowMLP, MetaFlowMap, SteeredSampler, Steering
-from qpilots_fast.objectives import flow_matching_loss, meta_flow_map_loss, polyak_update, td_loss
+from qpilots_fast import CriticEnsemble, FlowMLP, MetaFlowMap, SteeredSampler, Steering, ops
+from qpilots_fast.objectives import flow_matching_loss, meta_flow_map_loss, polyak_update, td_target
 from qpilots_fast.reference import aggregate
 
 from .config import Config
+from .pretrain import load_pretrained, new_flow, new_posterior
 from .tasks import Batch
 
 
@@ -30,22 +34,31 @@ def steering_of(config: Config) -> Steering:
 class Agent:
     """A behaviour-cloned flow and pessimistic critics whose TD target takes the method's own next action.
 
-    Its networks are in `networks`, their optimisers in `optimisers`; `update` makes one step of each.
+    Its networks are in `networks`, their optimisers in `optimisers`; `update` makes one step of each. With
+    config.pretrained the flow and the posterior come from that file and have no optimiser.
     """
+
+    trains_flow = False  # whether the method changes a pretrained flow
 
     def __init__(self, config: Config, obs_dim: int, action_dim: int) -> None:
         self.config = config
-        hidden = (config.hidden_dim,) * config.hidden_layers
         self.generator = torch.Generator().manual_seed(config.seed)
         torch.manual_seed(config.seed)
-        self.flow = FlowMLP(obs_dim, action_dim, hidden)
-        self.critic = CriticEnsemble(obs_dim, action_dim, config.num_critics, hidden)
+        self.flow = new_flow(config, obs_dim, action_dim)
+        self.critic = CriticEnsemble(obs_dim, action_dim, config.num_critics, config.critic_hidden)
+        nn.init.constant_(self.critic.biases[-1], config.initial_value)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.networks: dict[str, nn.Module] = {"flow": self.flow, "critic": self.critic, "target": self.target}
         self.posterior: MetaFlowMap | None = None
         self.slow_posterior: MetaFlowMap | None = None
         if config.method == "qpilots_m":
-            self.posterior = MetaFlowMap(obs_dim, action_dim, hidden, time_embedding="fourier", time_embedding_dim=16)
+            self.posterior = new_posterior(config, obs_dim, action_dim)
+        pretrained: dict[str, nn.Module] = {"flow": self.flow}
+        if self.posterior is not None:
+            pretrained["posterior"] = self.posterior
+        if config.pretrained is not None:
+            load_pretrained(config.pretrained, pretrained)
+        if self.posterior is not None:
             self.slow_posterior = copy.deepcopy(self.posterior).requires_grad_(False)
             self.networks |= {"posterior": self.posterior, "slow_posterior": self.slow_posterior}
         # the slow critics steer: they are also the ones that judge the action
@@ -53,13 +66,29 @@ class Agent:
             self.flow, self.target, steering_of(config), posterior=self.slow_posterior, num_steps=config.num_steps,
             backend=config.backend, precision=config.precision,
         )  # fmt: skip
+        self._regression = self._compiled(self._critic_loss)
         self.optimisers: dict[str, torch.optim.Optimizer] = {}
         for name in ("flow", "critic", "posterior"):
             self._optimise(name)
+        if config.pretrained is not None:
+            self.freeze(*(name for name in pretrained if not (self.trains_flow and name == "flow")))
+
+    def freeze(self, *names: str) -> None:
+        """Leaves these networks as they are from now on."""
+        for name in names:
+            if self.optimisers.pop(name, None) is not None:
+                self.networks[name].requires_grad_(False)
+
+    @property
+    def learns(self) -> bool:
+        """Whether `update` changes anything: not for bc over a pretrained flow."""
+        return self.config.method != "bc" or "flow" in self.optimisers
 
     def _optimise(self, name: str) -> None:
         if name in self.networks:
-            self.optimisers[name] = torch.optim.Adam(self.networks[name].parameters(), self.config.learning_rate)
+            self.optimisers[name] = torch.optim.Adam(
+                self.networks[name].parameters(), self.config.learning_rate, fused=True
+            )
 
     def act(self, obs: Tensor) -> Tensor:
         """Actions [B, A] at obs [B, S]."""
@@ -70,41 +99,67 @@ class Agent:
         loss.backward()
         self.optimisers[name].step()
 
-    def update(self, batch: Batch) -> dict[str, float]:
+    def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step of everything; returns what to log."""
         logs = self.update_policy(batch)
         if self.config.method != "bc":
-            loss = td_loss(
-                self.critic, self.target, batch.obs, batch.actions, batch.rewards, batch.discounts, batch.next_obs,
-                sampler=self.act, rho=self.config.rho,
-            )  # fmt: skip
+            with torch.no_grad():
+                target = td_target(
+                    self._target_values, batch.rewards, batch.discounts, batch.next_obs, self.act(batch.next_obs),
+                    rho=self.config.rho,
+                )  # fmt: skip
+            loss = self._regression(batch.obs, batch.actions, target)
             self._step("critic", loss)
             polyak_update(self.target, self.critic, self.config.polyak)
-            logs["critic_loss"] = float(loss.detach())
+            logs |= {"critic_loss": loss.detach(), "target_mean": target.mean()}
         return logs
 
-    def update_policy(self, batch: Batch) -> dict[str, float]:
-        """Behaviour cloning of the flow, and for QPILOTS-M distillation of its posterior."""
-        loss = flow_matching_loss(self.flow, batch.obs, batch.actions, generator=self.generator)
-        self._step("flow", loss)
-        logs = {"flow_loss": float(loss.detach())}
-        if self.posterior is not None:
-            assert self.slow_posterior is not None
+    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function) if self.config.compile else function
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.autocast)
+
+    def _target_values(self, obs: Tensor, actions: Tensor) -> Tensor:
+        return ops.critic_values(obs, actions, self.target, backend=self.config.backend)
+
+    def _critic_loss(self, obs: Tensor, actions: Tensor, target: Tensor) -> Tensor:
+        """Regression of all members on the TD target: td_loss, its target already at hand."""
+        with self._autocast():
+            q = self.critic(obs, actions)
+        return (q.float() - target).square().mean()
+
+    def update_policy(self, batch: Batch) -> dict[str, Tensor]:
+        """Behaviour cloning of the flow, and for QPILOTS-M distillation of its posterior, where they are not frozen."""
+        logs = {}
+        if "flow" in self.optimisers:
+            loss = flow_matching_loss(self.flow, batch.obs, batch.actions, generator=self.generator)
+            self._step("flow", loss)
+            logs["flow_loss"] = loss.detach()
+        if "posterior" in self.optimisers:
+            assert self.posterior is not None and self.slow_posterior is not None
             loss = meta_flow_map_loss(
                 self.posterior, self.flow, batch.obs, batch.actions, generator=self.generator
             )  # fmt: skip
             self._step("posterior", loss)
             polyak_update(self.slow_posterior, self.posterior, self.config.posterior_polyak)
-            logs["posterior_loss"] = float(loss.detach())
+            logs["posterior_loss"] = loss.detach()
         return logs
 
     def noise(self, like: Tensor) -> Tensor:
         """Standard normal, of the agent's own generator."""
         return torch.randn(like.shape, generator=self.generator)
 
+    @contextmanager
+    def _fixed_critic(self) -> Iterator[None]:
+        """Gradients of the actions alone."""
+        self.critic.requires_grad_(False)
+        yield
+        self.critic.requires_grad_(True)
+
     def normalised_value(self, obs: Tensor, actions: Tensor) -> Tensor:
         """Mean of Qbar over the batch, divided by the batch's mean |Qbar|."""
-        q = aggregate(self.critic(obs, actions), "pessimistic", self.config.rho)
+        q = aggregate(self.critic(obs, actions).float(), "pessimistic", self.config.rho)
         return q.mean() / q.detach().abs().mean().clamp(min=1e-6)
 
 
@@ -116,6 +171,7 @@ class OneStepAgent(Agent):
         self.student = FlowMLP(obs_dim, action_dim, (config.hidden_dim,) * config.hidden_layers)
         self.networks["student"] = self.student
         self._optimise("student")
+        self._student_losses = self._compiled(self._losses)
 
     def _student(self, obs: Tensor, noise: Tensor) -> Tensor:
         return self.student(obs, noise, 0.0)  # the time column is unused
@@ -125,28 +181,47 @@ class OneStepAgent(Agent):
         with torch.no_grad():
             return self._student(obs, noise).clamp(-1, 1)
 
-    def update_policy(self, batch: Batch) -> dict[str, float]:
+    def update_policy(self, batch: Batch) -> dict[str, Tensor]:
         logs = super().update_policy(batch)
         noise = self.noise(batch.actions)
         teacher = self.sampler(batch.obs, noise)
-        actions = self._student(batch.obs, noise)
-        distillation = (actions - teacher).square().mean()
-        value = self.normalised_value(batch.obs, actions.clamp(-1, 1))
+        with self._fixed_critic():
+            distillation, value = self._student_losses(batch.obs, noise, teacher)
         self._step("student", self.config.distill_weight * distillation - value)
-        return logs | {"distillation_loss": float(distillation.detach())}
+        return logs | {"distillation_loss": distillation.detach(), "policy_value": value.detach()}
+
+    def _losses(self, obs: Tensor, noise: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        with self._autocast():
+            actions = self._student(obs, noise).float()
+            value = self.normalised_value(obs, actions.clamp(-1, 1))
+        return (actions - teacher).square().mean(), value
 
 
 class BackpropagationAgent(Agent):
     """Trains the flow through all of its K Euler steps, beside behaviour cloning (the family of FBRAC)."""
 
-    def update_policy(self, batch: Batch) -> dict[str, float]:
-        cloning = flow_matching_loss(self.flow, batch.obs, batch.actions, generator=self.generator)
-        x, count = self.noise(batch.actions), self.config.num_steps
-        for k in range(count):
-            x = x + self.flow(batch.obs, x, k / count) / count
-        value = self.normalised_value(batch.obs, x.clamp(-1, 1))
+    trains_flow = True
+
+    def __init__(self, config: Config, obs_dim: int, action_dim: int) -> None:
+        super().__init__(config, obs_dim, action_dim)
+        self._flow_losses = self._compiled(self._losses)
+
+    def _losses(self, obs: Tensor, data: Tensor, noise: Tensor, t: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        with self._autocast():
+            cloning = flow_matching_loss(self.flow, obs, data, noise=noise, t=t)
+            x, count = start, self.config.num_steps
+            for k in range(count):
+                x = x + self.flow(obs, x, torch.full_like(t, k / count)).float() / count
+            value = self.normalised_value(obs, x.clamp(-1, 1))
+        return cloning, value
+
+    def update_policy(self, batch: Batch) -> dict[str, Tensor]:
+        noise, start = self.noise(batch.actions), self.noise(batch.actions)
+        t = torch.rand(len(noise), 1, generator=self.generator)
+        with self._fixed_critic():
+            cloning, value = self._flow_losses(batch.obs, batch.actions, noise, t, start)
         self._step("flow", cloning - self.config.value_weight * value)
-        return {"flow_loss": float(cloning.detach()), "policy_value": float(value.detach())}
+        return {"flow_loss": cloning.detach(), "policy_value": value.detach()}
 
 
 def make_agent(config: Config, obs_dim: int, action_dim: int) -> Agent:

@@ -30,7 +30,7 @@ def save(path: Path, agent: Agent, buffer: ReplayBuffer, counters: dict[str, Any
         "counters": json.dumps(counters),
         "config": agent.config.to_json(),
         "sampling": json.dumps(buffer.rng.bit_generator.state),
-        "starts": json.dumps([int(s) for s in buffer.starts if s >= buffer.offline_size]),
+        "starts": json.dumps(buffer.starts[buffer.starts >= buffer.offline_size].tolist()),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".writing")

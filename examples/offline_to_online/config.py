@@ -7,7 +7,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 METHODS = ("bc", "best_of_n", "qpilots_u", "qpilots_m", "qgf", "fql", "fbrac")
 
@@ -69,6 +69,11 @@ class Config:
         alpha: steering strength; for qgf its absolute weight.
         distill_weight: FQL's weight of distillation, against the normalised value.
         value_weight: FBRAC's weight of the normalised value, against behaviour cloning.
+        pretrained: file of pretrain.py; its flow (and posterior) then stay as they are, except that fbrac trains on.
+        critic_dim, critic_layers: of the critics; 0 takes hidden_dim and hidden_layers.
+        initial_value: what the critics say at first; near the tasks' values, TD need not climb down from 0.
+        compile, autocast: torch.compile and bfloat16 autocast for the critics' regression.
+        eval_seed: of the evaluation's first episode at seed 0; each further seed has its own thousand.
         online_capacity: rows of the environment that are kept; later ones are not added.
         backend: of the sampler; "reference" is the eager PyTorch loop that the native one is compared with.
     """
@@ -96,10 +101,17 @@ class Config:
     num_steps: int = 10
     distill_weight: float = 1.0
     value_weight: float = 0.1
+    pretrained: str | None = None
+    critic_dim: int = 0
+    critic_layers: int = 0
+    initial_value: float = 0.0
+    compile: bool = False
+    autocast: bool = False
     sparse: bool = False
     normalise_obs: bool = True
     eval_every: int = 50_000
     eval_episodes: int = 50
+    eval_seed: int = 1_000_000
     checkpoint_every: int = 50_000
     log_every: int = 500
     online_capacity: int = 1_000_000
@@ -120,6 +132,16 @@ class Config:
         return self.chunk or (ENVIRONMENTS | MORE_ENVIRONMENTS)[split_task(self.task)[0]][1]
 
     @property
+    def critic_hidden(self) -> tuple[int, ...]:
+        """Widths of the critics' hidden layers."""
+        return (self.critic_dim or self.hidden_dim,) * (self.critic_layers or self.hidden_layers)
+
+    @property
+    def total_steps(self) -> int:
+        """Gradient steps of both phases."""
+        return self.offline_steps + self.online_steps
+
+    @property
     def folder(self) -> Path:
         """Where this run writes."""
         return Path(self.out) / self.task / self.method / f"seed{self.seed}"
@@ -128,28 +150,55 @@ class Config:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
 
-SMALL = {
-    "offline_steps": 10_000, "online_steps": 2_000, "hidden_dim": 256, "hidden_layers": 3, "eval_every": 5_000,
-    "eval_episodes": 20, "checkpoint_every": 2_500,
+PRESETS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "small": {
+        "offline_steps": 10_000, "online_steps": 2_000, "hidden_dim": 256, "hidden_layers": 3, "eval_every": 5_000,
+        "eval_episodes": 20, "checkpoint_every": 2_500,
+    },
+    "bench": {
+        "offline_steps": 3_000, "online_steps": 1_000, "hidden_dim": 256, "hidden_layers": 3, "critic_dim": 128,
+        "critic_layers": 2, "num_steps": 5, "precision": "bfloat16", "chunk": 5, "learning_rate": 1e-3,
+        "initial_value": -50.0, "compile": True, "autocast": True, "alpha": 0.2, "num_samples": 2, "candidates": 8,
+        "eval_every": 1_500, "eval_episodes": 20, "log_every": 100, "checkpoint_every": 100_000,
+    },
 }  # fmt: skip
+# what a method changes in a preset: the bench's were chosen on cube-single task 2, with other seeds than its own
+METHOD_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {"bench": {"qgf": {"alpha": 0.1}}}
+
+BENCH_TASKS = (*_names({"cube-single": ("play", 5)}), "scene-play-singletask-task1-v0")
 
 
-def parse_config(argv: list[str] | None = None, description: str | None = None) -> Config:
-    """A flag for each field of Config; --preset small changes the defaults."""
+def make_parser(description: str | None, skip: tuple[str, ...] = ()) -> argparse.ArgumentParser:
+    """A flag for each field of Config outside `skip`, unset by default, and --preset."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--preset", choices=("full", "small"), default="full")
-    parser.add_argument("--list-tasks", action="store_true")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="full")
     types = get_type_hints(Config)
     for field in dataclasses.fields(Config):
+        if field.name in skip:
+            continue
         flag = "--" + field.name.replace("_", "-")
         if types[field.name] is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction)
         else:
             kind = types[field.name] if types[field.name] in (int, float, str) else str
             parser.add_argument(flag, type=kind, choices=METHODS if field.name == "method" else None)
+    return parser
+
+
+def config_of(given: dict[str, Any]) -> Config:
+    """A Config of what `make_parser` read: the preset, changed by the flags that were given."""
+    changes = {name: value for name, value in given.items() if value is not None and name != "preset"}
+    of_method = METHOD_SETTINGS.get(given["preset"], {}).get(changes.get("method", Config.method), {})
+    return Config(**(PRESETS[given["preset"]] | of_method | changes))
+
+
+def parse_config(argv: list[str] | None = None, description: str | None = None) -> Config:
+    """The command line of one run."""
+    parser = make_parser(description)
+    parser.add_argument("--list-tasks", action="store_true")
     given = vars(parser.parse_args(argv))
-    preset = SMALL if given.pop("preset") == "small" else {}
     if given.pop("list_tasks"):
         print("\n".join(ALL_TASKS))
         raise SystemExit
-    return Config(**(preset | {name: value for name, value in given.items() if value is not None}))
+    return config_of(given)

@@ -8,13 +8,15 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
 from qpilots_fast.ogbench_cube import wilson_interval
+
+from .config import METHODS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -31,7 +33,8 @@ def read(folder: Path) -> tuple[dict[Key, dict[int, list[dict[str, Any]]]], dict
         key = (config["task"], config["method"])
         for row in csv.DictReader(path.open()):
             evaluations[key][int(row["step"])].append(row)
-        rates = sorted(float(row["updates_per_s"]) for row in csv.DictReader((path.parent / "train.csv").open()))
+        train = path.parent / "train.csv"  # none where nothing was trained
+        rates = sorted(float(row["updates_per_s"]) for row in csv.DictReader(train.open())) if train.exists() else []
         if rates:
             speeds[key].append(rates[len(rates) // 2])
     return evaluations, speeds
@@ -43,45 +46,117 @@ def pooled(rows: list[dict[str, Any]]) -> tuple[float, float, float]:
     return (successes / episodes, *wilson_interval(successes, episodes))
 
 
+def last_of_phase(steps: dict[int, list[dict[str, Any]]], phase: str) -> int | None:
+    """The step of the last evaluation of a phase."""
+    return max((step for step, rows in steps.items() if rows[0]["phase"] == phase), default=None)
+
+
+def short(task: str) -> str:
+    """A task's name without what all of them share."""
+    return task.replace("-singletask", "").replace("-play", "").replace("-navigate", "").replace("-v0", "")
+
+
+def _markdown(rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+
+
+def wide_table(evaluations: dict[Key, dict[int, list[dict[str, Any]]]], phase: str) -> list[list[str]]:
+    """A row a task, a column a method: percent of successes [95 % interval]; last, all tasks' episodes together.
+
+    A method that lacks a task has no entry in the last row.
+    """
+
+    def entry(rows: list[dict[str, Any]]) -> str:
+        rate, low, high = (100 * value for value in pooled(rows))
+        return f"{rate:.0f} [{low:.0f}, {high:.0f}]"
+
+    tasks = sorted({task for task, _ in evaluations})
+    methods = [method for method in METHODS if any(name == method for _, name in evaluations)]
+    together: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    table, counts = [["task", *methods]], Counter[str]()
+    for task in tasks:
+        row = [short(task)]
+        for method in methods:
+            steps = evaluations.get((task, method), {})
+            last = last_of_phase(steps, phase)
+            row.append("" if last is None else entry(steps[last]))
+            if last is not None:
+                together[method] += steps[last]
+                counts[method] += 1
+        table.append(row)
+    if len(tasks) > 1:
+        table.append(["all", *(entry(together[m]) if counts[m] == len(tasks) else "" for m in methods)])
+    return table
+
+
 def write_table(folder: Path, out: Path) -> None:
-    """table.csv and Markdown on the terminal: the end of each phase."""
+    """table.csv, a line a task, method and phase; table.md, a wide table a phase."""
     evaluations, speeds = read(folder)
     table: list[list[object]] = []
     for (task, method), steps in sorted(evaluations.items()):
         for phase in ("offline", "online"):
-            last = max((step for step, rows in steps.items() if rows[0]["phase"] == phase), default=None)
+            last = last_of_phase(steps, phase)
             if last is None:
                 continue
             rate, low, high = pooled(steps[last])
             seeds, rates = len(steps[last]), speeds[task, method]
+            episodes = sum(int(row["episodes"]) for row in steps[last])
             speed = f"{sum(rates) / len(rates):.1f}" if rates else ""
-            table.append([task, method, phase, last, seeds, f"{rate:.3f}", f"{low:.3f}", f"{high:.3f}", speed])
-    head = ["task", "method", "phase", "step", "seeds", "success", "low", "high", "updates_per_s"]
+            table.append([task, method, phase, last, seeds, episodes, *(f"{v:.3f}" for v in (rate, low, high)), speed])
+    head = ["task", "method", "phase", "step", "seeds", "episodes", "success", "low", "high", "updates_per_s"]
     with (out / "table.csv").open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([head, *table])
-    lines: list[list[object]] = [[*head], ["---"] * len(head), *table]
-    for row in lines:
-        print("| " + " | ".join(str(value) for value in row) + " |")
+    lines: list[str] = []
+    for phase in ("offline", "online"):
+        counts = sorted({(row[4], row[5]) for row in table if row[2] == phase})
+        seeds = ", ".join(f"{episodes} episodes of {count} seeds" for count, episodes in counts)
+        lines += [f"After {phase} training, % of successes [95 % Wilson interval]; an entry is {seeds}:", ""]
+        lines += [*_markdown(wide_table(evaluations, phase)), ""]
+    (out / "table.md").write_text("\n".join(lines))
+    print("\n".join(lines))
 
 
 def plot(folder: Path, out: Path) -> None:
-    """One panel a task: pooled success against gradient steps, shaded by its interval."""
+    """One panel a task: pooled success against gradient steps, with its interval; the online phase is shaded."""
     evaluations, _ = read(folder)
     tasks = sorted({task for task, _ in evaluations})
-    figure, axes = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.4), squeeze=False, sharey=True)
-    for axis, task in zip(axes[0], tasks):
-        for (name, method), steps in sorted(evaluations.items()):
-            if name == task:
-                at = sorted(steps)
-                rate, low, high = zip(*(pooled(steps[step]) for step in at))
-                (line,) = axis.plot(at, rate, marker=".", label=method)
-                axis.fill_between(at, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
-        axis.set(title=task.replace("-singletask", "").replace("-v0", ""), xlabel="gradient steps", ylim=(-0.02, 1.02))
-        axis.title.set_fontsize(9)
-    axes[0, 0].set_ylabel("success")
-    axes[0, -1].legend(fontsize=7)
-    figure.tight_layout()
+    columns = min(3, len(tasks))
+    count = -(-len(tasks) // columns)
+    figure, axes = plt.subplots(
+        count, columns, figsize=(4.2 * columns, 3.1 * count + 0.5), squeeze=False, sharex=True, sharey=True
+    )
+    lines = {}
+    for axis, task in zip(axes.flat, tasks):
+        ends, starts = [], []
+        for index, method in enumerate(METHODS):
+            steps = evaluations.get((task, method), {})
+            if not steps:
+                continue
+            at = sorted(steps)
+            rate, low, high = zip(*(pooled(steps[step]) for step in at))
+            shift = 0.006 * (index - 3) * at[-1]  # bars side by side
+            error = [[r - a for r, a in zip(rate, low)], [b - r for r, b in zip(rate, high)]]
+            lines[method] = axis.errorbar(
+                [step + shift for step in at], rate, error, marker=".", color=f"C{index}", linewidth=1.4,
+                elinewidth=0.6, linestyle="--" if method == "bc" else "-",
+            )  # fmt: skip
+            starts.append(last_of_phase(steps, "offline"))
+            ends.append(at[-1])
+        known = [start for start in starts if start is not None]
+        if known and max(ends) > max(known):
+            axis.axvspan(max(known), max(ends), color="0.92", zorder=0)
+        axis.set_title(short(task), fontsize=10)
+        axis.set_ylim(-0.02, 1.02)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(tasks) :]:
+        axis.set_visible(False)
+    figure.supxlabel("gradient steps (shaded: online)", fontsize=10)
+    figure.supylabel("success", fontsize=10)
+    names = [method for method in METHODS if method in lines]
+    figure.legend([lines[name] for name in names], names, loc="upper center", ncols=len(names), fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 0.95 if count > 1 else 0.9))
     figure.savefig(out / "curves.png", dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:

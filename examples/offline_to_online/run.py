@@ -24,7 +24,7 @@ from qpilots_fast.ogbench_cube import wilson_interval
 from . import checkpoint
 from .agents import Agent, make_agent
 from .config import Config, parse_config
-from .tasks import ReplayBuffer, load_rows, make_env
+from .tasks import ReplayBuffer, load_rows, make_env, normalisation
 
 
 class CsvLog:
@@ -62,8 +62,7 @@ class Run:
         rows = load_rows(config, self.env)
         self.mean, self.std = np.zeros(1, np.float32), np.ones(1, np.float32)
         if config.normalise_obs:
-            self.mean = rows["observations"].mean(0)
-            self.std = np.maximum(rows["observations"].std(0), 1e-2)
+            self.mean, self.std = normalisation(rows["observations"])
         rows["observations"] = self.normalised(rows["observations"])
         chunk = config.action_chunk
         capacity = min(
@@ -78,7 +77,7 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(self.folder))
-        self.sums: dict[str, float] = {}
+        self.sums: dict[str, Any] = {}
         self.since = time.perf_counter()
 
     def normalised(self, obs: np.ndarray) -> np.ndarray:
@@ -96,17 +95,17 @@ class Run:
         self.counters["step"] += 1
         step, every = self.counters["step"], self.config.log_every
         for name, value in logs.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value / every
+            self.sums[name] = self.sums.get(name, 0.0) + value  # a tensor: no wait for its number
         if step % every == 0:
             seconds = time.perf_counter() - self.since
             self.counters["seconds"] += seconds
-            row = {"step": step, "seconds": self.counters["seconds"], "updates_per_s": every / seconds} | self.sums
+            row = {"step": step, "seconds": self.counters["seconds"], "updates_per_s": every / seconds}
+            row |= {name: float(total) / every for name, total in self.sums.items()}
             self.train_log.add({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
             for name, value in row.items() if self.board else ():
                 self.board.add_scalar(f"train/{name}", value, step)
             self.sums, self.since = {}, time.perf_counter()
-        total = self.config.offline_steps + self.config.online_steps
-        if step % self.config.eval_every == 0 or step in (self.config.offline_steps, total):
+        if step % self.config.eval_every == 0 or step in (self.config.offline_steps, self.config.total_steps):
             self.evaluate()
 
     def maybe_save(self) -> None:
@@ -128,7 +127,7 @@ class Run:
 
     def online(self) -> None:
         """Episodes in the environment, one update for each of its steps."""
-        end = self.config.offline_steps + self.config.online_steps
+        end = self.config.total_steps
         with tqdm(
             desc="online", total=self.config.online_steps, initial=self.counters["step"] - self.config.offline_steps,
             mininterval=1,
@@ -183,7 +182,7 @@ class Run:
         self.agent.generator.manual_seed(self.config.seed + 77)  # the same noise at every evaluation
         for episode in range(self.config.eval_episodes):
             np.random.seed(episode)
-            obs, _ = self.eval_env.reset(seed=1_000_000 + episode)
+            obs, _ = self.eval_env.reset(seed=self.config.eval_seed + 1_000 * self.config.seed + episode)
             done, success, length = False, False, 0
             while not done:
                 chunk = self.agent.act(self.observe(obs)).reshape(self.config.action_chunk, -1).numpy()
@@ -215,14 +214,24 @@ class Run:
         path = self.folder / "checkpoint.safetensors"
         if path.exists():
             self.counters = checkpoint.load(path, self.agent, self.buffer)
-            for log in (self.train_log, self.eval_log):
-                log.drop_after(self.counters["step"])
             tqdm.write(f"going on from step {self.counters['step']}")
+        for log in (self.train_log, self.eval_log):
+            log.drop_after(self.counters["step"])
         self.since = time.perf_counter()
-        if self.counters["step"] < self.config.offline_steps:
-            self.offline()
-        self.online()
+        if not self.agent.learns:
+            self.judge()
+        else:
+            if self.counters["step"] < self.config.offline_steps:
+                self.offline()
+            self.online()
         self.save()
+
+    def judge(self) -> None:
+        """Evaluations at the end of both phases, for a policy that neither changes."""
+        for step in (self.config.offline_steps, self.config.total_steps):
+            if self.counters["step"] < step:
+                self.counters["step"] = step
+                self.evaluate()
 
 
 def main(argv: list[str] | None = None) -> None:

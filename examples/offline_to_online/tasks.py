@@ -68,6 +68,11 @@ def load_rows(config: Config, env: Any) -> dict[str, np.ndarray]:
     return {key: np.asarray(rows[key], dtype=np.float32) for key in keys}
 
 
+def normalisation(observations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation, the latter not below 0.01."""
+    return observations.mean(0), np.maximum(observations.std(0), 1e-2)
+
+
 class ReplayBuffer:
     """Rows of episodes, of which chunks that stay inside one episode are sampled.
 
@@ -91,14 +96,26 @@ class ReplayBuffer:
         last = np.full(self.size, self.size - 1)
         if len(ends):
             last = ends[np.minimum(np.searchsorted(ends, np.arange(self.size)), len(ends) - 1)]
-        self.starts: list[int] = np.flatnonzero(np.arange(self.size) + chunk <= last).tolist()
+        starts = np.flatnonzero(np.arange(self.size) + chunk <= last)
+        self._starts = np.concatenate([starts, np.zeros(capacity, starts.dtype)])
+        self._count = self._offline_count = len(starts)
+        self._powers = (discount ** np.arange(chunk)).astype(np.float32)
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Rows that begin a chunk."""
+        return self._starts[: self._count]
+
+    def _add_starts(self, starts: np.ndarray) -> None:
+        self._starts[self._count : self._count + len(starts)] = starts
+        self._count += len(starts)
 
     def add_episode(self, episode: dict[str, np.ndarray]) -> None:
         """Appends an episode's rows; its last row holds only the last observation."""
         count = min(len(episode["actions"]), len(self.rows["actions"]) - self.size)
         for key, value in episode.items():
             self.rows[key][self.size : self.size + count] = value[:count]
-        self.starts.extend(range(self.size, self.size + count - self.chunk))
+        self._add_starts(np.arange(self.size, self.size + count - self.chunk))
         self.size += count
 
     def restore(self, online: dict[str, np.ndarray], starts: list[int]) -> None:
@@ -106,7 +123,8 @@ class ReplayBuffer:
         self.size = self.offline_size + len(online["actions"])
         for key, value in online.items():
             self.rows[key][self.offline_size : self.size] = value
-        self.starts = [s for s in self.starts if s < self.offline_size] + starts
+        self._count = self._offline_count
+        self._add_starts(np.asarray(starts, self._starts.dtype))
 
     def online_rows(self) -> dict[str, np.ndarray]:
         """What was appended, for a checkpoint."""
@@ -114,11 +132,11 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int) -> Batch:
         """A batch of chunks, offline and online rows alike."""
-        index = np.asarray([self.starts[i] for i in self.rng.integers(len(self.starts), size=batch_size)])
+        index = self._starts[self.rng.integers(self._count, size=batch_size)]
         steps = index[:, None] + np.arange(self.chunk)
         masks = self.rows["masks"][steps]
         alive = np.cumprod(np.concatenate([np.ones_like(masks[:, :1]), masks], axis=1), axis=1)  # solved before step i
-        rewards = (self.rows["rewards"][steps] * alive[:, :-1] * self.discount ** np.arange(self.chunk)).sum(1)
+        rewards = (self.rows["rewards"][steps] * alive[:, :-1] * self._powers).sum(1)
         return Batch(
             obs=torch.from_numpy(self.rows["observations"][index]),
             actions=torch.from_numpy(self.rows["actions"][steps].reshape(batch_size, -1)),
