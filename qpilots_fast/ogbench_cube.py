@@ -2,7 +2,8 @@
 
 Trained by examples/ogbench_cube/train.py on scripted play data. The critics see the state and the way from the cube
 to its goal; the flow is given the same columns but its weights on the goal are zero: the base policy does not know
-the task, and only steering makes it useful.
+the task, and only steering makes it useful. The same holds for the meta flow map of examples/ogbench_cube/
+train_posterior.py, which draws the flow's clean actions for QPILOTS-M.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .networks import CriticEnsemble, FlowMLP
+from .networks import CriticEnsemble, FlowMLP, MetaFlowMap
 
 ASSETS = Path(__file__).parent / "assets" / "ogbench_cube"
 CHUNK = 5  # environment steps a chunk, executed open loop
@@ -45,12 +46,19 @@ def goal_features(state: np.ndarray, goal_xyz: np.ndarray) -> np.ndarray:
 
 @dataclass
 class CubePolicy:
-    """Flow, critics and the state's normalisation."""
+    """Flow, critics and the state's normalisation; a meta flow map of the flow where QPILOTS-M is wanted."""
 
     flow: FlowMLP
     critic: CriticEnsemble
     mean: np.ndarray  # [28]
     std: np.ndarray  # [28]
+    posterior: MetaFlowMap | None = None
+
+    @property
+    def networks(self) -> dict[str, FlowMLP | CriticEnsemble | MetaFlowMap]:
+        """By the prefix of their tensors in the file."""
+        networks: dict[str, FlowMLP | CriticEnsemble | MetaFlowMap] = {"flow": self.flow, "critic": self.critic}
+        return networks if self.posterior is None else networks | {"posterior": self.posterior}
 
     def obs(self, state: np.ndarray, goal_xyz: np.ndarray) -> Tensor:
         """[B, S] of raw states [B, 28] and goals [B, 3] in metres."""
@@ -62,10 +70,9 @@ class CubePolicy:
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"flow.{k}": v for k, v in self.flow.state_dict().items()}
-        tensors |= {f"critic.{k}": v for k, v in self.critic.state_dict().items()}
+        tensors = {f"{name}.{k}": v for name, net in self.networks.items() for k, v in net.state_dict().items()}
         save_file({k: v.to(torch.bfloat16).contiguous() for k, v in tensors.items()}, folder / "policy.safetensors")
-        config = {
+        config: dict[str, Any] = {
             "flow_hidden_dims": self.flow.spec.hidden_dims,
             "critic_hidden_dims": self.critic.spec.hidden_dims,
             "num_critics": self.critic.spec.num_members,
@@ -73,11 +80,14 @@ class CubePolicy:
             "state_std": [round(float(v), 6) for v in self.std],
             "about": about,
         }
+        if self.posterior is not None:
+            names = ("hidden_dims", "time_embedding", "time_embedding_dim")
+            config["posterior"] = {name: getattr(self.posterior.spec, name) for name in names}
         (folder / "policy.json").write_text(json.dumps(config, indent=1) + "\n")
 
     @staticmethod
     def load(folder: Path = ASSETS) -> CubePolicy:
-        """Reads what `save` wrote, in float32."""
+        """Reads what `save` wrote, in float32; a file without a posterior gives a policy without one."""
         from safetensors.torch import load_file
 
         config = json.loads((folder / "policy.json").read_text())
@@ -85,8 +95,10 @@ class CubePolicy:
             tuple(config["flow_hidden_dims"]), tuple(config["critic_hidden_dims"]), config["num_critics"],
             np.asarray(config["state_mean"]), np.asarray(config["state_std"]),
         )  # fmt: skip
+        if "posterior" in config:
+            policy.posterior = MetaFlowMap(OBS_DIM, ACTION_DIM, **config["posterior"])
         tensors = {k: v.float() for k, v in load_file(folder / "policy.safetensors").items()}
-        for name, network in (("flow", policy.flow), ("critic", policy.critic)):
+        for name, network in policy.networks.items():
             network.load_state_dict({k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(name + ".")})
             network.requires_grad_(False)
         return policy

@@ -63,6 +63,12 @@ class PlayData:
         """Starts the sampling anew."""
         self.rng = np.random.default_rng(seed)
 
+    def keep_episodes(self, first: int, last: int | None) -> None:
+        """From now on draws transitions of episodes [first:last] alone, as Python slices."""
+        episodes = range(int(self.episode[-1]) + 1)[first:last]
+        chosen = self.episode[self.starts]
+        self.starts = self.starts[(chosen >= episodes.start) & (chosen < episodes.stop)]
+
     def _find_resting_places(self) -> None:
         moved = np.linalg.norm(np.diff(self.cube, axis=0, prepend=self.cube[:1]), axis=1)
         rest = (self.cube[:, 2] < REST_HEIGHT) & (moved < REST_SPEED)

@@ -16,6 +16,7 @@ PANELS = (  # file, columns, axis label, log scale
     ("critic_curve.csv", ("critic_loss", "value_loss"), "implicit Q-learning losses", True),
     ("critic_curve.csv", ("q_mean",), "mean Q of the data", False),
     ("critic_curve.csv", ("q_std",), "std over the critics", False),
+    ("posterior_curve.csv", ("loss",), "meta flow map loss", True),
 )
 
 

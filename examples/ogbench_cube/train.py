@@ -27,14 +27,17 @@ INITIAL_VALUE = -40.0  # a goal some 50 steps away; the values need not climb do
 
 
 class Log:
-    """Running means of what is logged, as CSV rows and on the screen."""
+    """Running means of what is logged, as CSV rows and on the screen; after > 0 keeps the rows up to that step."""
 
-    def __init__(self, path: Path, fields: tuple[str, ...]) -> None:
+    def __init__(self, path: Path, fields: tuple[str, ...], after: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in csv.DictReader(path.open()) if int(row["step"]) <= after] if after else []
         self.file = path.open("w", newline="")
         self.writer = csv.DictWriter(self.file, ("step", "seconds", *fields))
         self.writer.writeheader()
-        self.start, self.sums, self.count = time.perf_counter(), dict.fromkeys(fields, 0.0), 0
+        self.writer.writerows(kept)
+        self.start = time.perf_counter() - (float(kept[-1]["seconds"]) if kept else 0.0)
+        self.sums, self.count = dict.fromkeys(fields, 0.0), 0
 
     def add(self, step: int, **values: Tensor) -> None:
         self.count += 1
@@ -162,7 +165,7 @@ def main() -> None:
         if args.only == "flow":
             policy.critic = trained.critic
         else:
-            policy.flow = trained.flow
+            policy.flow, policy.posterior = trained.flow, trained.posterior
     # each part seeds itself, so that --only gives what the whole run gives
     if args.only != "critic":
         train_flow(policy, data, args)
