@@ -25,6 +25,7 @@ from .steering import Steering
 ALPHAS = (0.05, 0.1, 0.2, 0.3, 0.5)
 DEFAULT_ALPHA = 0.2  # of the table's bold row and the timings; the paper's default, not picked from this run
 CANDIDATES = 16
+DRAWS = 4  # posterior draws of QPILOTS-M, the paper's number
 VALUE_STATES = 512  # observations of the unsteered policy at which all methods' actions are valued
 RHO = 0.5
 NEEDED = {"ogbench": "ogbench", "rich": "rich", "matplotlib": "matplotlib", "safetensors": "safetensors"}
@@ -58,20 +59,38 @@ class Outcome:
         return wilson_interval(int(self.rollouts.success.sum()), self.rollouts.success.size)
 
 
-def standard_methods(alphas: tuple[float, ...] = ALPHAS) -> list[Method]:
-    """Unsteered, best-of-n, and QPILOTS-U over the strengths; the unsteered policy first."""
+def draws_method(num_samples: int = DRAWS, alpha: float = DEFAULT_ALPHA) -> Method:
+    """QPILOTS-M with the policy's meta flow map."""
+    steering = Steering.qpilots_m(alpha, rho=RHO, num_samples=num_samples)
+    return Method(f"QPILOTS-M  alpha {alpha:g}, N={num_samples}", steering)
+
+
+def standard_methods(alphas: tuple[float, ...] = ALPHAS, posterior: bool = True) -> list[Method]:
+    """Unsteered, best-of-n, QPILOTS-U over the strengths, and QPILOTS-M where the policy has a posterior."""
     return [
         Method("unsteered", Steering.unsteered()),
         Method(f"best of {CANDIDATES}", Steering.best_of_n(CANDIDATES, aggregation="pessimistic")),
         *(Method(f"QPILOTS-U  alpha {alpha:g}", Steering.qpilots_u(alpha, rho=RHO)) for alpha in alphas),
+        *([draws_method()] if posterior else []),
     ]
+
+
+def sampler_of(policy: CubePolicy, steering: Steering, backend: str, precision: str = "float32") -> SteeredSampler:
+    """The policy's networks behind one frozen sampler."""
+    posterior = policy.posterior if steering.estimate == "mfm" else None
+    sampler = SteeredSampler(
+        policy.flow, policy.critic, steering, posterior=posterior, backend=backend, precision=precision
+    )
+    return sampler.freeze()
 
 
 def mean_value(policy: CubePolicy, sampler: SteeredSampler, obs: Tensor, seed: int) -> float:
     """Mean pessimistic value of the sampler's actions at obs [B, S], with the same noise for every sampler."""
-    noise = torch.randn(len(obs), policy.flow.spec.action_dim, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(obs), policy.flow.spec.action_dim, generator=generator)
     with torch.no_grad():
-        return float(aggregate(policy.critic(obs, sampler(obs, noise)), "pessimistic", RHO).mean())
+        actions = sampler(obs, noise, generator=generator)
+        return float(aggregate(policy.critic(obs, actions), "pessimistic", RHO).mean())
 
 
 def compare(
@@ -91,9 +110,10 @@ def compare(
     """
     value_obs: Tensor | None = None
     for method in methods:
-        sampler = SteeredSampler(policy.flow, policy.critic, method.steering, backend=backend).freeze()
+        sampler = sampler_of(policy, method.steering, backend)
+        act = partial(sampler, generator=torch.Generator().manual_seed(seed))  # of posterior draws alone
         limit = {} if max_steps is None else {"max_steps": max_steps}
-        rollouts = tasks.rollout(policy, sampler, rounds, seed, on_round=partial(on_round, method), **limit)
+        rollouts = tasks.rollout(policy, act, rounds, seed, on_round=partial(on_round, method), **limit)
         if value_obs is None:
             seen = torch.stack(rollouts.obs)
             value_obs = seen[:: max(1, len(seen) // VALUE_STATES)][:VALUE_STATES].contiguous()
@@ -102,7 +122,7 @@ def compare(
 
 def time_per_action(policy: CubePolicy, backend: str, steering: Steering, precision: str, seconds: float) -> float:
     """Median seconds of one call at B = 1 with frozen weights."""
-    sampler = SteeredSampler(policy.flow, policy.critic, steering, backend=backend, precision=precision).freeze()
+    sampler = sampler_of(policy, steering, backend, precision)
     generator = torch.Generator().manual_seed(0)
     obs = torch.randn(1, policy.flow.spec.obs_dim, generator=generator)
     noise = torch.randn(1, policy.flow.spec.action_dim, generator=generator)
@@ -110,38 +130,48 @@ def time_per_action(policy: CubePolicy, backend: str, steering: Steering, precis
     deadline = time.perf_counter() + seconds
     with torch.inference_mode():
         for _ in range(3):
-            sampler(obs, noise)
+            sampler(obs, noise, generator=generator)
         while len(times) < 5 or time.perf_counter() < deadline:
             start = time.perf_counter()
-            sampler(obs, noise)
+            sampler(obs, noise, generator=generator)
             times.append(time.perf_counter() - start)
     return statistics.median(times)
 
 
-def timings(policy: CubePolicy, seconds: float) -> list[tuple[str, str, float | str, float | str]]:
-    """(backend, precision, unsteered, QPILOTS-U) of each backend: seconds, or why it does not run."""
-    rows: list[tuple[str, str, float | str, float | str]] = []
+@dataclass(frozen=True)
+class Timing:
+    """A backend's seconds per action chunk by method, or why it does not run."""
+
+    backend: str
+    precision: str
+    seconds: dict[str, float]
+    absent: str = ""
+
+
+def timings(policy: CubePolicy, seconds: float) -> list[Timing]:
+    """Unsteered, QPILOTS-U and, where the policy has a posterior, QPILOTS-M on each backend."""
+    methods = {"unsteered": Steering.unsteered(), "QPILOTS-U": Steering.qpilots_u(DEFAULT_ALPHA, rho=RHO)}
+    if policy.posterior is not None:
+        methods[f"QPILOTS-M, N={DRAWS}"] = draws_method().steering
+    rows: list[Timing] = []
     for name in backends.BACKENDS:
         reason = backends.unavailable_reason(name)
         if reason is not None:
-            rows.append((name, "-", reason, ""))
+            rows.append(Timing(name, "-", {}, reason))
             continue
         for precision in ("float32", "bfloat16"):
             if precision == "bfloat16" and (name == "reference" or precision not in backends.get(name).precisions):
                 continue
             try:
-                plain, steered = (
-                    time_per_action(policy, name, steering, precision, seconds)
-                    for steering in (Steering.unsteered(), Steering.qpilots_u(DEFAULT_ALPHA))
-                )
-                rows.append((name, precision, plain, steered))
+                times = {key: time_per_action(policy, name, s, precision, seconds) for key, s in methods.items()}
+                rows.append(Timing(name, precision, times))
             except BackendUnavailable as error:
-                rows.append((name, precision, str(error), ""))
+                rows.append(Timing(name, precision, {}, str(error)))
     return rows
 
 
 def plot(outcomes: list[Outcome], path: Path) -> None:
-    """Success with its interval, and critic value, against alpha; best-of-n as a line."""
+    """Success with its interval, and critic value, against alpha; best-of-n as a line, posterior draws as points."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -149,6 +179,7 @@ def plot(outcomes: list[Outcome], path: Path) -> None:
 
     curve = sorted((o for o in outcomes if o.method.alpha is not None), key=lambda o: o.method.alpha or 0.0)
     flat = [o for o in outcomes if o.method.alpha is None and not o.method.steering.steers]
+    drawn = [o for o in outcomes if o.method.steering.uses_posterior]
     alphas = [o.method.alpha for o in curve]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     low, high = zip(*(o.interval for o in curve))
@@ -158,6 +189,14 @@ def plot(outcomes: list[Outcome], path: Path) -> None:
     for axis, values in ((left, [o.rollouts.rate for o in flat]), (right, [o.value for o in flat])):
         for outcome, value in zip(flat, values):
             axis.axhline(value, color="tab:orange", linestyle="--", label=outcome.method.name)
+        for i, outcome in enumerate(drawn):  # a little apart, for their strengths are equal
+            at, style = outcome.method.steering.alpha + 0.006 * (i + 1), {"color": f"C{i + 2}", "marker": "s"}
+            if axis is left:
+                middle, (bottom, top) = outcome.rollouts.rate, outcome.interval
+                around = [[middle - bottom], [top - middle]]
+                axis.errorbar(at, middle, around, label=outcome.method.name, capsize=3, linestyle="", **style)
+            else:
+                axis.plot(at, outcome.value, label=outcome.method.name, linestyle="", **style)
         axis.set_xlabel("alpha (0 = unsteered)")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .demo import ALPHAS, DEFAULT_ALPHA, Method, Outcome, compare, plot, standard_methods, timings
+from .demo import ALPHAS, DEFAULT_ALPHA, DRAWS, Method, Outcome, Timing, compare, plot, standard_methods, timings
 from .ogbench_cube import EPISODE_STEPS, TASKS, CubePolicy, CubeTasks
 from .sampler import SteeredSampler
 from .steering import Steering
@@ -27,8 +27,7 @@ def results_table(outcomes: list[Outcome]) -> Table:
     for name in ("method", "success", "95 % interval", "steps", "critic value"):
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=name == "method")
     for outcome in outcomes:
-        steering = outcome.method.steering
-        bold = steering.steers and steering.alpha == DEFAULT_ALPHA
+        bold = outcome.method.alpha == DEFAULT_ALPHA
         low, high = outcome.interval
         table.add_row(
             outcome.method.name, _percent(outcome.rollouts.rate), f"{_percent(low)} to {_percent(high)}",
@@ -37,45 +36,50 @@ def results_table(outcomes: list[Outcome]) -> Table:
     return table
 
 
-def timings_table(rows: list[tuple[str, str, float | str, float | str]]) -> Table:
+def timings_table(rows: list[Timing]) -> Table:
     """Milliseconds an action of each backend that runs; the caption says why the others do not."""
-    absent = [f"{name}: {escape(reason)}" for name, _, reason, _ in rows if isinstance(reason, str)]
+    absent = [f"{row.backend}: {escape(row.absent)}" for row in rows if row.absent]
     table = Table(
-        title=f"Time per action chunk, batch of 1, median (QPILOTS-U at alpha {DEFAULT_ALPHA:g})",
+        title=f"Time per action chunk, batch of 1, median (steered at alpha {DEFAULT_ALPHA:g})",
         caption="\n".join(["not here:", *absent]) if absent else None, caption_justify="left",
     )  # fmt: skip
-    for name in ("backend", "precision", "unsteered", "QPILOTS-U"):
+    methods = next((row.seconds for row in rows if row.seconds), {})
+    for name in ("backend", "precision", *methods):
         table.add_column(name, justify="left" if name == "backend" else "right")
-    for name, precision, plain, steered in rows:
-        if isinstance(plain, float) and isinstance(steered, float):
-            table.add_row(name, precision, f"{1e3 * plain:.3f} ms", f"{1e3 * steered:.3f} ms")
+    for row in rows:
+        if row.seconds:
+            table.add_row(row.backend, row.precision, *(f"{1e3 * value:.3f} ms" for value in row.seconds.values()))
     return table
 
 
 def _conclusion(outcomes: list[Outcome]) -> str:
-    base, steered = outcomes[0], next(o for o in outcomes if o.method.steering.alpha == DEFAULT_ALPHA)
+    base, steered = outcomes[0], next(o for o in outcomes if o.method.alpha == DEFAULT_ALPHA)
     text = (
         f"The unsteered policy imitates aimless play and reaches the goal in {_percent(base.rollouts.rate)} of the "
         f"episodes. Steered by the critics at alpha {DEFAULT_ALPHA:g}, the same weights reach it in "
         f"{_percent(steered.rollouts.rate)}."
     )
+    drawn = next((o for o in outcomes if o.method.steering.uses_posterior), None)
+    if drawn is not None:
+        text += f" With {DRAWS} posterior draws a step (QPILOTS-M) it is {_percent(drawn.rollouts.rate)}."
     if steered.interval[0] > base.interval[1]:
-        return text + " The two 95 % intervals do not overlap."
-    return text + " With so few episodes the two 95 % intervals overlap; run more with --episodes."
+        return text + " The 95 % intervals of the first two do not overlap."
+    return text + " With so few episodes the 95 % intervals of the first two overlap; run more with --episodes."
 
 
 def run(args: argparse.Namespace) -> int:
     """The demo, once its packages are known to be there."""
     console, start = Console(), time.perf_counter()
     rounds = args.episodes or (2 if args.quick else 15)
-    methods = standard_methods((DEFAULT_ALPHA,) if args.quick else ALPHAS)
     policy = CubePolicy.load()
+    methods = standard_methods((DEFAULT_ALPHA,) if args.quick else ALPHAS, policy.posterior is not None)
     probe = SteeredSampler(policy.flow, policy.critic, Steering.qpilots_u(DEFAULT_ALPHA), backend=args.backend)
+    mapped = "" if policy.posterior is None else f", meta flow map {policy.posterior.spec.hidden_dims}"
     console.print(
         f"[bold]OGBench cube-single[/bold]: a UR5e arm moves a cube to a goal; {len(TASKS)} tasks, {rounds} episodes "
         f"each for {len(methods)} methods, at most {EPISODE_STEPS} steps an episode.\n"
         f"Policy: flow {policy.flow.spec.hidden_dims}, {policy.critic.spec.num_members} critics "
-        f"{policy.critic.spec.hidden_dims}, chunks of 5 actions; backend {probe.explain(len(TASKS)).backend}."
+        f"{policy.critic.spec.hidden_dims}{mapped}, chunks of 5 actions; backend {probe.explain(len(TASKS)).backend}."
     )
     with console.status("Starting five simulators"):
         tasks = CubeTasks()
@@ -85,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         "Critic value: mean - 0.5 std of the critics' estimate of the discounted steps still to go (0 at the goal, "
         "-100 never), of each method's actions at the same observations of the unsteered policy.\n"
     )
-    console.print(timings_table(timings(policy, 0.3 if args.quick else 1.0)))
+    console.print(timings_table(timings(policy, 0.3 if args.quick else 0.7)))
     picture = args.out / "qpilots_demo.png"
     plot(outcomes, picture)
     console.print(_conclusion(outcomes))
@@ -96,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
 def _with_progress(
     console: Console, policy: CubePolicy, tasks: CubeTasks, methods: list[Method], rounds: int, args: argparse.Namespace
 ) -> list[Outcome]:
-    columns = (TextColumn("{task.description:24}"), BarColumn(), TextColumn("{task.completed}/{task.total} episodes"))
+    columns = (TextColumn("{task.description:26}"), BarColumn(), TextColumn("{task.completed}/{task.total} episodes"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         bar = progress.add_task(methods[0].name, total=len(methods) * rounds * len(TASKS))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from qpilots_fast import SteeredSampler, Steering, demo
+from qpilots_fast import MetaFlowMap, SteeredSampler, Steering, demo
 from qpilots_fast.ogbench_cube import (
     ACTION_DIM,
     CUBE_OBS,
@@ -23,6 +24,8 @@ from qpilots_fast.ogbench_cube import (
     new_policy,
     wilson_interval,
 )
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "ogbench_cube"
 
 
 def test_wilson_interval_against_published_values():
@@ -41,7 +44,9 @@ def test_wilson_interval_against_published_values():
 
 def test_shipped_policy_ignores_the_goal_unless_steered():
     policy = CubePolicy.load()
-    assert torch.count_nonzero(policy.flow.hidden[0].weight[:, STATE_DIM:OBS_DIM]) == 0
+    assert policy.posterior is not None
+    for network in (policy.flow, policy.posterior):
+        assert torch.count_nonzero(network.hidden[0].weight[:, STATE_DIM:OBS_DIM]) == 0
     torch.manual_seed(0)
     obs, noise = torch.randn(4, OBS_DIM), torch.randn(4, ACTION_DIM)
     elsewhere = obs.clone()
@@ -63,14 +68,52 @@ def test_steering_raises_the_critics_value():
     assert values[0] < values[1] < values[2]
 
 
-def test_policy_survives_saving(tmp_path):
+@pytest.mark.parametrize("mapped", [False, True])
+def test_policy_survives_saving(tmp_path, mapped):
     policy = new_policy((8, 8), (8,), 3, np.zeros(STATE_DIM), np.ones(STATE_DIM))
+    if mapped:
+        policy.posterior = MetaFlowMap(OBS_DIM, ACTION_DIM, (8, 8), time_embedding="fourier", time_embedding_dim=6)
     policy.save(tmp_path, {"command": "test"})
     again = CubePolicy.load(tmp_path)
-    for old, new in ((policy.flow, again.flow), (policy.critic, again.critic)):
+    assert list(again.networks) == ["flow", "critic"] + ["posterior"] * mapped
+    for key, old in policy.networks.items():
+        assert again.networks[key].spec == old.spec
         for name, tensor in old.state_dict().items():
-            torch.testing.assert_close(new.state_dict()[name], tensor.to(torch.bfloat16).float())
+            torch.testing.assert_close(again.networks[key].state_dict()[name], tensor.to(torch.bfloat16).float())
     assert json.loads((tmp_path / "policy.json").read_text())["about"] == {"command": "test"}
+
+
+def test_shipped_map_draws_from_the_shipped_flows_posterior(monkeypatch):
+    pytest.importorskip("ogbench")
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    from check_posterior import errors, glass_draw
+
+    policy, draws = CubePolicy.load(), 32
+    plain = SteeredSampler(policy.flow, None, Steering.unsteered(), backend="reference")
+    obs = torch.stack(CubeTasks().rollout(policy, plain, rounds=1, seed=5, max_steps=40).obs)
+    torch.manual_seed(0)
+    start, t = torch.randn(len(obs), ACTION_DIM), torch.full((len(obs), 1), 0.3)
+    x = t * plain(obs, start) + (1 - t) * torch.randn_like(start)
+    obs, x, t = (value.repeat_interleave(draws, 0) for value in (obs, x, t))
+    noise = torch.randn_like(x)
+    with torch.no_grad():
+        got = errors(
+            policy.posterior(obs, noise, x, t).unflatten(0, (-1, draws)),
+            glass_draw(policy, 64)(obs, noise, x, t).unflatten(0, (-1, draws)),
+        )
+    # check_posterior.py finds 0.43, 0.21 and 1.03 at this time
+    assert got["draw error / std"] < 0.6 and got["mean error / std"] < 0.35
+    assert 0.9 < got["spread / true"] < 1.2
+
+
+def test_methods_of_the_table():
+    names = [method.name for method in demo.standard_methods()]
+    assert names[0] == "unsteered" and names[-1] == "QPILOTS-M  alpha 0.2, N=4"
+    steering = demo.standard_methods()[-1].steering
+    assert steering == Steering.qpilots_m() and demo.draws_method(16).steering.num_samples == 16
+    assert [m.name for m in demo.standard_methods(posterior=False)] == names[:-1]
+    # what is not on U's curve over alpha has no place on it
+    assert [m.alpha for m in demo.standard_methods((0.2,))] == [0.0, None, 0.2, None]
 
 
 def test_goal_features_vanish_at_the_goal():
@@ -104,17 +147,44 @@ def test_environment_goal_is_what_the_policy_is_shown():
 def test_rollouts_are_reproducible():
     pytest.importorskip("ogbench")
     policy, tasks = CubePolicy.load(), CubeTasks(tasks=(1, 3))
-    sampler = SteeredSampler(policy.flow, policy.critic, Steering.qpilots_u(0.2), backend="reference")
-    first, second = (tasks.rollout(policy, sampler, rounds=1, seed=11, max_steps=20) for _ in range(2))
-    assert len(first.obs) == len(second.obs) == 8
-    assert all(torch.equal(a, b) for a, b in zip(first.obs, second.obs))
-    assert first.success.shape == (1, 2)
+    methods = [*demo.standard_methods((0.2,))[2:]]  # U and M, whose posterior draws are random too
+    first, second = (
+        list(demo.compare(policy, tasks, methods, 1, seed=11, backend="reference", max_steps=20)) for _ in range(2)
+    )
+    assert len(methods) == len(first) == 2
+    for a, b in zip(first, second):
+        assert len(a.rollouts.obs) == len(b.rollouts.obs) == 8 and a.rollouts.success.shape == (1, 2)
+        assert all(torch.equal(x, y) for x, y in zip(a.rollouts.obs, b.rollouts.obs))
+        assert a.value == b.value
+    # every method meets the same starts
+    assert all(torch.equal(first[0].rollouts.obs[i], first[1].rollouts.obs[i]) for i in range(2))
+
+
+def test_timings_list_every_method():
+    policy = CubePolicy.load()
+    rows = [row for row in demo.timings(policy, 0.0) if row.seconds]
+    assert {row.backend for row in rows} >= {"reference"}
+    assert all(list(row.seconds) == ["unsteered", "QPILOTS-U", "QPILOTS-M, N=4"] for row in rows)
+    policy.posterior = None
+    assert all("QPILOTS-M, N=4" not in row.seconds for row in demo.timings(policy, 0.0))
+
+
+def test_evaluation_keeps_the_rows_it_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    import evaluate
+
+    table = (EXAMPLE / "evaluation.csv").read_text()
+    (tmp_path / "evaluation.csv").write_text(table)
+    known = evaluate.read_csv(tmp_path / "evaluation.csv", evaluate.evaluation_methods(demo.ALPHAS, True))
+    evaluate.write_csv(list(known.values()), tmp_path / "again.csv")
+    assert (tmp_path / "again.csv").read_text().splitlines() == table.splitlines()
+    assert evaluate.read_csv(tmp_path / "missing.csv", []) == {}
 
 
 @pytest.fixture
 def play_data(tmp_path, monkeypatch):
     """Two made-up episodes of 40 steps; in the first the cube is carried from (0.40, 0) to (0.45, 0.1)."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples" / "ogbench_cube"))
+    monkeypatch.syspath_prepend(str(EXAMPLE))
     steps = 40
     qpos = np.zeros((2 * steps, 21), np.float32)
     qpos[:, 14:17] = [0.40, 0.0, 0.02]
@@ -173,6 +243,39 @@ def test_play_goals_are_later_resting_places_and_chunks_stay_in_their_episode(pl
     np.testing.assert_allclose(np.unique(goals[:, :2].round(3), axis=0)[-1], [0.45, 0.1], atol=2e-3)
     obs, actions = data.sample_behaviour(8)
     assert torch.count_nonzero(obs[:, STATE_DIM:]) == 0 and actions.shape == (8, ACTION_DIM)
+    data.keep_episodes(-1, None)
+    assert set(data.starts) == set(range(40, 71))
+
+
+def test_map_training_resumes_where_it_stopped(play_data, tmp_path, monkeypatch):
+    data, _ = play_data
+    import train_posterior
+
+    monkeypatch.setattr(train_posterior, "CHECKPOINT_EVERY", 2)
+    policy = new_policy((8,), (8,), 2, np.zeros(STATE_DIM), np.ones(STATE_DIM))
+
+    def run(folder: str, steps: int = 6) -> MetaFlowMap:
+        args = Namespace(
+            out=tmp_path / folder, seed=0, steps=steps, batch=4, lr=1e-3, eager=True,
+            consistency="semigroup", consistency_weight=1.0, endpoint_fraction=0.3,
+        )  # fmt: skip
+        data.seed(0)
+        return train_posterior.train(policy, data, args)
+
+    def save_and_stop(state: train_posterior.Run, *rest: object) -> None:
+        save(state, *rest)
+        if state.step == 4:
+            raise KeyboardInterrupt
+
+    whole, save = run("whole"), train_posterior.Run.save
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_posterior.Run, "save", save_and_stop)
+        run("resumed")
+    resumed = run("resumed")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
+    assert torch.count_nonzero(whole.hidden[0].weight[:, STATE_DIM:OBS_DIM]) == 0
+    with pytest.raises(SystemExit, match="other settings of steps"):
+        run("whole", steps=8)
 
 
 @pytest.mark.slow
@@ -181,5 +284,5 @@ def test_quick_demo_runs(tmp_path, capsys):
         pytest.importorskip(module)
     assert demo.main(["--quick", "--episodes", "1", "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert "QPILOTS-U" in text and "best of" in text and "reference" in text
+    assert "QPILOTS-U" in text and "QPILOTS-M" in text and "best of" in text and "reference" in text
     assert (tmp_path / "qpilots_demo.png").stat().st_size > 10_000
