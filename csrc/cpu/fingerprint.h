@@ -20,7 +20,7 @@ static inline __attribute__((always_inline)) void mix_words(Words& lanes, const 
 static std::uint64_t fingerprint(const void* data, std::ptrdiff_t stride, int rows, std::ptrdiff_t bytes) {
   constexpr int kChains = 4;
   constexpr std::ptrdiff_t kBlock = kChains * static_cast<std::ptrdiff_t>(sizeof(Words));
-  constexpr std::ptrdiff_t kAhead = 4096;
+  constexpr std::ptrdiff_t kAhead = 16384;
   if (stride == bytes) {
     bytes *= rows;
     rows = 1;

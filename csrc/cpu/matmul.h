@@ -285,36 +285,24 @@ static constexpr int kChunk = 64;  // columns
 
 template <class F, int R, int NV, int N>
 static inline void backward_panel(Vec (&acc)[R][N], const char* w, const char* dy, std::ptrdiff_t stride,
-                                  std::ptrdiff_t next_panel, const char* ahead, int lines) {
+                                  const char* ahead, int lines) {
   constexpr int kUnits = N / F::kUnit;
   constexpr std::ptrdiff_t kPitch = NV * kVectorBytes;
-  if constexpr (R == 1) {  // bound by memory: weights in the order of their addresses, and the next panel's asked for
-    typename F::Gradient d[NV];
-    unroll<NV>([&](auto n) { d[n] = F::load_gradient(dy + n * Vec::kLanes * F::kDBytes); });
+  if constexpr (!F::kAskInSteps) {
+    for (int i = 0; i < lines; ++i) __builtin_prefetch(ahead + i * 64, 0, 2);
+  }
+  for (int n = 0; n < NV; ++n) {
+    if constexpr (F::kAskInSteps) {
+      unroll<(kUnits + 1) / 2>([&](auto i) { __builtin_prefetch(ahead + (n + i * NV) * 64, 0, 2); });
+    }
+    typename F::Gradient d[R];
+    unroll<R>([&](auto r) { d[r] = F::load_gradient(dy + r * stride); });
     unroll<kUnits>([&](auto u) {
-      unroll<NV>([&](auto n) {
-        const char* p = w + u * kPitch + n * kVectorBytes;
-        __builtin_prefetch(p + next_panel);
-        F::update(&acc[0][u * F::kUnit], F::load_weights(p), d[n]);
-      });
+      const typename F::Weights weights = F::load_weights(w + u * kPitch);
+      unroll<R>([&](auto r) { F::update(&acc[r][u * F::kUnit], weights, d[r]); });
     });
-  } else {
-    if constexpr (!F::kAskInSteps) {
-      for (int i = 0; i < lines; ++i) __builtin_prefetch(ahead + i * 64, 0, 2);
-    }
-    for (int n = 0; n < NV; ++n) {
-      if constexpr (F::kAskInSteps) {
-        unroll<(kUnits + 1) / 2>([&](auto i) { __builtin_prefetch(ahead + (n + i * NV) * 64, 0, 2); });
-      }
-      typename F::Gradient d[R];
-      unroll<R>([&](auto r) { d[r] = F::load_gradient(dy + r * stride); });
-      unroll<kUnits>([&](auto u) {
-        const typename F::Weights weights = F::load_weights(w + u * kPitch);
-        unroll<R>([&](auto r) { F::update(&acc[r][u * F::kUnit], weights, d[r]); });
-      });
-      w += kVectorBytes;
-      dy += Vec::kLanes * F::kDBytes;
-    }
+    w += kVectorBytes;
+    dy += Vec::kLanes * F::kDBytes;
   }
 }
 
@@ -323,7 +311,7 @@ static inline void backward_narrow_panel(Vec (&acc)[R][N], const char* w, int ve
                                          std::ptrdiff_t stride) {
   if constexpr (NV > 0) {
     if (vectors == NV) {
-      backward_panel<F, R, NV, N>(acc, w, dy, stride, 0, w, 0);
+      backward_panel<F, R, NV, N>(acc, w, dy, stride, w, 0);
     } else {
       backward_narrow_panel<F, R, NV - 1, N>(acc, w, vectors, dy, stride);
     }
@@ -347,8 +335,7 @@ static void backward_tile(const BackwardArgs& args, int row, int k, int turn, in
   const std::ptrdiff_t chunk = kChunk / F::kStep * kPanelVectors * kVectorBytes;
   const std::ptrdiff_t ahead = F::kAskInSteps && turn > 1 ? first : first + chunk + turn * lines * 64;
   for (int p = 0; p < full; ++p) {
-    backward_panel<F, R, kPanelVectors, N>(acc, w + first, dy, args.dy_stride, p + 1 < full ? panel_stride : 0,
-                                           w + ahead, lines);
+    backward_panel<F, R, kPanelVectors, N>(acc, w + first, dy, args.dy_stride, w + ahead, lines);
     w += panel_stride;
     dy += kPanelVectors * Vec::kLanes * F::kDBytes;
   }
@@ -362,7 +349,7 @@ static void backward_tile(const BackwardArgs& args, int row, int k, int turn, in
 
 template <class F, int R>
 static void backward_rows(const BackwardArgs& args, int rows, int row, int begin, int end, int turn, int turns) {
-  if constexpr (R > 0) {
+  if constexpr (R > 1) {
     if (rows == R) {
       constexpr int kColumns = tile_accumulators<F>(R) / F::kUnit * F::kColumns;
       for (int k = begin; k < end; k += kColumns) backward_tile<F, R>(args, row, k, turn, turns);
@@ -372,9 +359,69 @@ static void backward_rows(const BackwardArgs& args, int rows, int row, int begin
   }
 }
 
+// One row: bound by the weights' way from cache or memory, which is fastest in the order of their addresses. The
+// accumulators of many columns wait in the first-level cache meanwhile; each sums in the same order as in a tile.
+template <class F, int NV, int kPanels>
+static inline void backward_single_panel(const char* w, std::ptrdiff_t panel_stride, const char* dy, int units,
+                                         Vec* sums) {
+  typename F::Gradient d[NV * kPanels];
+  unroll<NV * kPanels>([&](auto n) { d[n] = F::load_gradient(dy + n * Vec::kLanes * F::kDBytes); });
+#pragma GCC unroll 4
+  for (int u = 0; u < units; ++u) {
+    Vec acc[F::kUnit];
+    unroll<F::kUnit>([&](auto i) { acc[i] = sums[u * F::kUnit + i]; });
+    unroll<NV * kPanels>(
+        [&](auto n) { F::update(acc, F::load_weights(w + n / NV * panel_stride + n % NV * kVectorBytes), d[n]); });
+    unroll<F::kUnit>([&](auto i) { sums[u * F::kUnit + i] = acc[i]; });
+    w += NV * kVectorBytes;
+  }
+}
+
+template <class F, int NV>
+static inline void backward_single_narrow(const char* w, int vectors, const char* dy, int units, Vec* sums) {
+  if constexpr (NV > 0) {
+    if (vectors == NV) {
+      backward_single_panel<F, NV, 1>(w, 0, dy, units, sums);
+    } else {
+      backward_single_narrow<F, NV - 1>(w, vectors, dy, units, sums);
+    }
+  }
+}
+
+template <class F>
+static void backward_single(const BackwardArgs& args) {
+  constexpr int N = tile_accumulators<F>(1), kColumns = N / F::kUnit * F::kColumns;  // of one store
+  constexpr int kSpan = 256;                                                         // columns: 16 kB of sums
+  const Block& block = *args.block;
+  Vec sums[kSpan / kColumns][1][N];
+  for (int k = args.k_begin; k < args.k_end; k += kSpan) {
+    const int stores = (args.k_end - k < kSpan ? args.k_end - k : kSpan) / kColumns;
+    const int units = stores * N / F::kUnit;
+    for (int i = 0; i < stores * N; ++i) sums[i / N][0][i % N] = Vec(0.0f);
+    const int full = block.out_padded / block.panel_width;
+    int p = 0;
+    for (; p + 1 < full; p += 2) {
+      backward_single_panel<F, kPanelVectors, 2>(
+          args.weights + p * block.panel_stride + k / F::kStep * kPanelVectors * kVectorBytes, block.panel_stride,
+          static_cast<const char*>(args.dy) + p * kPanelVectors * Vec::kLanes * F::kDBytes, units, &sums[0][0][0]);
+    }
+    for (; p < block.panels; ++p) {
+      const int vectors = panel_vectors(block, p);
+      const char* w = args.weights + p * block.panel_stride + k / F::kStep * vectors * kVectorBytes;
+      const char* dy = static_cast<const char*>(args.dy) + p * kPanelVectors * Vec::kLanes * F::kDBytes;
+      backward_single_narrow<F, kPanelVectors>(w, vectors, dy, units, &sums[0][0][0]);
+    }
+    for (int i = 0; i < stores; ++i) F::store(sums[i], args.dx + k + i * kColumns, args.dx_stride);
+  }
+}
+
 // Columns in chunks whose weights (all outputs) stay in the second-level cache while every row block visits them.
 template <class F>
 static void backward(const BackwardArgs& args) {
+  if (args.rows == 1) {
+    backward_single<F>(args);
+    return;
+  }
   const int turns = (args.rows + F::kBackwardRows - 1) / F::kBackwardRows;
   for (int k = args.k_begin; k < args.k_end; k += kChunk) {
     const int end = k + kChunk < args.k_end ? k + kChunk : args.k_end;
