@@ -191,7 +191,7 @@ def make_plan(options: argparse.Namespace) -> list[tuple[str, str, int]]:
 
 def judge(session: Session) -> list[Verdict]:
     """Every requirement of the table, ratios first."""
-    verdicts = targets.judge_ratios(session.cells, session.precisions)
+    verdicts = targets.judge_ratios(session.cells, session.precisions, session.peaks)
     verdicts += targets.judge_limits(session.cells, session.peaks, session.precisions)
     backend = native_backend()
     for precision in session.precisions:

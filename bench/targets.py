@@ -75,8 +75,22 @@ def find(cells: Sequence[Cell], method: str, batch_size: int, case: str = "paper
     return None
 
 
-def judge_ratios(cells: Sequence[Cell], precisions: Sequence[str] = ("float32", "bfloat16")) -> list[Verdict]:
-    """A verdict for every target of these precisions whose cell was measured."""
+def _ceiling(cell: Cell, precision: str, peer_s: float, peaks: Peaks | None) -> str:
+    """The ratio that a call at this machine's limits would reach, and what limits it."""
+    floor = cell.floor_s(precision, peaks)
+    if floor is None or peaks is None or not peaks.dram_bytes or "float32" not in cell.weight_bytes:
+        return ""
+    look = cell.weight_bytes["float32"] / peaks.dram_bytes  # the parameters themselves are float32
+    return (
+        f"; at the machine's limits {peer_s / (floor + look):.2f}x (floor {floor * 1e3:.2f} ms, reading the live "
+        f"weights {look * 1e3:.2f} ms)"
+    )
+
+
+def judge_ratios(
+    cells: Sequence[Cell], precisions: Sequence[str] = ("float32", "bfloat16"), peaks: Peaks | None = None
+) -> list[Verdict]:
+    """A verdict for every target of these precisions whose cell was measured; with peaks also how far it could go."""
     verdicts = []
     for target in TARGETS:
         cell = find(cells, target.method, target.batch_size)
@@ -90,6 +104,11 @@ def judge_ratios(cells: Sequence[Cell], precisions: Sequence[str] = ("float32", 
             verdicts.append(Verdict(name, target.required, None, True, reason, "x"))
             continue
         note = f"{peer.contestant.key}; quartiles over rounds {ratio[1]:.2f} to {ratio[2]:.2f}"
+        frozen = cell.ratio(target.precision, target.against, frozen=True)
+        if frozen is not None:
+            note += f"; frozen {frozen[0]:.2f}x"
+        assert peer.timing is not None
+        note += _ceiling(cell, target.precision, peer.timing.p50, peaks)
         verdicts.append(Verdict(name, target.required, ratio[0], True, note, "x"))
     return verdicts
 
