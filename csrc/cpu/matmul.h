@@ -269,13 +269,21 @@ static inline int panel_vectors(const Block& block, int panel) {
 
 template <class F>
 static void forward(const ForwardArgs& args) {
-  int p = args.panel_begin;
-  for (; args.rows == 1 && p + 1 < args.panel_end && panel_vectors(*args.block, p + 1) == kPanelVectors; p += 2) {
-    forward_single<F>(args, args.weights + p * args.block->panel_stride, p * args.block->panel_width);
+  const auto weights = [&](int p) { return args.weights + p * args.block->panel_stride; };
+  int pairs = 0;  // of full panels
+  if (args.rows == 1) {
+    while (args.panel_begin + 2 * pairs + 1 < args.panel_end &&
+           panel_vectors(*args.block, args.panel_begin + 2 * pairs + 1) == kPanelVectors) {
+      ++pairs;
+    }
   }
-  for (; p < args.panel_end; ++p) {
-    forward_panel<F, kPanelVectors>(args, args.weights + p * args.block->panel_stride, panel_vectors(*args.block, p),
-                                    p * args.block->panel_width);
+  for (int p = args.panel_begin + 2 * pairs; p < args.panel_end; ++p) {
+    forward_panel<F, kPanelVectors>(args, weights(p), panel_vectors(*args.block, p), p * args.block->panel_width);
+  }
+  // backwards: the backward pass, which begins with the first panel, finds the last layer's still in the cache
+  while (pairs-- > 0) {
+    const int p = args.panel_begin + 2 * pairs;
+    forward_single<F>(args, weights(p), p * args.block->panel_width);
   }
 }
 
