@@ -1,4 +1,4 @@
-"""Markdown of a result file, for the README and the docs: `python -m bench.markdown bench/results/FILE.json`."""
+"""Markdown of result files, for the README and the docs: `python -m bench.markdown bench/results/FILE.json ...`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from .report import load, milliseconds
+from .targets import TARGETS
 
 
-def _fastest(cell: dict[str, Any], ours: bool, precision: str | None) -> dict[str, Any] | None:
-    """The fastest correct result with live weights."""
+def _fastest(cell: dict[str, Any], ours: bool, precision: str | None, frozen: bool = False) -> dict[str, Any] | None:
+    """The fastest correct result, of ours with live or with frozen weights."""
     found = [
         r for r in cell["results"]
-        if "p50_s" in r and r["ours"] == ours and not r["frozen"] and precision in (None, r["precision"])
+        if "p50_s" in r and r["ours"] == ours and r["frozen"] == frozen and precision in (None, r["precision"])
     ]  # fmt: skip
     return min(found, key=lambda r: r["p50_s"], default=None)
 
@@ -38,6 +39,43 @@ def headline(record: dict[str, Any]) -> str:
                 ratio = f"{peer['p50_s'] / ours['p50_s']:.1f}x"
             values = (f"{milliseconds(ours['p50_s'])} ms", best, ratio, f"{milliseconds(floor)} ms")
             lines.append(f"| {cell['method']} | {cell['batch_size']} | {precision} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def latencies(record: dict[str, Any]) -> str:
+    """Our medians (and minima) with live and frozen weights, over the batch sizes."""
+    batches = sorted({cell["batch_size"] for cell in record["cells"]})
+    lines = ["| | " + " | ".join(f"B={b}" for b in batches) + " |", "|---" * (len(batches) + 1) + "|"]
+    for method in dict.fromkeys(cell["method"] for cell in record["cells"]):
+        for precision in ("float32", "bfloat16"):
+            for frozen in (False, True):
+                row = [f"{method} {precision}, {'frozen' if frozen else 'live weights'}"]
+                for batch in batches:
+                    cells = [c for c in record["cells"] if (c["method"], c["batch_size"]) == (method, batch)]
+                    ours = _fastest(cells[0], True, precision, frozen) if cells else None
+                    row.append("" if ours is None else f"{milliseconds(ours['p50_s'])} ({milliseconds(ours['min_s'])})")
+                lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def goals(records: Sequence[dict[str, Any]]) -> str:
+    """Every ratio that is required, and what each run measured: live weights, in brackets frozen ones."""
+    runs = " | ".join(f"run {i + 1}" for i in range(len(records)))
+    lines = [f"| | B | goal | {runs} | at the limits |", "|---|---:" + "|---:" * (len(records) + 2) + "|"]
+    for target in TARGETS:
+        name = f"{target.method} {target.precision} B={target.batch_size}"
+        row = [f"{target.method} {target.precision}", str(target.batch_size), f"{target.required:.1f}"]
+        ceiling = ""
+        for record in records:
+            verdict = next((v for v in record.get("verdicts", []) if v["name"] == name), None)
+            if verdict is None or verdict["measured"] is None:
+                row.append("-")
+                continue
+            bold = "" if verdict["passed"] else "**"
+            frozen = f" ({verdict['frozen']:.2f})" if verdict.get("frozen") else ""
+            row.append(f"{bold}{verdict['measured']:.2f}{bold}{frozen}")
+            ceiling = f"{verdict['ceiling']:.1f}" if verdict.get("ceiling") else ""
+        lines.append("| " + " | ".join([*row, ceiling]) + " |")
     return "\n".join(lines)
 
 
@@ -68,13 +106,15 @@ def provenance(record: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the tables of one result file."""
-    parser = argparse.ArgumentParser(prog="python -m bench.markdown", description="Markdown tables of a result file.")
-    parser.add_argument("result", type=Path, help="a JSON file that `qpilots-fast bench` wrote")
-    record = load(parser.parse_args(argv).result)
-    parts = [headline(record), provenance(record)]
+    """Prints the tables of the last file, and the goals as every file met them."""
+    parser = argparse.ArgumentParser(prog="python -m bench.markdown", description="Markdown tables of result files.")
+    parser.add_argument("result", type=Path, nargs="+", help="JSON files that `qpilots-fast bench` wrote, oldest first")
+    records = [load(path) for path in parser.parse_args(argv).result]
+    record = records[-1]
+    parts = [headline(record), latencies(record)]
     if record.get("verdicts"):
-        parts.insert(1, requirements(record))
+        parts += [goals(records), requirements(record)]
+    parts.append(provenance(record))
     print("\n\n".join(parts))
     return 0
 

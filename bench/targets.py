@@ -46,7 +46,12 @@ BFLOAT16_ERROR_OVER_TORCH = 1.5
 
 @dataclass(frozen=True)
 class Verdict:
-    """One requirement, what was measured and whether it passes; measured is None where nothing could be."""
+    """One requirement, what was measured and whether it passes; measured is None where nothing could be.
+
+    Args:
+        frozen: of a ratio, the same with frozen weights.
+        ceiling: of a ratio, what a call at this machine's limits would reach.
+    """
 
     name: str
     required: float
@@ -54,6 +59,8 @@ class Verdict:
     at_least: bool
     note: str = ""
     unit: str = ""
+    frozen: float | None = None
+    ceiling: float | None = None
 
     @property
     def passed(self) -> bool | None:
@@ -75,16 +82,12 @@ def find(cells: Sequence[Cell], method: str, batch_size: int, case: str = "paper
     return None
 
 
-def _ceiling(cell: Cell, precision: str, peer_s: float, peaks: Peaks | None) -> str:
-    """The ratio that a call at this machine's limits would reach, and what limits it."""
+def _limits_s(cell: Cell, precision: str, peaks: Peaks | None) -> tuple[float, float] | None:
+    """(floor of a call, time that reading the live float32 parameters from memory takes)."""
     floor = cell.floor_s(precision, peaks)
     if floor is None or peaks is None or not peaks.dram_bytes or "float32" not in cell.weight_bytes:
-        return ""
-    look = cell.weight_bytes["float32"] / peaks.dram_bytes  # the parameters themselves are float32
-    return (
-        f"; at the machine's limits {peer_s / (floor + look):.2f}x (floor {floor * 1e3:.2f} ms, reading the live "
-        f"weights {look * 1e3:.2f} ms)"
-    )
+        return None
+    return floor, cell.weight_bytes["float32"] / peaks.dram_bytes
 
 
 def judge_ratios(
@@ -105,11 +108,18 @@ def judge_ratios(
             continue
         note = f"{peer.contestant.key}; quartiles over rounds {ratio[1]:.2f} to {ratio[2]:.2f}"
         frozen = cell.ratio(target.precision, target.against, frozen=True)
+        limits = _limits_s(cell, target.precision, peaks)
+        ceiling = None
         if frozen is not None:
             note += f"; frozen {frozen[0]:.2f}x"
-        assert peer.timing is not None
-        note += _ceiling(cell, target.precision, peer.timing.p50, peaks)
-        verdicts.append(Verdict(name, target.required, ratio[0], True, note, "x"))
+        if limits is not None:
+            assert peer.timing is not None
+            ceiling = peer.timing.p50 / sum(limits)
+            milliseconds = [f"{seconds * 1e3:.2f} ms" for seconds in limits]
+            note += f"; at the limits {ceiling:.2f}x: {milliseconds[0]}, and {milliseconds[1]} to read live weights"
+        verdicts.append(
+            Verdict(name, target.required, ratio[0], True, note, "x", frozen[0] if frozen else None, ceiling)
+        )
     return verdicts
 
 

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("rich")
 
-from bench import cli, gpu, loops, markdown, profile, report
+from bench import cli, gpu, loops, markdown, profile, report, targets
 from bench.cases import CASES, Case, Workload, make_workload
 from bench.contestants import our_contestants
 from bench.machine import Peaks, header
@@ -141,7 +141,7 @@ def test_bad_arguments_are_refused_with_what_was_expected(
 
 def test_markdown_shows_live_weights_against_the_peers_they_answer_to(tmp_path: Path) -> None:
     def row(name: str, precision: str, ours: bool, p50: float, frozen: bool = False) -> dict[str, Any]:
-        return {"name": name, "precision": precision, "ours": ours, "frozen": frozen, "p50_s": p50}
+        return {"name": name, "precision": precision, "ours": ours, "frozen": frozen, "p50_s": p50, "min_s": p50}
 
     results = [
         row("qpilots_fast cpu", "float32", True, 0.010),
@@ -158,6 +158,11 @@ def test_markdown_shows_live_weights_against_the_peers_they_answer_to(tmp_path: 
         "floor_s": {"float32": 0.002, "bfloat16": None},
     }
     record = {**header("targets", [], None), "cells": [cell], "verdicts": []}
+    record["verdicts"] = [
+        targets.Verdict("U bfloat16 B=1", 6.0, 5.0, True, "", "x", frozen=6.5, ceiling=7.25).to_json(),
+    ]
+    (goal,) = (line for line in markdown.goals([record, record]).splitlines() if "U bfloat16 | 1 |" in line)
+    assert goal == "| U bfloat16 | 1 | 6.0 | **5.00** (6.50) | **5.00** (6.50) | 7.2 |"
     lines = markdown.headline(record).splitlines()
     assert lines[2] == "| U | 1 | float32 | 10.00 ms | 30.00 ms (torch eager, float32) | 3.0x | 2.00 ms |"
     assert lines[3] == "| U | 1 | bfloat16 | 5.00 ms | 20.00 ms (torch eager, bfloat16) | 4.0x | - ms |"
