@@ -67,7 +67,8 @@ class Config:
         offline_steps, online_steps: gradient steps; online, also environment steps (one update each).
         sparse: reward -1 until all of the task is solved, in place of OGBench's sum over its parts.
         alpha: steering strength; for qgf its absolute weight.
-        distill_weight: FQL's weight of distillation, against the normalised value.
+        distill_weight: FQL's weight of distillation, against the normalised value; its authors use 300 against values
+            of about -30 on these tasks (arXiv 2502.02538).
         value_weight: FBRAC's weight of the normalised value, against behaviour cloning.
         pretrained: file of pretrain.py; its flow (and posterior) then stay as they are, except that fbrac trains on.
         critic_dim, critic_layers: of the critics; 0 takes hidden_dim and hidden_layers.
@@ -99,7 +100,7 @@ class Config:
     num_samples: int = 4
     candidates: int = 32
     num_steps: int = 10
-    distill_weight: float = 1.0
+    distill_weight: float = 10.0
     value_weight: float = 0.1
     pretrained: str | None = None
     critic_dim: int = 0
