@@ -30,7 +30,7 @@ struct F32 {
 
   // Backward: one weight vector (a "unit") updates kUnit accumulators, which hold kColumns columns.
   static constexpr int kUnit = 1, kColumns = 1, kBackwardRows = kTileRows;
-  static constexpr bool kAskInSteps = false;
+  static constexpr bool kAskInSteps = false, kAskInOneBlock = true;
   using Weights = Vec;
   using Gradient = Vec;
   static inline Weights load_weights(const char* w) { return Vec::load(reinterpret_cast<const float*>(w)); }
@@ -65,7 +65,7 @@ struct Bf16Expanded {
   }
 
   static constexpr int kUnit = 2, kColumns = 2, kBackwardRows = kTileRows;
-  static constexpr bool kAskInSteps = false;
+  static constexpr bool kAskInSteps = false, kAskInOneBlock = true;
   struct Weights {
     Vec even, odd;
   };
@@ -115,6 +115,9 @@ struct Bf16Dot {
   // lines asked for between the steps and by the first two row blocks: 17.6 us a layer of 16 rows; in one loop before
   // them, 19.1
   static constexpr bool kAskInSteps = true;
+  // up to 6 rows are bound by the way from the last-level cache: asking only competes (4 rows forward: 5.0 us,
+  // else 6.6)
+  static constexpr bool kAskInOneBlock = false;
   using Weights = Pairs;
   using Gradient = Pairs;
   static inline Weights load_weights(const char* w) {
@@ -251,7 +254,8 @@ static void forward_panel(const ForwardArgs& args, const char* w, int vectors, i
     if (vectors == NV) {
       const int blocks = (args.rows + kTileRows - 1) / kTileRows;
       const int stops = args.block->in / (F::kStep * kStopSteps);
-      Ahead next_panel{w + args.block->panel_stride, (NV * kStopSteps + blocks - 1) / blocks};
+      const int lines = blocks == 1 && !F::kAskInOneBlock ? 0 : (NV * kStopSteps + blocks - 1) / blocks;
+      Ahead next_panel{w + args.block->panel_stride, lines};
       for_row_blocks<kTileRows>(args.rows, [&](int row, int count) {
         forward_rows<F, NV, kTileRows>(args, w, count, row, column, next_panel);
         next_panel.next += stops * next_panel.lines * 64;
@@ -291,16 +295,16 @@ static void forward(const ForwardArgs& args) {
 
 static constexpr int kChunk = 64;  // columns
 
-template <class F, int R, int NV, int N>
+template <class F, int R, int NV, int N, bool kAsk>
 static inline void backward_panel(Vec (&acc)[R][N], const char* w, const char* dy, std::ptrdiff_t stride,
                                   const char* ahead, int lines) {
   constexpr int kUnits = N / F::kUnit;
   constexpr std::ptrdiff_t kPitch = NV * kVectorBytes;
-  if constexpr (!F::kAskInSteps) {
+  if constexpr (kAsk && !F::kAskInSteps) {
     for (int i = 0; i < lines; ++i) __builtin_prefetch(ahead + i * 64, 0, 2);
   }
   for (int n = 0; n < NV; ++n) {
-    if constexpr (F::kAskInSteps) {
+    if constexpr (kAsk && F::kAskInSteps) {
       unroll<(kUnits + 1) / 2>([&](auto i) { __builtin_prefetch(ahead + (n + i * NV) * 64, 0, 2); });
     }
     typename F::Gradient d[R];
@@ -319,7 +323,7 @@ static inline void backward_narrow_panel(Vec (&acc)[R][N], const char* w, int ve
                                          std::ptrdiff_t stride) {
   if constexpr (NV > 0) {
     if (vectors == NV) {
-      backward_panel<F, R, NV, N>(acc, w, dy, stride, w, 0);
+      backward_panel<F, R, NV, N, false>(acc, w, dy, stride, w, 0);
     } else {
       backward_narrow_panel<F, R, NV - 1, N>(acc, w, vectors, dy, stride);
     }
@@ -342,10 +346,17 @@ static void backward_tile(const BackwardArgs& args, int row, int k, int turn, in
   const int lines = F::kAskInSteps ? (kLines + 1) / 2 : (kLines + turns - 1) / turns;
   const std::ptrdiff_t chunk = kChunk / F::kStep * kPanelVectors * kVectorBytes;
   const std::ptrdiff_t ahead = F::kAskInSteps && turn > 1 ? first : first + chunk + turn * lines * 64;
-  for (int p = 0; p < full; ++p) {
-    backward_panel<F, R, kPanelVectors, N>(acc, w + first, dy, args.dy_stride, w + ahead, lines);
-    w += panel_stride;
-    dy += kPanelVectors * Vec::kLanes * F::kDBytes;
+  const auto panels = [&](auto ask) __attribute__((always_inline)) {
+    for (int p = 0; p < full; ++p) {
+      backward_panel<F, R, kPanelVectors, N, ask.value>(acc, w + first, dy, args.dy_stride, w + ahead, lines);
+      w += panel_stride;
+      dy += kPanelVectors * Vec::kLanes * F::kDBytes;
+    }
+  };
+  if (turns == 1 && !F::kAskInOneBlock) {
+    panels(std::false_type());
+  } else {
+    panels(std::true_type());
   }
   if (full < block.panels) {
     const int vectors = panel_vectors(block, full);
