@@ -149,6 +149,16 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _write_watch() -> str | None:
+    """How unchanged live weights are recognised."""
+    from qpilots_fast import backends
+    from qpilots_fast.backends import cpu
+
+    if backends.unavailable_reason("cpu") is not None:
+        return None
+    return cpu.write_watch_refusal() or "available"
+
+
 def describe() -> dict[str, Any]:
     """CPU, caches, GPU, threads and versions; nothing that names the machine or its user."""
     cpu = _cpuinfo()
@@ -170,6 +180,7 @@ def describe() -> dict[str, Any]:
         "gpu": gpu,
         "system": f"{platform.system()} {platform.machine()}",
         "torch_threads": torch.get_num_threads(),
+        "write_watch": _write_watch(),
         "omp_environment": {k: v for k, v in os.environ.items() if k.startswith(("OMP_", "GOMP_", "KMP_", "MKL_"))},
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("qpilots-fast", "torch", "triton", "jax", "jaxlib", "numpy")},

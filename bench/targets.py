@@ -82,14 +82,6 @@ def find(cells: Sequence[Cell], method: str, batch_size: int, case: str = "paper
     return None
 
 
-def _limits_s(cell: Cell, precision: str, peaks: Peaks | None) -> tuple[float, float] | None:
-    """(floor of a call, time that reading the live float32 parameters from memory takes)."""
-    floor = cell.floor_s(precision, peaks)
-    if floor is None or peaks is None or not peaks.dram_bytes or "float32" not in cell.weight_bytes:
-        return None
-    return floor, cell.weight_bytes["float32"] / peaks.dram_bytes
-
-
 def judge_ratios(
     cells: Sequence[Cell], precisions: Sequence[str] = ("float32", "bfloat16"), peaks: Peaks | None = None
 ) -> list[Verdict]:
@@ -108,15 +100,14 @@ def judge_ratios(
             continue
         note = f"{peer.contestant.key}; quartiles over rounds {ratio[1]:.2f} to {ratio[2]:.2f}"
         frozen = cell.ratio(target.precision, target.against, frozen=True)
-        limits = _limits_s(cell, target.precision, peaks)
+        floor = cell.floor_s(target.precision, peaks)
         ceiling = None
         if frozen is not None:
             note += f"; frozen {frozen[0]:.2f}x"
-        if limits is not None:
+        if floor is not None:
             assert peer.timing is not None
-            ceiling = peer.timing.p50 / sum(limits)
-            milliseconds = [f"{seconds * 1e3:.2f} ms" for seconds in limits]
-            note += f"; at the limits {ceiling:.2f}x: {milliseconds[0]}, and {milliseconds[1]} to read live weights"
+            ceiling = peer.timing.p50 / floor
+            note += f"; at the limits {ceiling:.2f}x: {floor * 1e3:.2f} ms"
         verdicts.append(
             Verdict(name, target.required, ratio[0], True, note, "x", frozen[0] if frozen else None, ceiling)
         )

@@ -124,6 +124,9 @@ def _machine() -> list[tuple[str, str]]:
                 ", ".join(module.cpu_isa_paths()) + f" (running {module.cpu_isa('')}; {cpu.ISA_VARIABLE} selects)",
             )
         )
+        refusal = cpu.write_watch_refusal()
+        how = f"read at every call ({refusal})" if refusal else "watched for writes by the kernel"
+        rows.append(("live weights", how))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows.append(("GPU", ", ".join(gpus) if gpus else "none visible to torch"))
     return rows

@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -208,7 +209,11 @@ class SteeredSampler(nn.Module):
             for name in backends.BACKENDS
             if name != chosen.name
         }
-        return Explanation(chosen.name, {**others, **passed}, batch_size, chosen.footprint(self._spec, rows))
+        cost = chosen.footprint(self._spec, rows)
+        live = None if self.frozen else chosen.live_weights(self._spec, self._networks())
+        if live is not None:
+            cost = replace(cost, notes=(*cost.notes, f"live weights: {live}"))
+        return Explanation(chosen.name, {**others, **passed}, batch_size, cost)
 
     def capture(self, batch_size: int) -> Callable[..., Tensor]:
         """A CUDA graph of the whole call at a fixed batch size: returns f(obs, noise, posterior_noise=None) -> actions.

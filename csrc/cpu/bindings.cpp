@@ -343,18 +343,23 @@ void bind(py::module_& module) {
   py::class_<Network, std::shared_ptr<Network>>(module, "CpuNetwork")
       .def_property_readonly("isa", [](const Network& n) { return std::string(n.table().name); })
       .def_property_readonly("arena_bytes", &Network::arena_bytes);
-  py::class_<BoundSources>(module, "CpuSources");
+  py::class_<BoundSources>(module, "CpuSources").def_property_readonly("watch_status", [](const BoundSources& bound) {
+    const std::unique_lock<std::mutex> lock(bound.live->mutex, std::try_to_lock);
+    return lock.owns_lock() ? bound.live->watch.status() : std::string("in use by another thread");
+  });
   py::class_<PackedWeights>(module, "CpuPackedWeights");
   py::class_<SamplerPlan, std::shared_ptr<SamplerPlan>>(module, "CpuPlan");
   module.def("cpu_network", [](const py::dict& spec, const std::string& precision, const std::string& isa) {
     return std::const_pointer_cast<Network>(make_network(spec, precision, isa));
   });
-  module.def("cpu_bind", [](const std::shared_ptr<Network>& net, const Table& table) {
+  module.def("cpu_bind", [](const std::shared_ptr<Network>& net, const Table& table, bool watch) {
     auto bound = std::make_unique<BoundSources>();
     bound->net = net;
     bound->sources = read_table(*net, table);
+    if (watch) bound->live->watch = WriteWatch(net->panel_memory(bound->sources.data()));
     return bound;
   });
+  module.def("cpu_write_watch_unavailable", &WriteWatch::unavailable_reason);
   module.def("cpu_plan", &make_plan);
   module.def("cpu_pack", &pack_binding);
   module.def("cpu_sample", &sample_binding);

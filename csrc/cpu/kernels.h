@@ -118,6 +118,10 @@ struct Source {  // a live parameter; null data: absent
   DType dtype;
 };
 
+inline std::ptrdiff_t element_bytes(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 // g[i] = sum_j w_j dq[j, i] of the rows [begin, end), with the aggregated value and std of each.
 struct CombineArgs {
   int begin, end, members, width, padded_width;

@@ -118,22 +118,48 @@ void Network::pack(int unit, const LayerSource* sources, char* arena) const {
   }
 }
 
-void Network::refresh(int unit, const LayerSource* sources, char* arena, std::uint64_t* fingerprints) const {
+bool Network::refresh(int unit, const LayerSource* sources, char* arena, std::uint64_t* fingerprints) const {
   const Unit& u = units_[unit];
-  if (u.panel >= 0) {
-    constexpr std::ptrdiff_t kElementBytes[] = {4, 8, 2, 2};
-    const Source& source = sources[static_cast<std::size_t>(u.member) * layers_.size() + u.layer].weight;
-    const Block& block = u.layer > 0 ? layers_[u.layer].block : inputs_[u.input];
-    const std::ptrdiff_t element = kElementBytes[static_cast<int>(source.dtype)];
-    if (source.col_stride == 1) {
-      const int first = u.panel * block.panel_width, rows = std::min(block.panel_width, block.out - first);
-      const char* data = static_cast<const char*>(source.data) + (first * source.row_stride + block.column) * element;
-      const std::uint64_t now = table_->fingerprint(data, source.row_stride * element, rows, block.in * element);
-      if (now == fingerprints[unit]) return;
-      fingerprints[unit] = now;
-    }
+  if (u.panel < 0) {
+    pack(unit, sources, arena);
+    return false;
   }
+  const Source& source = sources[static_cast<std::size_t>(u.member) * layers_.size() + u.layer].weight;
+  const Block& block = u.layer > 0 ? layers_[u.layer].block : inputs_[u.input];
+  const std::ptrdiff_t element = element_bytes(source.dtype);
+  const int first = u.panel * block.panel_width, rows = std::min(block.panel_width, block.out - first);
+  const char* data =
+      static_cast<const char*>(source.data) + (first * source.row_stride + block.column * source.col_stride) * element;
+  std::uint64_t now = 0;
+  if (source.col_stride == 1) {
+    now = table_->fingerprint(data, source.row_stride * element, rows, block.in * element);
+  } else if (source.row_stride == 1) {
+    now = table_->fingerprint(data, source.col_stride * element, block.in, rows * element);
+  }
+  if (now != 0 && now == fingerprints[unit]) return false;
+  fingerprints[unit] = now;
   pack(unit, sources, arena);
+  return true;
+}
+
+std::vector<Interval> Network::panel_memory(const LayerSource* sources) const {
+  std::vector<Interval> memory;
+  for (int i = 0; i < shape_.members * layers(); ++i) {
+    const int l = i % layers();
+    if (l > 0 && head_ && l + 1 == layers()) continue;
+    const Source& source = sources[i].weight;
+    const Block& block = layers_[l].block;
+    int in = block.in, out = block.out;
+    for (const Block& input : inputs_) {
+      if (l > 0 || input.out == 0) continue;
+      in = std::max(in, input.column + input.in);
+      out = input.out;
+    }
+    const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(source.data);
+    const std::int64_t last = (out - 1) * source.row_stride + (in - 1) * source.col_stride;
+    memory.push_back({begin, begin + static_cast<std::uintptr_t>((last + 1) * element_bytes(source.dtype))});
+  }
+  return memory;
 }
 
 // ---------------------------------------------------------------- a tile's scratch

@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 #include "parallel.h"
+#include "write_watch.h"
 
 namespace qpilots::cpu {
 
@@ -59,8 +60,12 @@ class Network {
   // Packing, in independent units [0, pack_units()) of any order. sources: [members][layers].
   int pack_units() const { return static_cast<int>(units_.size()); }
   void pack(int unit, const LayerSource* sources, char* arena) const;
-  // The same, but leaves a unit alone whose source has the fingerprint of the last time (0: never packed).
-  void refresh(int unit, const LayerSource* sources, char* arena, std::uint64_t* fingerprints) const;
+  // The same, but leaves a unit alone whose source has the fingerprint of the last time (0: never packed). Returns
+  // whether a panel was packed; a member's vectors always are.
+  bool refresh(int unit, const LayerSource* sources, char* arena, std::uint64_t* fingerprints) const;
+  bool panel_unit(int unit) const { return units_[unit].panel >= 0; }
+  // The memory that the panels come from.
+  std::vector<Interval> panel_memory(const LayerSource* sources) const;
 
  private:
   struct Unit {

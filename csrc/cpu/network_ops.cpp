@@ -27,14 +27,13 @@ class NetworkRun {
   // cotangent null: forward into `out`; else the pullback into `out` [B, input_dim].
   void run(const float* cotangent, int input_dim, float* out, WorkspacePool& pool) {
     std::unique_ptr<Workspace> workspace = pool.acquire();
-    auto lease = std::make_unique<ArenaLease>(net_, live_, workspace->arenas[0]);
+    auto lease = std::make_unique<ArenaLease>(net_, sources_, live_, workspace->arenas[0]);
     arena_ = lease->data();
     carve(nullptr, cotangent != nullptr ? input_dim : 0);
     carve(workspace->scratch.reserve(carved_), cotangent != nullptr ? input_dim : 0);
     new (all_) Barrier();
     parallel_region(threads_, [&](int thread, int threads) {
-      for (int u = thread; u < net_.pack_units(); u += threads)
-        net_.refresh(u, sources_, arena_, lease->fingerprints());
+      for (int u = thread; u < lease->units(); u += threads) lease->refresh(u);
       all_->wait(threads);
       for (int i = thread; i < members_ * tiles_; i += threads) visit(i, thread, cotangent, input_dim, out);
       if (cotangent == nullptr) return;

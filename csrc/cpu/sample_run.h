@@ -72,7 +72,7 @@ class SampleRun {
   float q_divisor_ = 1.0f;
 
   const char* arenas_[3] = {};
-  const ArenaLease* live_[3] = {};
+  ArenaLease* live_[3] = {};
   float *x_, *v_, *a_, *g_, *jg_, *vhat_ = nullptr, *gx_ = nullptr, *total_ = nullptr;
   float *flow_base_, *flow_time_, *critic_base_ = nullptr, *map_base_ = nullptr, *map_time_ = nullptr,
                                   *map_x_ = nullptr;

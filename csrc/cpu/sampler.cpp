@@ -123,13 +123,13 @@ void SampleRun::run(int thread, int threads) {
   };
   if (args_.packed == nullptr) {
     int units = 0;
-    for (int n = 0; n < 3; ++n) units += live_[n] == nullptr ? 0 : plan_.network(n)->pack_units();
+    for (int n = 0; n < 3; ++n) units += live_[n] == nullptr ? 0 : live_[n]->units();
     for (int i; (i = queues_[0].fetch_add(1, std::memory_order_relaxed)) < units;) {
       int n = 0;
-      for (; live_[n] == nullptr || i >= plan_.network(n)->pack_units(); ++n) {
-        if (live_[n] != nullptr) i -= plan_.network(n)->pack_units();
+      for (; live_[n] == nullptr || i >= live_[n]->units(); ++n) {
+        if (live_[n] != nullptr) i -= live_[n]->units();
       }
-      plan_.network(n)->refresh(i, args_.sources[n], live_[n]->data(), live_[n]->fingerprints());
+      live_[n]->refresh(i);
     }
     all_->wait(threads);
     lap(kPack);
@@ -200,7 +200,7 @@ void sample(const SamplerPlan& plan, const SampleArgs& args, WorkspacePool& pool
   std::unique_ptr<ArenaLease> live[3];
   for (int n = 0; n < 3 && args.packed == nullptr; ++n) {
     if (args.sources[n] != nullptr) {
-      live[n] = std::make_unique<ArenaLease>(*plan.network(n), *args.live[n], workspace->arenas[n]);
+      live[n] = std::make_unique<ArenaLease>(*plan.network(n), args.sources[n], *args.live[n], workspace->arenas[n]);
     }
   }
   run.set_arenas(live);
@@ -209,11 +209,23 @@ void sample(const SamplerPlan& plan, const SampleArgs& args, WorkspacePool& pool
   pool.release(std::move(workspace));
 }
 
-ArenaLease::ArenaLease(const Network& net, LiveArena& own, LiveArena& spare)
-    : lock_(own.mutex, std::try_to_lock), arena_(lock_.owns_lock() ? &own : &spare) {
+ArenaLease::ArenaLease(const Network& net, const LayerSource* sources, LiveArena& own, LiveArena& spare)
+    : net_(net), sources_(sources), lock_(own.mutex, std::try_to_lock), arena_(lock_.owns_lock() ? &own : &spare) {
   arena_->arena.reserve(net.arena_bytes());
   if (arena_ == &spare) arena_->fingerprints.clear();  // whatever it holds may be another network's
   arena_->fingerprints.resize(net.pack_units(), 0);
+  panels_unchanged_ = arena_->watch.unchanged();
+}
+
+void ArenaLease::refresh(int unit) {
+  if (panels_unchanged_ && net_.panel_unit(unit)) return;
+  if (net_.refresh(unit, sources_, arena_->arena.data(), arena_->fingerprints.data())) {
+    changed_.store(true, std::memory_order_relaxed);
+  }
+}
+
+ArenaLease::~ArenaLease() {
+  if (!panels_unchanged_) arena_->watch.was_read(changed_.load(std::memory_order_relaxed));
 }
 
 void pack(const SamplerPlan& plan, const LayerSource* const (&sources)[3], int threads, PackedWeights& out) {

@@ -1,6 +1,7 @@
 // One sampling call: all K steps inside one parallel region.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -64,13 +65,20 @@ void network_vjp(const Network& net, const LayerSource* sources, LiveArena& live
 // packed from scratch.
 class ArenaLease {
  public:
-  ArenaLease(const Network& net, LiveArena& own, LiveArena& spare);
+  ArenaLease(const Network& net, const LayerSource* sources, LiveArena& own, LiveArena& spare);
+  ~ArenaLease();
   char* data() const { return arena_->arena.data(); }
-  std::uint64_t* fingerprints() const { return arena_->fingerprints.data(); }
+  int units() const { return net_.pack_units(); }
+  // Brings one of the units up to date, from any thread; the lease ends after all of them.
+  void refresh(int unit);
 
  private:
+  const Network& net_;
+  const LayerSource* sources_;
   std::unique_lock<std::mutex> lock_;
   LiveArena* arena_;
+  bool panels_unchanged_ = false;
+  std::atomic<bool> changed_{false};
 };
 
 // How many threads a region may use: one in a forked child, whose thread pool is gone, and inside another region.

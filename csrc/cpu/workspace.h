@@ -7,6 +7,8 @@
 #include <mutex>
 #include <vector>
 
+#include "write_watch.h"
+
 namespace qpilots::cpu {
 
 // Page-aligned memory that only grows.
@@ -29,6 +31,7 @@ class Buffer {
 struct LiveArena {
   Buffer arena;
   std::vector<std::uint64_t> fingerprints;  // one a pack unit; 0: never packed
+  WriteWatch watch;                         // of the memory behind the fingerprints
   std::mutex mutex;                         // held by the call that uses it
 };
 

@@ -115,6 +115,10 @@ class Backend(ABC):
         """A CUDA graph of one call at a fixed batch size: f(obs, noise, posterior_noise=None) -> actions."""
         raise BackendUnavailable(f"backend {self.name!r} has no CUDA graphs; expected 'triton' or 'cuda' on a GPU.")
 
+    def live_weights(self, spec: SamplerSpec, networks: BoundNetworks) -> str | None:
+        """How a call finds out whether live weights changed, in words; None where it packs them every time."""
+        return None
+
     @abstractmethod
     def footprint(self, spec: SamplerSpec, batch_size: int) -> Footprint:
         """Exact counts for one call of `sample`."""

@@ -25,6 +25,7 @@ _INPUT_KINDS = {"obs": 0, "noisy_actions": 1, "actions": 1, "xbar": 2, "t": 3, "
 _NUM_INPUT_KINDS = 6
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 ISA_VARIABLE = "QPILOTS_CPU_ISA"
+WATCH_VARIABLE = "QPILOTS_WRITE_WATCH"  # 0: live weights are read at every call, never watched for writes
 PHASES = ("pack", "prepare", "denoise", "gradient", "update")  # of `sample_phases`, in order
 
 
@@ -49,6 +50,13 @@ def _import_failure() -> str | None:
         recorded = build_info().get("reason")
         return f"the compiled module is missing ({recorded or error})"
     return None
+
+
+def write_watch_refusal() -> str | None:
+    """Why the kernel cannot watch live weights for writes here, so that every call reads them; None where it can."""
+    if os.environ.get(WATCH_VARIABLE, "1") == "0":
+        return f"{WATCH_VARIABLE}=0"
+    return load_module().cpu_write_watch_unavailable() or None
 
 
 class MachineLimits(NamedTuple):
@@ -176,7 +184,10 @@ def _sources(network: BoundNetwork, handle: Any) -> Any:
             parts = [_table_entry(layer.weight[member])]
             parts += [_table_entry(None if vector is None else vector[member]) for vector in vectors]
             rows.append([value for part in parts for value in part])
-    return load_module().cpu_bind(handle, np.array(rows, dtype=np.int64))
+    # a GPU writes to pinned memory past the page tables of the CPU
+    pinned = any(weight.is_pinned() for layer in network.layers for weight in layer.weight)
+    watch = not pinned and write_watch_refusal() is None
+    return load_module().cpu_bind(handle, np.array(rows, dtype=np.int64), watch)
 
 
 class CpuBackend(Backend):
@@ -328,6 +339,16 @@ class CpuBackend(Backend):
             torch.get_num_threads(),
             cotangent is not None,
         )
+
+    def live_weights(self, spec: SamplerSpec, networks: BoundNetworks) -> str | None:
+        sources = self._get_sources(self._get_plan(spec), networks)
+        states = [
+            f"{name} {source.watch_status}"
+            for name, source in zip(("flow", "critic", "posterior"), sources)
+            if source is not None
+        ]
+        why = write_watch_refusal()
+        return f"read at every call ({why})" if why else ", ".join(states)
 
     def footprint(self, spec: SamplerSpec, batch_size: int) -> Footprint:
         plan, threads = self._get_plan(spec), torch.get_num_threads()
