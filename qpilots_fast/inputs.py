@@ -17,8 +17,8 @@ from .steering import Steering
 def _candidate_rotations(count: int, dim: int) -> Tensor:
     """[count, dim, dim] fixed orthogonal matrices, the first the identity: R e ~ N(0, I) when e is."""
     generator = torch.Generator().manual_seed(0x9E3779B9)
-    rotations = torch.linalg.qr(torch.randn(count, dim, dim, generator=generator, dtype=torch.float64)).Q
-    rotations[0] = torch.eye(dim, dtype=torch.float64)
+    rotations = torch.linalg.qr(torch.randn(count, dim, dim, generator=generator, dtype=torch.float64, device="cpu")).Q
+    rotations[0] = torch.eye(dim, dtype=torch.float64, device="cpu")
     return rotations
 
 

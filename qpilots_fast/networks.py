@@ -69,6 +69,16 @@ def bind(spec: NetworkSpec, flat: Sequence[Tensor]) -> BoundNetwork:
     return BoundNetwork(spec, tuple(layers))
 
 
+def module_slots(module: nn.Module) -> list[tuple[dict, str, object]]:
+    """Every parameter and submodule of a module with the dict that holds it."""
+    return [
+        (owner, name, value)
+        for part in module.modules()
+        for owner in (part._modules, part._parameters)
+        for name, value in owner.items()
+    ]
+
+
 class PackableNetwork(nn.Module):
     """A network whose structure is known, so that a backend can run it without PyTorch."""
 
@@ -78,11 +88,16 @@ class PackableNetwork(nn.Module):
         """Live parameters layer by layer: weight [out, in], then bias, norm weight, norm bias where they exist."""
         raise NotImplementedError
 
+    def slots(self) -> list[tuple[dict, str, object]] | None:
+        """(dict, key, value) such that flat_parameters gives the same tensors while each dict holds its value; None
+        where that cannot be said."""
+        return module_slots(self)
+
     def bound(self) -> BoundNetwork:
         """The spec with views of the live parameters; cached until a parameter's memory moves."""
         flat = self.flat_parameters()
         # cached views keep the old memory alive, so an equal address is the same memory
-        key = [(p.data_ptr(), p.dtype) for p in flat]
+        key = [(p.data_ptr(), p.dtype, p.stride()) for p in flat]
         cached = self.__dict__.get("_bound_cache")
         if cached is None or cached[0] != key:
             cached = (key, bind(self.spec, [p.detach() for p in flat]))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, reference
-from .backends import Backend, BoundNetworks, RawSample
+from .backends import Backend, BoundNetworks, QuickCall, RawSample, Slots
 from .composite import composite_evaluators
 from .errors import BackendUnavailable
 from .info import Explanation, SampleInfo
@@ -100,6 +100,8 @@ class SteeredSampler(nn.Module):
         self._frozen = False
         self._packs: dict[str, tuple[BoundNetworks, Any]] = {}  # by backend; filled by a frozen sampler's first call
         self._choices: dict[Any, Backend] = {}
+        self._quick: QuickCall | None = None
+        self._quick_for: tuple[Any, ...] = ()  # what it was made for
         self._warned = False
         self._spec = self._make_spec()
         if backend != "auto":
@@ -153,6 +155,10 @@ class SteeredSampler(nn.Module):
         Raises:
             ValueError, TypeError: wrong shapes, dtypes, devices, or non-finite obs or noise.
         """
+        if not (torch.compiler.is_compiling() or return_info or self._quick is None) and generator is None:
+            actions = self._quick(obs, noise, posterior_noise)
+            if actions is not None:
+                return actions
         with torch.no_grad():
             packed = next((n for n in (self.flow, self.critic, self.posterior) if isinstance(n, PackableNetwork)), None)
             networks = None if self._spec is None or torch.compiler.is_compiling() else self._networks()
@@ -181,13 +187,15 @@ class SteeredSampler(nn.Module):
 
         Inside torch.compile the current parameters are read all the same.
         """
-        self._frozen, self._packs = True, {}
+        self._frozen = True
+        self._forget_packs()
         _log.info("SteeredSampler is frozen: it no longer follows its networks' parameters; unfreeze() undoes this.")
         return self
 
     def unfreeze(self) -> SteeredSampler:
         """Back to reading the current parameters at every call."""
-        self._frozen, self._packs = False, {}
+        self._frozen = False
+        self._forget_packs()
         return self
 
     @property
@@ -325,10 +333,33 @@ class SteeredSampler(nn.Module):
                 self._packs[chosen.name] = (networks, chosen.pack(self._spec, networks))
             packed = self._packs[chosen.name][1]
         eps = None if eps is None else eps.contiguous()
-        return chosen.sample(
+        raw = chosen.sample(
             self._spec, networks, obs.to(noise.dtype).contiguous(), noise.contiguous(), eps,
             packed=packed, return_info=return_info,
         )  # fmt: skip
+        if self.steering.num_candidates == 1:
+            self._make_quick(chosen, networks, packed)
+        return raw
+
+    def _make_quick(self, chosen: Backend, networks: BoundNetworks, packed: Any) -> None:
+        """Lets the calls to come take the backend's quick way."""
+        made_for = (chosen, packed, networks.flow, networks.critic, networks.posterior)
+        if len(self._quick_for) == len(made_for) and all(a is b for a, b in zip(self._quick_for, made_for)):
+            return
+        assert self._spec is not None
+        slots: Slots | None = []
+        if packed is None:
+            for name, spec in (
+                ("flow", self._spec.flow), ("critic", self._spec.critic), ("posterior", self._spec.posterior)
+            ):  # fmt: skip
+                network = self._modules.get(name)
+                if spec is None or slots is None:
+                    continue
+                assert isinstance(network, PackableNetwork)
+                more = network.slots()
+                slots = None if more is None else [*slots, (self._modules, name, network), *more]
+        self._quick = None if slots is None else chosen.quick_call(self._spec, networks, packed, slots)
+        self._quick_for = made_for
 
     def _run_mixed(self, obs: Any, noise: Tensor, eps: Tensor | None) -> RawSample:
         chosen = backends.for_networks(self.backend, self.precision, noise.device, noise.dtype)
@@ -418,11 +449,14 @@ class SteeredSampler(nn.Module):
     # ------------------------------------------------------------ nn.Module plumbing
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SteeredSampler:
-        self._packs = {}  # moved parameters: pack again where they are now
+        self._forget_packs()  # moved parameters: pack again where they are now
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packs": {}, "_choices": {}}
+        return {**self.__dict__, "_packs": {}, "_choices": {}, "_quick": None, "_quick_for": ()}
+
+    def _forget_packs(self) -> None:
+        self._packs, self._quick, self._quick_for = {}, None, ()
 
     def extra_repr(self) -> str:
         return (

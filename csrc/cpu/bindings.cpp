@@ -10,8 +10,8 @@
 #include <string>
 
 #include "dispatch.h"
+#include "python_types.h"
 #include "region.h"
-#include "sampler.h"
 
 namespace py = pybind11;
 
@@ -21,20 +21,6 @@ namespace {
 // One Linear of one member: 4 sources of (pointer, row stride, column stride, dtype).
 using Table = py::array_t<std::int64_t, py::array::c_style>;
 constexpr py::ssize_t kTableColumns = 16;
-
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
-}
-
-WorkspacePool& pool() {
-  static WorkspacePool* shared = new WorkspacePool();  // never destroyed: threads may outlive static destructors
-  return *shared;
-}
 
 std::vector<LayerSource> read_table(const Network& net, const Table& table) {
   const py::ssize_t rows = static_cast<py::ssize_t>(net.shape().members) * net.layers();
@@ -53,13 +39,6 @@ std::vector<LayerSource> read_table(const Network& net, const Table& table) {
   }
   return sources;
 }
-
-// A network with the addresses of its live parameters.
-struct BoundSources {
-  std::shared_ptr<const Network> net;
-  std::vector<LayerSource> sources;
-  std::unique_ptr<LiveArena> live = std::make_unique<LiveArena>();
-};
 
 template <class E>
 E choice(const py::dict& d, const char* key, const std::map<std::string, E>& names) {
@@ -209,13 +188,13 @@ std::shared_ptr<SamplerPlan> make_plan(const py::dict& d) {
   return plan;
 }
 
-using BoundList = std::array<const BoundSources*, 3>;
+bool uses(const SamplerPlan& plan, int n) {
+  return n == 0 || (plan.steers && (n == 1 || plan.steering.estimate == Estimate::kMfm));
+}
 
-void check_bound(const SamplerPlan& plan, const BoundList& bound) {
+void check_bound(const SamplerPlan& plan, const BoundSources* const (&bound)[3]) {
   for (int n = 0; n < 3; ++n) {
-    const bool needed =
-        n == 0 || (n == 1 && plan.steers) || (n == 2 && plan.steers && plan.steering.estimate == Estimate::kMfm);
-    require(!needed || bound[n] != nullptr, "parameters of a network that the sampler needs are missing");
+    require(!uses(plan, n) || bound[n] != nullptr, "parameters of a network that the sampler needs are missing");
     require(bound[n] == nullptr || bound[n]->net.get() == plan.network(n), "parameters belong to another network");
   }
 }
@@ -228,24 +207,7 @@ void sample_binding(const std::shared_ptr<SamplerPlan>& plan, const BoundSources
   require((obs != 0 || plan->obs_dim == 0) && noise != 0 && actions != 0, "a null pointer was given");
   require(!(plan->steers && plan->draws()) || posterior_noise != 0, "posterior_noise is missing");
   SampleArgs args;
-  args.packed = packed;
-  if (packed == nullptr) {
-    check_bound(*plan, {flow, critic, posterior});
-    const bool uses[3] = {true, plan->steers, plan->steers && plan->steering.estimate == Estimate::kMfm};
-    const BoundList bound = {flow, critic, posterior};
-    for (int n = 0; n < 3; ++n) {
-      if (!uses[n]) continue;
-      args.sources[n] = bound[n]->sources.data();
-      args.live[n] = bound[n]->live.get();
-    }
-  } else {
-    for (int n = 0; n < 3; ++n) {
-      const bool needed =
-          n == 0 || (n == 1 && plan->steers) || (n == 2 && plan->steers && plan->steering.estimate == Estimate::kMfm);
-      require(!needed || packed->arenas[n].size() >= plan->network(n)->arena_bytes(),
-              "packed weights of another sampler");
-    }
-  }
+  set_weights(*plan, flow, critic, posterior, packed, args);
   args.batch = batch;
   args.threads = threads;
   args.obs = pointer<const float>(obs);
@@ -261,7 +223,8 @@ void sample_binding(const std::shared_ptr<SamplerPlan>& plan, const BoundSources
 
 std::unique_ptr<PackedWeights> pack_binding(const SamplerPlan& plan, const BoundSources* flow,
                                             const BoundSources* critic, const BoundSources* posterior, int threads) {
-  check_bound(plan, {flow, critic, posterior});
+  const BoundSources* const bound[3] = {flow, critic, posterior};
+  check_bound(plan, bound);
   const LayerSource* const sources[3] = {flow->sources.data(), critic == nullptr ? nullptr : critic->sources.data(),
                                          posterior == nullptr ? nullptr : posterior->sources.data()};
   auto packed = std::make_unique<PackedWeights>();
@@ -339,6 +302,22 @@ double read_bytes_per_second(std::size_t bytes, int threads, double seconds) {
 
 }  // namespace
 
+void set_weights(const SamplerPlan& plan, const BoundSources* flow, const BoundSources* critic,
+                 const BoundSources* posterior, const PackedWeights* packed, SampleArgs& args) {
+  args.packed = packed;
+  const BoundSources* const bound[3] = {flow, critic, posterior};
+  if (packed == nullptr) check_bound(plan, bound);
+  for (int n = 0; n < 3; ++n) {
+    if (!uses(plan, n)) continue;
+    if (packed == nullptr) {
+      args.sources[n] = bound[n]->sources.data();
+      args.live[n] = bound[n]->live.get();
+    } else {
+      require(packed->arenas[n].size() >= plan.network(n)->arena_bytes(), "packed weights of another sampler");
+    }
+  }
+}
+
 void bind(py::module_& module) {
   py::class_<Network, std::shared_ptr<Network>>(module, "CpuNetwork")
       .def_property_readonly("isa", [](const Network& n) { return std::string(n.table().name); })
@@ -361,6 +340,7 @@ void bind(py::module_& module) {
   });
   module.def("cpu_write_watch_unavailable", &WriteWatch::unavailable_reason);
   module.def("cpu_plan", &make_plan);
+  bind_quick_call(module);
   module.def("cpu_pack", &pack_binding);
   module.def("cpu_sample", &sample_binding);
   module.def("cpu_network_apply", &network_binding);

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import BackendUnavailable
 from ..spec import SamplerSpec
-from .base import Backend, BoundNetwork, BoundNetworks, Footprint, RawSample
+from .base import Backend, BoundNetwork, BoundNetworks, Footprint, QuickCall, RawSample, Slots
 
 __all__ = [
     "BACKENDS",
@@ -17,7 +17,9 @@ __all__ = [
     "BoundNetwork",
     "BoundNetworks",
     "Footprint",
+    "QuickCall",
     "RawSample",
+    "Slots",
     "choose",
     "for_networks",
     "get",

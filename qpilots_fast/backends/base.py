@@ -53,6 +53,11 @@ class Footprint:
     notes: tuple[str, ...] = ()
 
 
+Slots = list[tuple[dict, str, object]]
+# (obs, noise or None, posterior noise or None) -> actions, or None where the general path must look at the inputs
+QuickCall = Callable[[Any, Tensor | None, Tensor | None], Tensor | None]
+
+
 class Backend(ABC):
     """One way to run the maths. Stateless but for caches; safe to call from several threads."""
 
@@ -93,6 +98,15 @@ class Backend(ABC):
             packed: what `pack` returned; None reads the live parameters of `networks` in this call.
         Candidates (best-of-n) are drawn and ranked by the sampler: here they are rows of the batch.
         """
+
+    def quick_call(self, spec: SamplerSpec, networks: BoundNetworks, packed: Any, slots: Slots) -> QuickCall | None:
+        """Something that makes the plainest calls of `sample`, checks included, with less overhead; None: nothing can.
+
+        Args:
+            slots: (dict, key, value) such that `networks` are current while each dict holds its value and no
+                parameter's memory moves; empty for packed weights.
+        """
+        return None
 
     def prepare(self, network: BoundNetwork, precision: str) -> Any:
         """Packs one network for several calls of `forward` and `vjp`; stands for the network in these."""

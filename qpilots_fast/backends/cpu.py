@@ -6,7 +6,7 @@ import json
 import os
 import weakref
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..networks import time_features
 from ..reference import glass_coefficients
 from ..spec import NetworkSpec, SamplerSpec
-from .base import Backend, BoundNetwork, BoundNetworks, Footprint, RawSample
+from .base import Backend, BoundNetwork, BoundNetworks, Footprint, QuickCall, RawSample, Slots
 from .counts import count_flops
 
 _INPUT_KINDS = {"obs": 0, "noisy_actions": 1, "actions": 1, "xbar": 2, "t": 3, "s": 4, "u": 5}
@@ -126,9 +126,8 @@ def _network(spec: NetworkSpec, precision: str, isa: str) -> Any:
 
 
 def _times(spec: NetworkSpec, times: Sequence[float]) -> np.ndarray:
-    features = time_features(
-        torch.tensor(times, dtype=torch.float64).unsqueeze(-1), spec.time_embedding, spec.time_embedding_dim
-    )
+    t = torch.tensor(times, dtype=torch.float64, device="cpu").unsqueeze(-1)
+    features = time_features(t, spec.time_embedding, spec.time_embedding_dim)
     return features.to(torch.float32).numpy()
 
 
@@ -190,6 +189,18 @@ def _sources(network: BoundNetwork, handle: Any) -> Any:
     return load_module().cpu_bind(handle, np.array(rows, dtype=np.int64), watch)
 
 
+@lru_cache(maxsize=1)
+def _torch_names() -> dict[str, Any]:
+    """What the native quick call needs of torch. Devices and dtypes are named: users change the defaults."""
+    return {
+        "Tensor": Tensor,
+        "float32": torch.float32,
+        "randn": partial(torch.randn, device="cpu", dtype=torch.float32),
+        "empty_like": torch.empty_like,
+        "get_num_threads": torch.get_num_threads,
+    }
+
+
 class CpuBackend(Backend):
     """One parallel region a call runs all K steps on packed weights."""
 
@@ -249,6 +260,14 @@ class CpuBackend(Backend):
     ) -> RawSample:
         return self._sample(spec, networks, obs, noise, posterior_noise, packed, return_info, 0)
 
+    def quick_call(self, spec: SamplerSpec, networks: BoundNetworks, packed: Any, slots: Slots) -> QuickCall | None:
+        if packed is None:
+            plan, weights = self._get_plan(spec), None
+            sources = self._get_sources(plan, networks)
+        else:
+            (plan, weights), sources = packed, [None, None, None]
+        return load_module().CpuQuickCall(slots, plan.handle, *sources, weights, _torch_names())
+
     def sample_phases(
         self,
         spec: SamplerSpec,
@@ -285,11 +304,11 @@ class CpuBackend(Backend):
         if posterior_noise is not None:
             shape = (spec.num_steps, batch, spec.steering.num_samples, spec.flow.action_dim)
             _check(posterior_noise, shape, "posterior_noise")
-        actions = torch.empty(noise.shape)
+        actions = torch.empty_like(noise)
         norms = nonfinite = None
         if return_info:
-            norms = torch.zeros(spec.num_steps, batch)
-            nonfinite = torch.zeros(spec.num_steps, batch, dtype=torch.bool)
+            norms = noise.new_zeros(spec.num_steps, batch)
+            nonfinite = noise.new_zeros(spec.num_steps, batch, dtype=torch.bool)
         load_module().cpu_sample(
             plan.handle,
             *sources,
@@ -308,13 +327,13 @@ class CpuBackend(Backend):
 
     def forward(self, network: BoundNetwork, blocks: Sequence[Tensor], precision: str) -> Tensor:
         batch = blocks[0].shape[0]
-        out = torch.empty(network.spec.num_members, batch, network.spec.output_dim)
+        out = blocks[0].new_empty(network.spec.num_members, batch, network.spec.output_dim)
         self._apply(network, blocks, precision, None, out)
         return out
 
     def vjp(self, network: BoundNetwork, blocks: Sequence[Tensor], cotangent: Tensor, precision: str) -> Tensor:
         batch = blocks[0].shape[0]
-        out = torch.empty(batch, network.spec.input_dim)
+        out = blocks[0].new_empty(batch, network.spec.input_dim)
         _check(cotangent, (network.spec.num_members, batch, network.spec.output_dim), "cotangent")
         self._apply(network, blocks, precision, cotangent, out)
         return out

@@ -288,7 +288,7 @@ class CudaBackend(Backend):
             raise ValueError("q_std is None; scale='gaf' needs the critics' std at the estimate, [B].")
         steered = None
         if steering.steered_dims is not None:
-            steered = torch.zeros(x.shape[-1], dtype=torch.uint8)
+            steered = torch.zeros(x.shape[-1], dtype=torch.uint8, device="cpu")
             steered[list(steering.steered_dims)] = 1
             steered = steered.to(x.device)
         args = SteerStepArgs(dt=dt, steering=steering_params(steering, 0.0, 0.0))

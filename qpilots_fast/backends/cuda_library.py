@@ -63,7 +63,7 @@ class Library:
 
     def failure_word(self) -> Tensor:
         """A word of host memory that kernels write to when they give up."""
-        return torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        return torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True)
 
 
 class Recent:

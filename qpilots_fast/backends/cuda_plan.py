@@ -187,7 +187,7 @@ def _time_blocks(spec: NetworkSpec) -> tuple[str, ...]:
 
 def _time_table(spec: NetworkSpec, num_steps: int) -> Tensor:
     """[K, columns] float32: the time columns of every step, in the order of the network's input."""
-    t = torch.arange(num_steps, dtype=torch.float64).unsqueeze(1) / num_steps
+    t = torch.arange(num_steps, dtype=torch.float64, device="cpu").unsqueeze(1) / num_steps
     at = {"t": t, "s": torch.zeros_like(t), "u": torch.ones_like(t)}
     blocks = [time_features(at[name], spec.time_embedding, spec.time_embedding_dim) for name in _time_blocks(spec)]
     return torch.cat(blocks, dim=1).float().contiguous()
@@ -261,10 +261,10 @@ def plan_sample(spec: SamplerSpec, present: tuple[tuple[Presence, ...], ...], ba
         if uses_map or pulls_flow:
             step += pulled_back.backward(action_dim, args.estimate_vjp, {}, "cotangent")
     once[-1].ends_with_barrier = 1
-    remaining = (1 - torch.arange(spec.num_steps, dtype=torch.float64) / spec.num_steps).float()
+    remaining = (1 - torch.arange(spec.num_steps, dtype=torch.float64, device="cpu") / spec.num_steps).float()
     mask = None
     if steering.steered_dims is not None:
-        mask = torch.zeros(action_dim, dtype=torch.uint8)
+        mask = torch.zeros(action_dim, dtype=torch.uint8, device="cpu")
         mask[list(steering.steered_dims)] = 1
     program = Program(
         layouts, workspace, once + step, args, weight_bytes, 0, layouts[-1].end, (*tables, remaining), mask

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..networks import PackableNetwork
+from ..networks import PackableNetwork, module_slots
 from ..spec import NetworkSpec
 from .calling import OutputLayout, UserCall
 from .sources import Source, submodule
@@ -45,6 +45,12 @@ class ModuleNetwork(PackableNetwork):
             layer for layer in module.modules() if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0
         ]
         self.training = module.training  # not self.train(): parts of the module may be in another mode
+
+    def slots(self) -> list[tuple[dict, str, object]] | None:
+        if not all(plain for _, _, plain in self._entries):
+            return None  # views are made anew at every call
+        modes = [(layer.__dict__, name, getattr(layer, name)) for layer in self._dropouts for name in ("training", "p")]
+        return module_slots(self) + modes
 
     def flat_parameters(self) -> list[Tensor]:
         """The user's live parameters, or views of them, layer by layer."""

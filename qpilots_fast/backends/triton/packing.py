@@ -160,7 +160,7 @@ class NetworkLayout:
     def time_features(self) -> Tensor:
         """[len(times), columns] float32, computed in float64; a map's s and u are 0 and 1."""
         blocks = [block for block in ("t", "s", "u") if block in self.spec.input_order]
-        t = torch.tensor(self.times, dtype=torch.float64).reshape(-1, 1)
+        t = torch.tensor(self.times, dtype=torch.float64, device="cpu").reshape(-1, 1)
         at = {"t": t, "s": torch.zeros_like(t), "u": torch.ones_like(t)}
         parts = [time_features(at[b], self.spec.time_embedding, self.spec.time_embedding_dim) for b in blocks]
         return torch.cat(parts, -1).to(torch.float32)
@@ -246,7 +246,7 @@ class PackedBuffers:
             vec += round_up(layout.num_vectors, 16)
         for dtype, items in by_dtype.items():
             blocks = [[i, start] for i, item in enumerate(items) for start in range(0, item[4], _PACK_BLOCK)]
-            tensors = (torch.tensor(v, dtype=torch.int64).to(device) for v in (items, blocks))
+            tensors = (torch.tensor(v, dtype=torch.int64, device="cpu").to(device) for v in (items, blocks))
             table.groups.append((dtype, *tensors))  # type: ignore[arg-type]
         return table
 

@@ -102,13 +102,13 @@ class SamplerPlan:
         self.num_draws = steering.num_samples if steering.steers and steering.uses_posterior else 1
         self.operand = OPERAND_DTYPES[spec.precision]
         steps = [k / spec.num_steps for k in range(spec.num_steps)]
-        mask = torch.zeros(action_pad)
+        mask = torch.zeros(action_pad, dtype=torch.float32, device="cpu")
         mask[: spec.flow.action_dim] = 1.0
         if steering.steered_dims is not None:
             mask.zero_()[list(steering.steered_dims)] = 1.0
         self.dims = mask.to(device)
-        self.rest = torch.tensor([1 - t for t in steps], dtype=torch.float32).to(device)
-        self.glass = torch.tensor(self._glass_table(steps), dtype=torch.float32).to(device)
+        self.rest = torch.tensor([1 - t for t in steps], dtype=torch.float32, device="cpu").to(device)
+        self.glass = torch.tensor(self._glass_table(steps), dtype=torch.float32, device="cpu").to(device)
 
     def _glass_table(self, steps: list[float]) -> list[list[list[float]]]:
         """[K, glass_steps, 5]: p_x, p_xbar, c_x / m, c_xbar / m, c_v / m."""

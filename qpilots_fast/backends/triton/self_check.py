@@ -103,11 +103,12 @@ def _network_checks(triton: TritonBackend, case: Case, device: torch.device, pre
     for kind in ("flow", "critic", "posterior"):
         exact, here = getattr(case.double(), kind).bound(), getattr(case.to(device), kind).bound()
         blocks = [
-            torch.randn(len(case.obs), exact.spec.block_dim(b), generator=generator) for b in exact.spec.input_order
+            torch.randn(len(case.obs), exact.spec.block_dim(b), generator=generator, device="cpu")
+            for b in exact.spec.input_order
         ]
         wide, on_device = [b.double() for b in blocks], [b.to(device) for b in blocks]
         want = reference.forward(exact, wide, "float64")
-        cotangent = torch.randn(want.shape, generator=generator)
+        cotangent = torch.randn(want.shape, generator=generator, device="cpu")
         pairs = {
             "forward": (triton.forward(here, on_device, precision), want),
             "vjp": (
