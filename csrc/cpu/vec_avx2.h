@@ -86,6 +86,7 @@ static inline void transpose(Vec (&rows)[8]) {
 }
 
 static constexpr int kTileRows = 6;  // 6 rows by 2 vectors: 12 accumulators of 16 registers
+static constexpr int kStreamRows = 1;
 static constexpr int kPanelVectors = 2;
 constexpr int backward_columns(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 2; }
 #define QPILOTS_GENERIC_SUMS

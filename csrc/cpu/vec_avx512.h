@@ -145,6 +145,7 @@ static inline void transpose(Vec (&rows)[16]) {
 
 // Register tiles. 6 rows by 4 vectors leave 8 of 32 registers for weights and broadcasts.
 static constexpr int kTileRows = 6;
+static constexpr int kStreamRows = 4;  // the gradients of 4 rows and 4 vectors take half of the registers
 static constexpr int kPanelVectors = 4;
 constexpr int backward_columns(int rows) { return rows == 1 ? 16 : rows <= 3 ? 8 : 4; }
 

@@ -89,6 +89,7 @@ static inline void transpose(Vec (&rows)[4]) {
 }
 
 static constexpr int kTileRows = 3;
+static constexpr int kStreamRows = 1;
 static constexpr int kPanelVectors = 4;
 constexpr int backward_columns(int rows) { return rows == 1 ? 8 : 4; }
 #define QPILOTS_GENERIC_SUMS
