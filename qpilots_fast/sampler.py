@@ -155,7 +155,13 @@ class SteeredSampler(nn.Module):
         Raises:
             ValueError, TypeError: wrong shapes, dtypes, devices, or non-finite obs or noise.
         """
-        if not (torch.compiler.is_compiling() or return_info or self._quick is None) and generator is None:
+        if (
+            not torch.compiler.is_compiling()
+            and self._quick is not None
+            and self.backend == self._quick_for[0]
+            and generator is None
+            and not return_info
+        ):
             actions = self._quick(obs, noise, posterior_noise)
             if actions is not None:
                 return actions
@@ -343,7 +349,7 @@ class SteeredSampler(nn.Module):
 
     def _make_quick(self, chosen: Backend, networks: BoundNetworks, packed: Any) -> None:
         """Lets the calls to come take the backend's quick way."""
-        made_for = (chosen, packed, networks.flow, networks.critic, networks.posterior)
+        made_for = (self.backend, chosen, packed, networks.flow, networks.critic, networks.posterior)
         if len(self._quick_for) == len(made_for) and all(a is b for a, b in zip(self._quick_for, made_for)):
             return
         assert self._spec is not None

@@ -194,6 +194,18 @@ def test_unusual_inputs_are_left_to_the_general_way():
     assert spy.taken == 0
 
 
+def test_nothing_is_drawn_for_a_call_that_is_left_to_the_general_way():
+    sampler, (obs, _, eps) = build(STEERINGS["M"]), inputs(STEERINGS["M"])
+    sampler(obs)
+    spy = Spy(sampler)
+    strided = eps.transpose(0, 1).contiguous().transpose(0, 1)
+    torch.manual_seed(7)
+    got = sampler(obs, None, strided)
+    assert spy.taken == 0
+    torch.manual_seed(7)
+    assert torch.equal(got, general(sampler, obs, None, eps))
+
+
 @pytest.mark.parametrize("quick", [True, False])
 def test_default_dtype_and_device_do_not_matter(quick):
     sampler, arguments = build(), inputs()
@@ -213,6 +225,15 @@ def test_default_dtype_and_device_do_not_matter(quick):
     assert torch.equal(got, expected) and torch.equal(elsewhere, expected)
     assert got.dtype == elsewhere.dtype == drawn.dtype == info.gradient_norms.dtype == torch.float32
     assert not info.nonfinite.any()
+
+
+def test_another_backend_is_taken_at_once():
+    sampler, arguments = build(), inputs()
+    native = sampler(*arguments)
+    spy = Spy(sampler)
+    sampler.backend = "reference"
+    torch.testing.assert_close(sampler(*arguments), native, rtol=0, atol=1e-5)
+    assert spy.taken == 0
 
 
 def test_copies_make_their_own():

@@ -77,26 +77,28 @@ class QuickCall {
   py::object attempt(const py::handle& obs, const py::handle& noise, const py::handle& posterior_noise) const {
     if (!parameters_stayed()) return py::none();
     SampleArgs args = weights_;
-    const int dims = plan_->obs_dim;
-    Py_ssize_t batch = -1;
-    args.obs = read(obs, {&batch, dims});
-    if (args.obs == nullptr || batch < 1 || batch > std::numeric_limits<int>::max() / 64) return py::none();
-    const Py_ssize_t rows = batch, action_dim = plan_->action_dim, steps = plan_->steps;
-    const py::object start = noise.is_none() ? randn_(rows, action_dim) : py::reinterpret_borrow<py::object>(noise);
-    args.noise = read(start, {&batch, action_dim});
-    if (args.noise == nullptr || batch != rows) return py::none();
-    py::object eps;
-    if (plan_->steers && plan_->draws()) {
-      const Py_ssize_t draws = plan_->steering.num_samples;
-      eps = posterior_noise.is_none() ? randn_(steps, rows, draws, action_dim)
-                                      : py::reinterpret_borrow<py::object>(posterior_noise);
-      Py_ssize_t first = -1;
-      args.posterior_noise = read(eps, {&first, rows, draws, action_dim});
-      if (args.posterior_noise == nullptr || first != steps) return py::none();
+    Py_ssize_t rows = -1, steps = plan_->steps;
+    args.obs = read(obs, {&rows, plan_->obs_dim});
+    if (args.obs == nullptr || rows < 1 || rows > std::numeric_limits<int>::max() / 64) return py::none();
+    const Py_ssize_t action_dim = plan_->action_dim, draws = plan_->steering.num_samples;
+    const bool takes_draws = plan_->steers && plan_->draws();
+    // what was given first: nothing is drawn for a call that the general path, which draws too, must make
+    if (!noise.is_none() && (args.noise = read(noise, {&rows, action_dim})) == nullptr) return py::none();
+    if (takes_draws && !posterior_noise.is_none()) {
+      args.posterior_noise = read(posterior_noise, {&steps, rows, draws, action_dim});
+      if (args.posterior_noise == nullptr) return py::none();
+    }
+    py::object start = py::reinterpret_borrow<py::object>(noise), eps;
+    if (args.noise == nullptr) args.noise = read(start = randn_(rows, action_dim), {&rows, action_dim});
+    if (takes_draws && args.posterior_noise == nullptr) {
+      eps = randn_(steps, rows, draws, action_dim);
+      args.posterior_noise = read(eps, {&steps, rows, draws, action_dim});
     }
     const py::object actions = empty_like_(start);
-    args.actions = const_cast<float*>(read(actions, {&batch, action_dim}, false));
-    if (args.actions == nullptr) return py::none();
+    args.actions = const_cast<float*>(read(actions, {&rows, action_dim}, false));
+    if (args.noise == nullptr || (takes_draws && args.posterior_noise == nullptr) || args.actions == nullptr) {
+      return py::none();
+    }
     args.batch = static_cast<int>(rows);
     args.threads = num_threads_().cast<int>();
     bool finite;
