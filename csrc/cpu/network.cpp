@@ -149,11 +149,9 @@ std::vector<Interval> Network::panel_memory(const LayerSource* sources) const {
     if (l > 0 && head_ && l + 1 == layers()) continue;
     const Source& source = sources[i].weight;
     const Block& block = layers_[l].block;
-    int in = block.in, out = block.out;
-    for (const Block& input : inputs_) {
-      if (l > 0 || input.out == 0) continue;
-      in = std::max(in, input.column + input.in);
-      out = input.out;
+    int in = block.in, out = layers_[l].width;
+    if (l == 0) {
+      for (const Block& input : inputs_) in = std::max(in, input.column + input.in);
     }
     const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(source.data);
     const std::int64_t last = (out - 1) * source.row_stride + (in - 1) * source.col_stride;

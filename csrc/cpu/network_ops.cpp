@@ -45,6 +45,7 @@ class NetworkRun {
         out[e] = sum;
       }
     });
+    lease->refreshed();
     lease.reset();
     pool.release(std::move(workspace));
   }

@@ -205,7 +205,10 @@ void sample(const SamplerPlan& plan, const SampleArgs& args, WorkspacePool& pool
   }
   run.set_arenas(live);
   parallel_region(threads, [&](int thread, int count) { run.run(thread, count); });
-  for (auto& lease : live) lease.reset();
+  for (auto& lease : live) {
+    if (lease != nullptr) lease->refreshed();
+    lease.reset();
+  }
   pool.release(std::move(workspace));
 }
 
@@ -224,7 +227,7 @@ void ArenaLease::refresh(int unit) {
   }
 }
 
-ArenaLease::~ArenaLease() {
+void ArenaLease::refreshed() {
   if (!panels_unchanged_) arena_->watch.was_read(changed_.load(std::memory_order_relaxed));
 }
 

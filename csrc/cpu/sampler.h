@@ -66,11 +66,12 @@ void network_vjp(const Network& net, const LayerSource* sources, LiveArena& live
 class ArenaLease {
  public:
   ArenaLease(const Network& net, const LayerSource* sources, LiveArena& own, LiveArena& spare);
-  ~ArenaLease();
   char* data() const { return arena_->arena.data(); }
   int units() const { return net_.pack_units(); }
-  // Brings one of the units up to date, from any thread; the lease ends after all of them.
+  // Brings one of the units up to date, from any thread.
   void refresh(int unit);
+  // After all of them. A lease that ends without it, by an exception, leaves its arena to be read again.
+  void refreshed();
 
  private:
   const Network& net_;

@@ -15,6 +15,8 @@
 #endif
 
 namespace qpilots::cpu {
+#if defined(__linux__)
+
 namespace {
 
 constexpr std::uintptr_t kSmallest = std::uintptr_t{1} << 20;  // reading less than this costs no more than asking
@@ -32,12 +34,6 @@ std::vector<Interval> joined(std::vector<Interval> memory) {
   }
   return result;
 }
-
-}  // namespace
-
-#if defined(__linux__)
-
-namespace {
 
 // From linux/fs.h and linux/userfaultfd.h of Linux 6.7: newer than the headers that wheels are built against.
 struct PageRegion {
