@@ -114,6 +114,19 @@ def test_rows_do_not_depend_on_batch_or_threads(backend, monkeypatch, path, prec
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["u", "u_odd", "qgf_jacobian"])
+def test_every_number_of_rows_sums_in_one_order(backend, monkeypatch, path, precision, name):
+    """Register tiles and row blocks change with the number of rows; the bits of a row must not."""
+    monkeypatch.setenv(cpu_module.ISA_VARIABLE, path)
+    spec, bound, obs, noise, _ = build(name, 41, precision)
+    alone = [backend.sample(spec, bound, obs[i : i + 1], noise[i : i + 1], None).actions for i in range(len(obs))]
+    for rows in range(2, len(obs) + 1):
+        got = backend.sample(spec, bound, obs[:rows], noise[:rows], None).actions
+        assert torch.equal(got, torch.cat(alone[:rows])), rows
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_forward_and_vjp_of_single_networks(backend, precision):
     torch.manual_seed(1)

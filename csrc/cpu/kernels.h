@@ -151,7 +151,7 @@ struct SteerArgs {
 };
 
 struct FormatKernels {
-  int a_bytes, d_bytes;  // per element of a forward and a backward operand
+  int a_bytes;  // per element of a forward operand
   void (*forward)(const ForwardArgs&);
   void (*backward)(const BackwardArgs&);
   void (*activate[6][3])(const ActivateArgs&);      // [Activation][NormPlacement]

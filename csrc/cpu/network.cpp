@@ -270,7 +270,7 @@ int backward_pass(const Pass& pass, const float* d_out, std::ptrdiff_t d_out_pit
   const FormatKernels& fk = net.fk();
   const Team& team = pass.team;
   TileScratch& s = pass.scratch;
-  const std::ptrdiff_t d_pitch = s.pitch * fk.d_bytes;
+  const std::ptrdiff_t d_pitch = s.d_pitch();
   const int hidden = net.layers() - 1;
   int current = 0;
   if (!net.head()) {
@@ -322,7 +322,7 @@ void input_vjp(const Pass& pass, const Block& block, const FormatKernels& kernel
                std::ptrdiff_t pitch) {
   const int begin = kPad * pass.team.begin(block.in_padded / kPad), end = kPad * pass.team.end(block.in_padded / kPad);
   kernels.backward({&block, pass.arena + block.offset, begin, end, pass.scratch.d_operand[which],
-                    pass.scratch.pitch * kernels.d_bytes, pass.rows, dx, pitch});
+                    pass.scratch.d_pitch(), pass.rows, dx, pitch});
 }
 
 }  // namespace qpilots::cpu

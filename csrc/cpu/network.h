@@ -94,6 +94,9 @@ struct TileScratch {
   const float** init;    // [capacity]
   std::ptrdiff_t pitch;  // elements
 
+  // bytes between rows of d_operand: whatever the format, a delta may be float32
+  std::ptrdiff_t d_pitch() const { return pitch * static_cast<std::ptrdiff_t>(sizeof(float)); }
+
   static std::size_t bytes(int rows, int width);
   static TileScratch carve(char* memory, int rows, int width);
 };

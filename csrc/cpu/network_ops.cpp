@@ -126,16 +126,14 @@ class NetworkRun {
       }
     }
     const int which = backward_pass(pass, net_.head() ? cotangent + row : wide, out_padded, saves, true);
-    const std::ptrdiff_t delta_pitch = scratch.pitch * fk.d_bytes;
     const float* delta = reinterpret_cast<const float*>(scratch.d_operand[which]);
     for (int kind = 0; kind < kInputKinds; ++kind) {
       const InputKind input = static_cast<InputKind>(kind);
       if (!net_.has(input)) continue;
       const Block& block = net_.input(input);
       const FormatKernels& kernels = net_.table().formats[static_cast<int>(block.format)];
-      kernels.to_d_operand({rows, static_cast<int>(first), delta,
-                            delta_pitch / static_cast<std::ptrdiff_t>(sizeof(float)), -kInfinity, kInfinity,
-                            scratch.d_operand[1 - which], scratch.pitch * kernels.d_bytes});
+      kernels.to_d_operand({rows, static_cast<int>(first), delta, scratch.pitch, -kInfinity, kInfinity,
+                            scratch.d_operand[1 - which], scratch.d_pitch()});
       input_vjp(pass, block, kernels, 1 - which, wide, block.in_padded);
       for (int r = 0; r < rows; ++r) {
         std::memcpy(partial_ + (row + r) * input_dim + block.column, wide + r * block.in_padded,

@@ -321,7 +321,7 @@ void SampleRun::pull_back_mfm(Tile tile, const Worker& w) {
   for_draw_subtiles(tile, [&](Tile rows) {
     const int which = backward_pass(pass(map, arenas_[2], w, rows.rows()), row(g_, rows.begin), pitch_,
                                     {map_saves_, draw_rows_, rows.begin}, true);
-    const std::ptrdiff_t delta_pitch = w.scratch.pitch * fk.d_bytes / static_cast<std::ptrdiff_t>(sizeof(float));
+    const std::ptrdiff_t delta_pitch = w.scratch.pitch;
     const float* delta = reinterpret_cast<const float*>(w.scratch.d_operand[which]);
     for (int i = rows.begin; i < rows.end; ++i) {
       float* sum = delta_sum_ + (i / draws_) * first;
@@ -330,7 +330,7 @@ void SampleRun::pull_back_mfm(Tile tile, const Worker& w) {
     }
     team.wait();
   });
-  const std::ptrdiff_t d_pitch = w.scratch.pitch * fk.d_bytes;
+  const std::ptrdiff_t d_pitch = w.scratch.d_pitch();
   const int begin = team.begin(tile.rows()), end = team.end(tile.rows());
   fk.to_d_operand({end - begin, static_cast<int>(first), delta_sum_ + (tile.begin + begin) * first, first, -kInfinity,
                    kInfinity, w.scratch.d_operand[0] + begin * d_pitch, d_pitch});

@@ -13,7 +13,6 @@ template <class F>
 static FormatKernels format_kernels() {
   FormatKernels t{};
   t.a_bytes = F::kABytes;
-  t.d_bytes = F::kDBytes;
   t.forward = forward<F>;
   t.backward = backward<F>;
   fill_activation<F, Activation::kGeluTanh>(t);

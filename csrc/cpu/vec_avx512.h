@@ -40,9 +40,6 @@ static inline Vec reciprocal(Vec x) {  // 14 bits and one Newton step: half the 
   return _mm512_fmadd_ps(r, _mm512_fnmadd_ps(x.v, r, _mm512_set1_ps(1.0f)), r);
 }
 
-// A call passes 8 accumulators through memory: 16 rows of a bfloat16 backward pass took 20.4 us a layer, inlined 19.1.
-#define QPILOTS_INLINE static inline __attribute__((always_inline))
-
 // Lane sums always as the tree (l, l + 8), (l, l + 4), (l, l + 2), (l, l + 1): the same value wherever it is taken.
 QPILOTS_INLINE __m512 fold_quarters(__m512 a, __m512 b, __m512 c, __m512 d) {  // quarter i: 4 partial sums of input i
   const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
@@ -193,43 +190,44 @@ static inline Vec dot_pairs(Vec acc, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
 
-// acc[r][p]: per 128-bit lane the partial sums (even, even, odd, odd) of the columns 2 p, 2 p + 1.
-// Lane 4 i + 2 j + parity of the result: acc[4 j + i]; the tree is (l, l + 8), (l, l + 4), (l, l + 1).
-QPILOTS_INLINE __m512 sum_8_pairs(const Vec* acc) {
-  const __m512 t0 = fold_quarters(acc[0].v, acc[1].v, acc[2].v, acc[3].v);
-  const __m512 t1 = fold_quarters(acc[4].v, acc[5].v, acc[6].v, acc[7].v);
-  return _mm512_add_ps(_mm512_shuffle_ps(t0, t1, 0x88), _mm512_shuffle_ps(t0, t1, 0xDD));
+// Packed weights: 16 outputs of two columns a vector, in pairs along the columns. The lower (upper) 8 outputs of two
+// vectors. Masked loads, since shuffles compete with the products for a port on Zen 5 and merging loads do not.
+static inline Pairs lower_halves(const char* first, const char* second) {
+  return _mm512_mask_loadu_epi64(load_pairs(first), 0xF0, second - 32);
+}
+static inline Pairs upper_halves(const char* first, const char* second) {
+  const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + 32));
+  return _mm512_mask_loadu_epi64(_mm512_castsi256_si512(low), 0xF0, second);
 }
 
-template <int R, int P>
-static inline void store_pair_sums(const Vec (&acc)[R][P], float* dx, std::ptrdiff_t stride) {
-  if constexpr (P == 8) {
-    unroll<R>([&](auto r) {
-      Vec order[8];
-      unroll<8>([&](auto p) { order[4 * (p % 2) + p / 2] = acc[r][p]; });
-      _mm512_storeu_ps(dx + r * stride, sum_8_pairs(order));
-    });
-  } else if constexpr (P == 2) {
-    unroll<(R + 3) / 4>([&](auto quarter) {
-      constexpr int r = 4 * quarter.value;
-      Vec order[8];
-      unroll<8>([&](auto l) { order[l] = acc[r + l % 4 < R ? r + l % 4 : R - 1][l / 4]; });
-      const __m512 s = sum_8_pairs(order);
-      _mm_storeu_ps(dx + r * stride, _mm512_castps512_ps128(s));
-      if (r + 1 < R) _mm_storeu_ps(dx + (r + 1) * stride, _mm512_extractf32x4_ps(s, 1));
-      if (r + 2 < R) _mm_storeu_ps(dx + (r + 2) * stride, _mm512_extractf32x4_ps(s, 2));
-      if (r + 3 < R) _mm_storeu_ps(dx + (r + 3) * stride, _mm512_extractf32x4_ps(s, 3));
-    });
-  } else {
-    static_assert(P == 4);
-    unroll<(R + 1) / 2>([&](auto half) {
-      constexpr int r = 2 * half.value, other = r + 1 < R ? r + 1 : r;
-      Vec order[8];
-      unroll<8>([&](auto p) { order[4 * (p % 2) + p / 2] = acc[p < 4 ? r : other][p % 4]; });
-      const __m512 s = sum_8_pairs(order);
-      _mm256_storeu_ps(dx + r * stride, _mm512_castps512_ps256(s));
-      if (r + 1 < R) _mm256_storeu_ps(dx + (r + 1) * stride, _mm512_extractf32x8_ps(s, 1));
-    });
+struct WordIndex {
+  alignas(64) short word[32];
+};
+template <int kOutput>
+constexpr WordIndex quad_index() {
+  WordIndex index{};
+  for (int i = 0; i < 32; ++i) {
+    const int column = i / 4, output = kOutput + i % 4;
+    index.word[i] = static_cast<short>(column / 2 * 16 + output * 2 + column % 2);
   }
+  return index;
+}
+template <int kOutput>
+static constexpr WordIndex kQuadIndex = quad_index<kOutput>();
+
+// Of two such halves, together 8 columns by 8 outputs: 4 outputs from kOutput on, 64 bits a column.
+template <int kOutput>
+static inline Pairs quad_of(Pairs first, Pairs second) {
+  return _mm512_permutex2var_epi16(first, _mm512_load_si512(kQuadIndex<kOutput>.word), second);
+}
+static inline Pairs broadcast_quad(const char* p) {  // 4 bfloat16
+  std::int64_t quad;
+  std::memcpy(&quad, p, sizeof quad);
+  return _mm512_set1_epi64(quad);
+}
+static inline Vec add_neighbours(Vec first, Vec second) {  // lanes 2 i + lanes 2 i + 1 of both
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+  return _mm512_add_ps(_mm512_permutex2var_ps(first.v, even, second.v), _mm512_permutex2var_ps(first.v, odd, second.v));
 }
 #endif
