@@ -78,6 +78,7 @@ class Cell:
     traffic_bytes: dict[str, int]  # by precision, each weight once a pass that reads it
     workspace_bytes: dict[str, int] = field(default_factory=dict)  # of our live sampler, by precision
     explained_floor_s: dict[str, float | None] = field(default_factory=dict)
+    explained_notes: dict[str, tuple[str, ...]] = field(default_factory=dict)  # what that floor was made of
 
     def ours(self, precision: str, frozen: bool = False) -> Result | None:
         """Our fastest usable result of this kind."""
@@ -123,6 +124,7 @@ class Cell:
             "traffic_bytes": self.traffic_bytes,
             "workspace_bytes": self.workspace_bytes,
             "floor_s": {precision: self.floor_s(precision, peaks) for precision in self.weight_bytes},
+            "floor_notes": self.explained_notes,
             "load": None if self.load is None else asdict(self.load),
             "results": [self._result_json(result, peaks) for result in self.results],
         }
@@ -237,6 +239,7 @@ def _explain_ours(cell: Cell) -> None:
         if footprint is not None:
             cell.workspace_bytes[c.precision] = footprint.workspace_bytes
             cell.explained_floor_s[c.precision] = footprint.floor_s
+            cell.explained_notes[c.precision] = footprint.notes
 
 
 def rows_do_not_depend_on_batch_mates(workload: Workload, precision: str, backend: str) -> bool:

@@ -294,3 +294,18 @@ def test_footprint(backend):
     assert small.launches == 1 and small.floor_s > 0
     assert large.flops == 256 * small.flops and large.weight_bytes == small.weight_bytes
     assert 0 < small.workspace_bytes <= large.workspace_bytes < 64 << 20
+    unsteered = backend.footprint(build("unsteered", 1)[0], 1)
+    assert 0 < unsteered.floor_s and unsteered.traffic_bytes < small.traffic_bytes
+
+
+def test_loads_of_the_weights_alone():
+    def read(flow_bytes, twice, steps):
+        return cpu_module.load_module().cpu_read_weights(flow_bytes, twice, steps, 2 * steps + 1, 2, 0.02)
+
+    best, median = read(1 << 20, (1 << 20,) * 4, 4)
+    assert 0 < best <= median
+    assert 0 < read(1000, (), 1)[0]
+    with pytest.raises(ValueError, match="bytes"):
+        read(0, (), 1)
+    with pytest.raises(ValueError, match="steps"):
+        read(1000, (), 0)

@@ -4,7 +4,6 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
-#include <chrono>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -254,52 +253,6 @@ void network_binding(const BoundSources& bound, const std::vector<std::uintptr_t
   }
 }
 
-// Best of a few rounds of the same FMA loop on every thread, in flop/s.
-double peak_flops_per_second(const std::string& precision, int threads, double seconds) {
-  require(precision == "float32" || precision == "bfloat16", "precision: expected float32 or bfloat16");
-  const KernelTable& table = kernels("");
-  const Format format = precision == "float32" ? Format::kF32 : Format::kBf16;
-  const py::gil_scoped_release release;
-  double best = 0;
-  using Clock = std::chrono::steady_clock;
-  const auto begin = Clock::now();
-  do {
-    std::vector<double> flops(threads, 0.0);
-    const auto start = Clock::now();
-    parallel_region(threads, [&](int thread, int) { flops[thread] = table.peak(format, 1000000); });
-    const double wall = std::chrono::duration<double>(Clock::now() - start).count();
-    double total = 0;
-    for (double f : flops) total += f;
-    best = std::max(best, total / wall);
-  } while (std::chrono::duration<double>(Clock::now() - begin).count() < seconds);
-  return best;
-}
-
-// Read bandwidth over a buffer of the given size, each thread its own part again and again, in bytes/s.
-double read_bytes_per_second(std::size_t bytes, int threads, double seconds) {
-  const KernelTable& table = kernels("");
-  Buffer buffer;
-  const py::gil_scoped_release release;
-  char* data = buffer.reserve(bytes);
-  const std::size_t part = bytes / threads / 4096 * 4096;
-  require(part > 0, "bytes: at least one page a thread");
-  const int repeats = static_cast<int>(std::max<std::size_t>(1, (std::size_t{64} << 20) / bytes));
-  double best = 0;
-  using Clock = std::chrono::steady_clock;
-  const auto begin = Clock::now();
-  do {
-    const auto start = Clock::now();
-    volatile float sink = 0;
-    parallel_region(threads, [&](int thread, int) {
-      for (int i = 0; i < repeats; ++i) sink = table.read(data + part * thread, part);
-    });
-    (void)sink;
-    const double wall = std::chrono::duration<double>(Clock::now() - start).count();
-    best = std::max(best, static_cast<double>(part) * threads * repeats / wall);
-  } while (std::chrono::duration<double>(Clock::now() - begin).count() < seconds);
-  return best;
-}
-
 }  // namespace
 
 void set_weights(const SamplerPlan& plan, const BoundSources* flow, const BoundSources* critic,
@@ -347,10 +300,7 @@ void bind(py::module_& module) {
   module.def("cpu_workspace_bytes", &workspace_bytes);
   module.def("cpu_isa_paths", &available_paths);
   module.def("cpu_isa", [](const std::string& name) { return std::string(kernels(name).name); }, py::arg("name") = "");
-  module.def("cpu_peak_flops", &peak_flops_per_second, py::arg("precision"), py::arg("threads"),
-             py::arg("seconds") = 0.1);
-  module.def("cpu_read_bandwidth", &read_bytes_per_second, py::arg("bytes"), py::arg("threads"),
-             py::arg("seconds") = 0.1);
+  bind_limits(module);
 }
 
 }  // namespace qpilots::cpu

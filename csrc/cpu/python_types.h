@@ -38,5 +38,6 @@ void set_weights(const SamplerPlan& plan, const BoundSources* flow, const BoundS
                  const BoundSources* posterior, const PackedWeights* packed, SampleArgs& args);
 
 void bind_quick_call(pybind11::module_& module);
+void bind_limits(pybind11::module_& module);
 
 }  // namespace qpilots::cpu
