@@ -191,13 +191,18 @@ static inline Vec dot_pairs(Vec acc, __m512i a, __m512i b) {
 }
 
 // Packed weights: 16 outputs of two columns a vector, in pairs along the columns. The lower (upper) 8 outputs of two
-// vectors. Masked loads, since shuffles compete with the products for a port on Zen 5 and merging loads do not.
+// vectors, merged by loads, since shuffles compete with the products for a port on Zen 5 and merging loads do not; or
+// (kOnce) with every line loaded in one piece, where the lines come from far.
+template <bool kOnce>
 static inline Pairs lower_halves(const char* first, const char* second) {
+  if (kOnce) return _mm512_shuffle_i64x2(load_pairs(first), load_pairs(second), 0x44);
   return _mm512_mask_loadu_epi64(load_pairs(first), 0xF0, second - 32);
 }
+template <bool kOnce>
 static inline Pairs upper_halves(const char* first, const char* second) {
   const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + 32));
-  return _mm512_mask_loadu_epi64(_mm512_castsi256_si512(low), 0xF0, second);
+  const __m512i wide = _mm512_castsi256_si512(low);
+  return kOnce ? _mm512_mask_blend_epi64(0xF0, wide, load_pairs(second)) : _mm512_mask_loadu_epi64(wide, 0xF0, second);
 }
 
 struct WordIndex {
