@@ -87,4 +87,14 @@ class SampleRun {
   std::atomic<int>* queues_;  // pack units, then items to prepare, then one a step
 };
 
+// Visits the draws' rows of a tile in pieces that fit the scratch; rows(Tile).
+template <class Rows>
+void SampleRun::for_draw_subtiles(Tile tile, Rows rows) const {
+  const int begin = tile.begin * draws_, count = tile.rows() * draws_;
+  const int pieces = (count + kMaxTileRows - 1) / kMaxTileRows;
+  for (int i = 0; i < pieces; ++i) {
+    rows(Tile{begin + tile_begin(count, pieces, i), begin + tile_begin(count, pieces, i + 1)});
+  }
+}
+
 }  // namespace qpilots::cpu
