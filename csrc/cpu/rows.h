@@ -59,88 +59,139 @@ static inline RowMoments moments(const float* y, int width, float total, float e
   return {mean, reciprocal_std(squares, static_cast<float>(width), eps)};
 }
 
-template <class F, Activation kAct, NormPlacement kNorm>
-static void activate_rows(const ActivateArgs& args) {
+// Rows that a LayerNorm takes together, pass by pass: each pass ends in a sum whose lanes are added one after the
+// other, which the next row's pass hides.
+static constexpr int kNormRows = 4;
+
+template <class F, Activation kAct>
+static void activate_plain(const ActivateArgs& args, int r) {
+  const float* z = args.z + r * args.z_stride;
+  char* h = at<char*>(args.h, r * args.h_stride);
+  float* slope = args.slope != nullptr ? args.slope + r * args.save_stride : nullptr;
+  for (int c = args.begin; c < args.end; c += Vec::kLanes) {
+    const ValueSlope<Vec> y = qpilots::activate<kAct>(Vec::load(z + c));
+    if (slope != nullptr) y.slope.store(slope + c);
+    F::store_operand(y.value, h + c * F::kABytes);
+  }
+}
+
+// The row's sum; after the activation, which replaces z, where that comes first.
+template <Activation kAct, NormPlacement kNorm>
+static float sum_before_norm(const ActivateArgs& args, int r) {
+  float* z = args.z + r * args.z_stride;
+  float* slope = args.slope != nullptr ? args.slope + r * args.save_stride : nullptr;
   const int width = padded(args.width);
+  if constexpr (kNorm == NormPlacement::kPre) return row_sum(width, [&](int c) { return Vec::load(z + c); });
+  return row_sum(width, [&](int c) {
+    const ValueSlope<Vec> y = qpilots::activate<kAct>(Vec::load(z + c));
+    if (slope != nullptr) y.slope.store(slope + c);
+    y.value.store(z + c);
+    return y.value;
+  });
+}
+
+template <class F, Activation kAct, NormPlacement kNorm>
+static void normalise_row(const ActivateArgs& args, int r, const RowMoments& row) {
+  const float* z = args.z + r * args.z_stride;
+  char* h = at<char*>(args.h, r * args.h_stride);
   const bool save = args.slope != nullptr;
-  for (int r = 0; r < args.rows; ++r) {
-    float* z = args.z + r * args.z_stride;
-    char* h = at<char*>(args.h, r * args.h_stride);
-    float* slope = save ? args.slope + r * args.save_stride : nullptr;
-    float* xhat = save ? args.xhat + r * args.save_stride : nullptr;
-    if constexpr (kNorm == NormPlacement::kNone) {
-      for (int c = args.begin; c < args.end; c += Vec::kLanes) {
-        const ValueSlope<Vec> y = qpilots::activate<kAct>(Vec::load(z + c));
-        if (save) y.slope.store(slope + c);
-        F::store_operand(y.value, h + c * F::kABytes);
-      }
-      continue;
-    }
-    float total;
+  float* slope = save ? args.slope + r * args.save_stride : nullptr;
+  float* xhat = save ? args.xhat + r * args.save_stride : nullptr;
+  if (save) args.rstd[r] = row.rstd;
+  const Vec mean(row.mean), rstd(row.rstd);
+  for (int c = 0; c < padded(args.width); c += Vec::kLanes) {
+    const Vec normal = (Vec::load(z + c) - mean) * rstd;
+    if (save) normal.store(xhat + c);
+    const Vec y = layer_norm_affine(normal, Vec::load(args.gamma + c), Vec::load(args.beta + c));
     if constexpr (kNorm == NormPlacement::kPost) {
-      total = row_sum(width, [&](int c) {
-        const ValueSlope<Vec> y = qpilots::activate<kAct>(Vec::load(z + c));
-        if (save) y.slope.store(slope + c);
-        y.value.store(z + c);
-        return y.value;
-      });
+      F::store_operand(y, h + c * F::kABytes);
     } else {
-      total = row_sum(width, [&](int c) { return Vec::load(z + c); });
-    }
-    const RowMoments row = moments(z, args.width, total, args.eps);
-    if (save) args.rstd[r] = row.rstd;
-    const Vec mean(row.mean), rstd(row.rstd);
-    for (int c = 0; c < width; c += Vec::kLanes) {
-      const Vec normal = (Vec::load(z + c) - mean) * rstd;
-      if (save) normal.store(xhat + c);
-      const Vec y = layer_norm_affine(normal, Vec::load(args.gamma + c), Vec::load(args.beta + c));
-      if constexpr (kNorm == NormPlacement::kPost) {
-        F::store_operand(y, h + c * F::kABytes);
-      } else {
-        const ValueSlope<Vec> a = qpilots::activate<kAct>(y);
-        if (save) a.slope.store(slope + c);
-        F::store_operand(a.value, h + c * F::kABytes);
-      }
+      const ValueSlope<Vec> a = qpilots::activate<kAct>(y);
+      if (save) a.slope.store(slope + c);
+      F::store_operand(a.value, h + c * F::kABytes);
     }
   }
 }
 
-// F decides only how dz is stored.
-template <class F, NormPlacement kNorm>
-static void activate_vjp_rows(const ActivateVjpArgs& args) {
-  const int width = padded(args.width);
-  const float inverse_width = 1.0f / static_cast<float>(args.width);
-  for (int r = 0; r < args.rows; ++r) {
-    const float* d = args.d + r * args.d_stride;
-    const Vec scale(args.d_scale == nullptr ? 1.0f : args.d_scale[r]);
-    const float* slope = args.slope + r * args.save_stride;
-    char* dz = at<char*>(args.dz, r * args.dz_stride);
+template <class F, Activation kAct, NormPlacement kNorm>
+static void activate_rows(const ActivateArgs& args) {
+  for (int first = 0; first < args.rows; first += kNormRows) {
+    const int count = args.rows - first < kNormRows ? args.rows - first : kNormRows;
     if constexpr (kNorm == NormPlacement::kNone) {
-      for (int c = args.begin; c < args.end; c += Vec::kLanes) {
-        F::store_d_operand(Vec::load(d + c) * scale * Vec::load(slope + c), dz + c * F::kDBytes);
+      for (int i = 0; i < count; ++i) activate_plain<F, kAct>(args, first + i);
+    } else {
+      float totals[kNormRows];
+      RowMoments rows[kNormRows];
+      for (int i = 0; i < count; ++i) totals[i] = sum_before_norm<kAct, kNorm>(args, first + i);
+      for (int i = 0; i < count; ++i) {
+        rows[i] = moments(args.z + (first + i) * args.z_stride, args.width, totals[i], args.eps);
       }
-      continue;
+      for (int i = 0; i < count; ++i) normalise_row<F, kAct, kNorm>(args, first + i, rows[i]);
     }
-    const float* xhat = args.xhat + r * args.save_stride;
-    const auto d_xhat = [&](int c) {
-      Vec g = Vec::load(d + c) * scale;
-      if constexpr (kNorm == NormPlacement::kPre) g = g * Vec::load(slope + c);
-      return g * Vec::load(args.gamma + c);
-    };
+  }
+}
+
+// Of a row: dL/d(normalised) at column c, its mean and its mean with the normalised values.
+template <NormPlacement kNorm>
+struct NormVjp {
+  const float *d, *slope, *gamma, *xhat;
+  Vec scale;
+  float mean, mean_xhat;
+
+  NormVjp() = default;
+  NormVjp(const ActivateVjpArgs& args, int r)
+      : d(args.d + r * args.d_stride),
+        slope(args.slope + r * args.save_stride),
+        gamma(args.gamma),
+        xhat(args.xhat + r * args.save_stride),
+        scale(args.d_scale == nullptr ? 1.0f : args.d_scale[r]) {
+    const float inverse_width = 1.0f / static_cast<float>(args.width);
     Vec projected(0.0f), other(0.0f);
     bool odd = false;
-    const float total = row_sum(width, [&](int c) {
-      const Vec g = d_xhat(c);
+    const float total = row_sum(padded(args.width), [&](int c) {
+      const Vec g = (*this)(c);
       Vec& into = odd ? other : projected;
       into = fmadd(g, Vec::load(xhat + c), into);
       odd = !odd;
       return g;
     });
-    const Vec mean(total * inverse_width), mean_xhat(sum(projected + other) * inverse_width), rstd(args.rstd[r]);
-    for (int c = 0; c < width; c += Vec::kLanes) {
-      Vec y = layer_norm_vjp(d_xhat(c), Vec::load(xhat + c), rstd, mean, mean_xhat);
-      if constexpr (kNorm == NormPlacement::kPost) y = y * Vec::load(slope + c);
-      F::store_d_operand(y, dz + c * F::kDBytes);
+    mean = total * inverse_width;
+    mean_xhat = sum(projected + other) * inverse_width;
+  }
+
+  Vec operator()(int c) const {
+    Vec g = Vec::load(d + c) * scale;
+    if constexpr (kNorm == NormPlacement::kPre) g = g * Vec::load(slope + c);
+    return g * Vec::load(gamma + c);
+  }
+};
+
+// F decides only how dz is stored.
+template <class F, NormPlacement kNorm>
+static void activate_vjp_rows(const ActivateVjpArgs& args) {
+  const auto dz = [&](int r) { return at<char*>(args.dz, r * args.dz_stride); };
+  if constexpr (kNorm == NormPlacement::kNone) {
+    for (int r = 0; r < args.rows; ++r) {
+      const float *d = args.d + r * args.d_stride, *slope = args.slope + r * args.save_stride;
+      const Vec scale(args.d_scale == nullptr ? 1.0f : args.d_scale[r]);
+      for (int c = args.begin; c < args.end; c += Vec::kLanes) {
+        F::store_d_operand(Vec::load(d + c) * scale * Vec::load(slope + c), dz(r) + c * F::kDBytes);
+      }
+    }
+    return;
+  }
+  for (int first = 0; first < args.rows; first += kNormRows) {
+    const int count = args.rows - first < kNormRows ? args.rows - first : kNormRows;
+    NormVjp<kNorm> rows[kNormRows];
+    for (int i = 0; i < count; ++i) rows[i] = NormVjp<kNorm>(args, first + i);
+    for (int i = 0; i < count; ++i) {
+      const NormVjp<kNorm>& row = rows[i];
+      const Vec mean(row.mean), mean_xhat(row.mean_xhat), rstd(args.rstd[first + i]);
+      for (int c = 0; c < padded(args.width); c += Vec::kLanes) {
+        Vec y = layer_norm_vjp(row(c), Vec::load(row.xhat + c), rstd, mean, mean_xhat);
+        if constexpr (kNorm == NormPlacement::kPost) y = y * Vec::load(row.slope + c);
+        F::store_d_operand(y, dz(first + i) + c * F::kDBytes);
+      }
     }
   }
 }
