@@ -1,5 +1,6 @@
-// How the operands of the two products (forward.h, backward.h, backward_dot.h) meet in registers. One accumulator an
-// output, summed in one order whatever the tile, so that a row's result is bitwise the same at any batch size.
+// How the operands of the two products (forward.h, backward.h, backward_dot.h) meet in registers. The
+// products of an output are summed in one order whatever the tile, so that a row's result is bitwise the same at any
+// batch size.
 #pragma once
 
 #if defined(QPILOTS_GENERIC_SUMS)
@@ -42,7 +43,7 @@ struct F32 {
 struct Bf16Expanded {
   static constexpr Format kFormat = Format::kBf16;
   static constexpr int kStep = 2;
-  static constexpr int kABytes = 4, kDBytes = 4;  // an element of a forward and a backward operand
+  static constexpr int kABytes = 4, kDBytes = 4;
 
   template <int R, int NV>
   static inline void forward_step(Vec (&acc)[R][NV], const char* w, const char* a, std::ptrdiff_t stride) {
