@@ -16,7 +16,7 @@ static inline void backward_panel(Vec (&acc)[R][N], const char* w, const char* d
       unroll<R>([&](auto r) { F::update(&acc[r][u * F::kUnit], weights, d[r]); });
     });
     w += kVectorBytes;
-    dy += Vec::kLanes * F::kDBytes;
+    dy += Vec::kLanes * F::kABytes;
   }
 }
 
@@ -51,7 +51,7 @@ QPILOTS_FLAT void backward_tile(const BackwardArgs& args, int row, int k, int tu
   for (int p = 0; p < full; ++p) {
     backward_panel<F, R, kPanelVectors, N>(acc, w + first, dy, args.dy_stride, w + ahead, lines);
     w += panel_stride;
-    dy += kPanelVectors * Vec::kLanes * F::kDBytes;
+    dy += kPanelVectors * Vec::kLanes * F::kABytes;
   }
   if (full < block.panels) {
     const int vectors = panel_vectors(block, full);
@@ -126,7 +126,7 @@ QPILOTS_FLAT void backward_stream(const BackwardArgs& args) {
       return args.weights + p * block.panel_stride + k / F::kStep * vectors * kVectorBytes;
     };
     const auto gradients = [&](int p) {
-      return static_cast<const char*>(args.dy) + p * kPanelVectors * Vec::kLanes * F::kDBytes;
+      return static_cast<const char*>(args.dy) + p * kPanelVectors * Vec::kLanes * F::kABytes;
     };
     const int full = block.out_padded / block.panel_width;
     int p = 0;

@@ -6,7 +6,7 @@
 
 #if defined(__AVX512BF16__)
 static constexpr int kUnitColumns = 8, kUnitVectors = kUnitColumns / 2;
-static constexpr int kQuadBytes = 4 * Bf16Dot::kDBytes, kVectorQuads = Vec::kLanes / 4;
+static constexpr int kQuadBytes = 4 * Bf16Dot::kABytes, kVectorQuads = Vec::kLanes / 4;
 
 // vdpbf16ps takes 6 cycles, two a cycle: 12 accumulators keep it busy, 18 and more also where shuffles get in the way
 // (a layer from L2, 6 to 8 rows by 2 units: 80 to 84 % of peak; 9 to 11 rows by 2, 5 rows by 4: 91 to 95 %).

@@ -151,13 +151,12 @@ struct SteerArgs {
 };
 
 struct FormatKernels {
-  int a_bytes;  // per element of a forward operand
+  int a_bytes;  // per element of an operand
   void (*forward)(const ForwardArgs&);
   void (*backward)(const BackwardArgs&);
   void (*activate[6][3])(const ActivateArgs&);      // [Activation][NormPlacement]
   void (*activate_vjp[3])(const ActivateVjpArgs&);  // [NormPlacement]
   void (*to_operand)(const ConvertArgs&);
-  void (*to_d_operand)(const ConvertArgs&);
   void (*head)(const HeadArgs&);
   void (*pack_panel)(const Block&, const Source&, int panel, char* arena);
 };

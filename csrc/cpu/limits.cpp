@@ -60,9 +60,11 @@ double read_bytes_per_second(std::size_t bytes, int threads, double seconds) {
   const char* data = buffer.reserve(bytes);
   const int repeats = static_cast<int>(std::max<std::size_t>(1, (std::size_t{64} << 20) / bytes));
   const std::vector<double> times = time_rounds(seconds, [&] {
-    parallel_region(threads, [&](int thread, int) {
+    parallel_region(threads, [&](int thread, int team) {
       volatile float sink = 0;
-      for (int i = 0; i < repeats; ++i) sink = table.read(data + part * thread, part);
+      for (int t = thread; t < threads; t += team) {
+        for (int i = 0; i < repeats; ++i) sink = table.read(data + part * t, part);
+      }
       (void)sink;
     });
   });
@@ -108,13 +110,17 @@ std::pair<double, double> read_weights_seconds(std::size_t flow_bytes, const std
   const char* data = buffer.reserve(total);
   const int count = static_cast<int>(parts.size());
   std::vector<double> times = time_rounds(seconds, [&] {
-    parallel_region(threads, [&](int thread, int) {
+    parallel_region(threads, [&](int thread, int team) {
       volatile float sink = 0;
-      const auto flow = [&] { sink = read_blocks(table, data + flow_part * thread, flow_part, false); };
+      const auto flow = [&] {
+        for (int t = thread; t < threads; t += team) {
+          sink = read_blocks(table, data + flow_part * t, flow_part, false);
+        }
+      };
       for (int step = 0; step < steps; ++step) {
         const int visits = flow_visits * (step + 1) / steps - flow_visits * step / steps;
         if (visits > 0) flow();
-        for (int i = thread; i < count; i += threads) {
+        for (int i = thread; i < count; i += team) {
           const int j = step % 2 == 0 ? i : count - 1 - i;
           sink = read_blocks(table, data + offsets[j], parts[j], false);
           sink = read_blocks(table, data + offsets[j], parts[j], true);

@@ -277,8 +277,8 @@ int backward_pass(const Pass& pass, const float* d_out, std::ptrdiff_t d_out_pit
     const int begin = team.begin(pass.rows), end = team.end(pass.rows);
     const bool plain = hidden == 0 && as_float;
     (plain ? net.table().formats[0] : fk)
-        .to_d_operand({end - begin, net.out_padded(), d_out + begin * d_out_pitch, d_out_pitch, -kInfinity, kInfinity,
-                       s.d_operand[current] + begin * d_pitch, d_pitch});
+        .to_operand({end - begin, net.out_padded(), d_out + begin * d_out_pitch, d_out_pitch, -kInfinity, kInfinity,
+                     s.d_operand[current] + begin * d_pitch, d_pitch});
     team.wait();
   }
   for (int l = hidden - 1; l >= 0; --l) {

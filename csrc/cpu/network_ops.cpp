@@ -132,8 +132,8 @@ class NetworkRun {
       if (!net_.has(input)) continue;
       const Block& block = net_.input(input);
       const FormatKernels& kernels = net_.table().formats[static_cast<int>(block.format)];
-      kernels.to_d_operand({rows, static_cast<int>(first), delta, scratch.pitch, -kInfinity, kInfinity,
-                            scratch.d_operand[1 - which], scratch.d_pitch()});
+      kernels.to_operand({rows, static_cast<int>(first), delta, scratch.pitch, -kInfinity, kInfinity,
+                          scratch.d_operand[1 - which], scratch.d_pitch()});
       input_vjp(pass, block, kernels, 1 - which, wide, block.in_padded);
       for (int r = 0; r < rows; ++r) {
         std::memcpy(partial_ + (row + r) * input_dim + block.column, wide + r * block.in_padded,

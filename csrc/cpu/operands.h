@@ -14,8 +14,8 @@ static constexpr int kVectorBytes = 4 * Vec::kLanes;
 
 struct F32 {
   static constexpr Format kFormat = Format::kF32;
-  static constexpr int kStep = 1;                 // weights per packed element along k
-  static constexpr int kABytes = 4, kDBytes = 4;  // an element of a forward and a backward operand
+  static constexpr int kStep = 1;    // weights per packed element along k
+  static constexpr int kABytes = 4;  // an element of an operand, of a forward product or a backward one
 
   template <int R, int NV>
   static inline void forward_step(Vec (&acc)[R][NV], const char* w, const char* a, std::ptrdiff_t stride) {
@@ -35,7 +35,6 @@ struct F32 {
   static inline void update(Vec* acc, Weights w, Vec d) { acc[0] = fmadd(d, w, acc[0]); }
 
   static inline void store_operand(Vec x, char* p) { x.store(reinterpret_cast<float*>(p)); }
-  static inline void store_d_operand(Vec x, char* p) { x.store(reinterpret_cast<float*>(p)); }
   static inline Vec load_operand(const char* p) { return Vec::load(reinterpret_cast<const float*>(p)); }
 };
 
@@ -43,7 +42,7 @@ struct F32 {
 struct Bf16Expanded {
   static constexpr Format kFormat = Format::kBf16;
   static constexpr int kStep = 2;
-  static constexpr int kABytes = 4, kDBytes = 4;
+  static constexpr int kABytes = 4;
 
   template <int R, int NV>
   static inline void forward_step(Vec (&acc)[R][NV], const char* w, const char* a, std::ptrdiff_t stride) {
@@ -73,7 +72,6 @@ struct Bf16Expanded {
   }
 
   static inline void store_operand(Vec x, char* p) { round_to_bf16(x).store(reinterpret_cast<float*>(p)); }
-  static inline void store_d_operand(Vec x, char* p) { round_to_bf16(x).store(reinterpret_cast<float*>(p)); }
   static inline Vec load_operand(const char* p) { return Vec::load(reinterpret_cast<const float*>(p)); }
 };
 
@@ -82,7 +80,7 @@ struct Bf16Expanded {
 struct Bf16Dot {
   static constexpr Format kFormat = Format::kBf16;
   static constexpr int kStep = 2;
-  static constexpr int kABytes = 2, kDBytes = 2;
+  static constexpr int kABytes = 2;
 
   template <int R, int NV>
   static inline void forward_step(Vec (&acc)[R][NV], const char* w, const char* a, std::ptrdiff_t stride) {
@@ -101,7 +99,6 @@ struct Bf16Dot {
   static constexpr bool kAskInOneBlock = false;
 
   static inline void store_operand(Vec x, char* p) { store_bf16(x, reinterpret_cast<std::uint16_t*>(p)); }
-  static inline void store_d_operand(Vec x, char* p) { store_operand(x, p); }
   static inline Vec load_operand(const char* p) { return load_bf16(reinterpret_cast<const std::uint16_t*>(p)); }
 };
 using Bf16 = Bf16Dot;

@@ -175,7 +175,7 @@ static void activate_vjp_rows(const ActivateVjpArgs& args) {
       const float *d = args.d + r * args.d_stride, *slope = args.slope + r * args.save_stride;
       const Vec scale(args.d_scale == nullptr ? 1.0f : args.d_scale[r]);
       for (int c = args.begin; c < args.end; c += Vec::kLanes) {
-        F::store_d_operand(Vec::load(d + c) * scale * Vec::load(slope + c), dz(r) + c * F::kDBytes);
+        F::store_operand(Vec::load(d + c) * scale * Vec::load(slope + c), dz(r) + c * F::kABytes);
       }
     }
     return;
@@ -190,13 +190,13 @@ static void activate_vjp_rows(const ActivateVjpArgs& args) {
       for (int c = 0; c < padded(args.width); c += Vec::kLanes) {
         Vec y = layer_norm_vjp(row(c), Vec::load(row.xhat + c), rstd, mean, mean_xhat);
         if constexpr (kNorm == NormPlacement::kPost) y = y * Vec::load(row.slope + c);
-        F::store_d_operand(y, dz(first + i) + c * F::kDBytes);
+        F::store_operand(y, dz(first + i) + c * F::kABytes);
       }
     }
   }
 }
 
-template <class F, bool kBackward>
+template <class F>
 static void convert_rows(const ConvertArgs& args) {
   const Vec low(args.low), high(args.high);
   for (int r = 0; r < args.rows; ++r) {
@@ -204,11 +204,7 @@ static void convert_rows(const ConvertArgs& args) {
     char* dst = at<char*>(args.dst, r * args.dst_stride);
     for (int c = 0; c < args.width; c += Vec::kLanes) {
       const Vec x = qpilots::clamp(Vec::load(src + c), low, high);
-      if constexpr (kBackward) {
-        F::store_d_operand(x, dst + c * F::kDBytes);
-      } else {
-        F::store_operand(x, dst + c * F::kABytes);
-      }
+      F::store_operand(x, dst + c * F::kABytes);
     }
   }
 }

@@ -121,8 +121,8 @@ void SampleRun::pull_back_mfm(Tile tile, const Worker& w) {
   });
   const std::ptrdiff_t d_pitch = w.scratch.d_pitch();
   const int begin = team.begin(tile.rows()), end = team.end(tile.rows());
-  fk.to_d_operand({end - begin, static_cast<int>(first), delta_sum_ + (tile.begin + begin) * first, first, -kInfinity,
-                   kInfinity, w.scratch.d_operand[0] + begin * d_pitch, d_pitch});
+  fk.to_operand({end - begin, static_cast<int>(first), delta_sum_ + (tile.begin + begin) * first, first, -kInfinity,
+                 kInfinity, w.scratch.d_operand[0] + begin * d_pitch, d_pitch});
   team.wait();
   input_vjp(pass(map, arenas_[2], w, tile.rows()), map.input(kX), fk, 0, row(jg_, tile.begin), pitch_);
   team.wait();

@@ -24,8 +24,7 @@ static FormatKernels format_kernels() {
   t.activate_vjp[0] = activate_vjp_rows<F, NormPlacement::kNone>;
   t.activate_vjp[1] = activate_vjp_rows<F, NormPlacement::kPre>;
   t.activate_vjp[2] = activate_vjp_rows<F, NormPlacement::kPost>;
-  t.to_operand = convert_rows<F, false>;
-  t.to_d_operand = convert_rows<F, true>;
+  t.to_operand = convert_rows<F>;
   t.head = head_rows<F>;
   t.pack_panel = pack_panel<F>;
   return t;
