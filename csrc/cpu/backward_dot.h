@@ -8,30 +8,51 @@
 static constexpr int kUnitColumns = 8, kUnitVectors = kUnitColumns / 2;
 static constexpr int kQuadBytes = 4 * Bf16Dot::kABytes, kVectorQuads = Vec::kLanes / 4;
 
-// vdpbf16ps takes 6 cycles, two a cycle: 12 accumulators keep it busy, 18 and more also where shuffles get in the way
-// (a layer from L2, 6 to 8 rows by 2 units: 80 to 84 % of peak; 9 to 11 rows by 2, 5 rows by 4: 91 to 95 %).
-static constexpr int kDotRows = 11, kFewRows = 5;
+static constexpr int kDotRows = 11, kFewRows = 5;  // of a tile of two units and of one of four
+
+// Zen 5 takes 6 cycles for vdpbf16ps, two a cycle: 12 accumulators keep it busy, 18 and more also where shuffles get in
+// the way (a layer from L2, 6 to 8 rows by 2 units: 80 to 84 % of peak; 9 to 11 rows by 2, 5 rows by 4: 91 to 95 %).
+struct OnZen5 {
+  static constexpr Shuffle kShuffle = Shuffle::kTwoSources;  // they take a port of the products: as few as possible
+  static constexpr int kQuadsAtOnce = 8;                     // all that the registers hold beside the accumulators
+
+  // Rows are shared evenly among blocks, of 9 to 11 where possible. Where the blocks would be smaller, kFewRows go into
+  // one of their own.
+  static int rows_apart(int rows) {
+    const int blocks = (rows + kDotRows - 1) / kDotRows, rest = rows - kFewRows;
+    return blocks > 1 && rows < 9 * blocks && rest <= kDotRows * (blocks - 1) ? kFewRows : 0;
+  }
+};
+
+// Zen 4 reads a third source register at the expense of a product: a shuffle with two sources and a register of
+// indices costs one, a shuffle of either kind with fewer nothing, if it stands among the products. One product a cycle:
+// 6 rows by 2 units reach 94 to 96 % of peak, 8 to 11 rows 97 % (from L2; as on Zen 5: 92 to 94 %).
+struct OnZen4 {
+  static constexpr Shuffle kShuffle = Shuffle::kOneSource;
+  static constexpr int kQuadsAtOnce = 2;
+  static int rows_apart(int) { return 0; }
+};
 
 // 8 columns by the outputs 4 q .. 4 q + 3 of 16
-template <int q, bool kOnce>
+template <int q, bool kOnce, Shuffle kShuffle>
 QPILOTS_INLINE Pairs quad(const char* w, std::ptrdiff_t pitch) {
   const char* third = w + 2 * pitch;
   if constexpr (q < 2) {
-    return quad_of<q % 2 * 4>(lower_halves<kOnce>(w, w + pitch), lower_halves<kOnce>(third, third + pitch));
+    return quad_of<q % 2, kShuffle>(lower_halves<kOnce>(w, w + pitch), lower_halves<kOnce>(third, third + pitch));
   } else {
-    return quad_of<q % 2 * 4>(upper_halves<kOnce>(w, w + pitch), upper_halves<kOnce>(third, third + pitch));
+    return quad_of<q % 2, kShuffle>(upper_halves<kOnce>(w, w + pitch), upper_halves<kOnce>(third, third + pitch));
   }
 }
 
 // acc[r][u] += 16 outputs of U units; gradient(r, q): 4 of row r's, broadcast.
-template <int R, int U, class Gradient>
+template <int R, int U, class Cpu, class Gradient>
 QPILOTS_INLINE void dot_vector(Vec (&acc)[R][U], const char* w, std::ptrdiff_t pitch, const Gradient& gradient) {
-  constexpr int kQuads = 8 / U;  // at once: 8 are all that the registers hold beside the accumulators
+  constexpr int kQuads = Cpu::kQuadsAtOnce / U;
   unroll<4 / kQuads>([&](auto part) {
     Pairs quads[U][kQuads];
     unroll<U * kQuads>([&](auto i) {
       const char* unit = w + i / kQuads * kUnitVectors * pitch;
-      quads[i / kQuads][i % kQuads] = quad<part * kQuads + i % kQuads, R == 1>(unit, pitch);
+      quads[i / kQuads][i % kQuads] = quad<part * kQuads + i % kQuads, R == 1, Cpu::kShuffle>(unit, pitch);
     });
     unroll<kQuads>([&](auto q) {
       unroll<R>([&](auto r) {
@@ -55,7 +76,7 @@ QPILOTS_INLINE void store_units(const Vec (&acc)[R][U], float* dx, std::ptrdiff_
 // the next tile's, into the second: 16 rows of a layer in the last-level cache take 17.5 us instead of 19.5, from
 // memory 18.4 instead of 29. 4 rows by 4 units: 5.8 instead of 7.0 and 14.7 instead of 19; there the second only
 // competes.
-template <int R, int U, bool kAsk>
+template <int R, int U, bool kAsk, class Cpu>
 QPILOTS_FLAT void dot_tile(const BackwardArgs& args, int row, int k) {
   constexpr std::ptrdiff_t kPitch = kPanelVectors * kVectorBytes;
   constexpr int kLines = U * kUnitVectors;  // a vector
@@ -77,7 +98,7 @@ QPILOTS_FLAT void dot_tile(const BackwardArgs& args, int row, int k) {
         unroll<kLines>([&](auto i) { __builtin_prefetch(vector + ahead + i * kPitch, 0, 3); });
         if (U == 2) unroll<kLines>([&](auto i) { __builtin_prefetch(vector + (kLines + i) * kPitch, 0, 2); });
       }
-      dot_vector<R, U>(acc, vector, kPitch, gradient);
+      dot_vector<R, U, Cpu>(acc, vector, kPitch, gradient);
       dy += kVectorQuads * kQuadBytes;
     }
     w += panel_stride;
@@ -87,20 +108,20 @@ QPILOTS_FLAT void dot_tile(const BackwardArgs& args, int row, int k) {
     const std::ptrdiff_t pitch = vectors * kVectorBytes;
     w = args.weights + full * panel_stride + k / 2 * pitch;
     for (int n = 0; n < vectors; ++n) {
-      dot_vector<R, U>(acc, w + n * kVectorBytes, pitch, gradient);
+      dot_vector<R, U, Cpu>(acc, w + n * kVectorBytes, pitch, gradient);
       dy += kVectorQuads * kQuadBytes;
     }
   }
   store_units(acc, args.dx + row * args.dx_stride + k, args.dx_stride);
 }
 
-template <int R, int U, bool kAsk>
+template <int R, int U, bool kAsk, class Cpu>
 static void dot_rows(const BackwardArgs& args, int rows, int row, int k) {
   if constexpr (R > 0) {
     if (rows == R) {
-      dot_tile<R, U, kAsk>(args, row, k);
+      dot_tile<R, U, kAsk, Cpu>(args, row, k);
     } else {
-      dot_rows<R - 1, U, kAsk>(args, rows, row, k);
+      dot_rows<R - 1, U, kAsk, Cpu>(args, rows, row, k);
     }
   }
 }
@@ -116,7 +137,7 @@ QPILOTS_INLINE void dot_stream_panel(const char* w, const char* dy, int units, V
   for (; units > 0; units -= 2, ++sums) {
     Vec acc[1][2] = {{(*sums)[0][0], (*sums)[0][1]}};
     unroll<NV>([&](auto n) {
-      dot_vector<1, 2>(acc, w + n * kVectorBytes, NV * kVectorBytes, [&](auto, auto q) { return d[n][q]; });
+      dot_vector<1, 2, OnZen5>(acc, w + n * kVectorBytes, NV * kVectorBytes, [&](auto, auto q) { return d[n][q]; });
     });
     unroll<2>([&](auto u) { (*sums)[0][u] = acc[0][u]; });
     w += 2 * kUnitVectors * NV * kVectorBytes;
@@ -151,38 +172,37 @@ QPILOTS_FLAT void dot_stream(const BackwardArgs& args) {
   }
 }
 
-// Rows are shared evenly among blocks, of 9 to 11 where possible. Where the blocks would be smaller, kFewRows go into
-// one of their own.
-static inline int rows_apart(int rows) {
-  const int blocks = (rows + kDotRows - 1) / kDotRows, rest = rows - kFewRows;
-  return blocks > 1 && rows < 9 * blocks && rest <= kDotRows * (blocks - 1) ? kFewRows : 0;
-}
-
-template <>
-void backward<Bf16Dot>(const BackwardArgs& args) {
+// Up to kFewRows rows wait for the weights' way more than for a port, whatever the processor.
+template <class Cpu>
+static void backward_dot(const BackwardArgs& args) {
   if (args.rows == 1) {
     dot_stream(args);
     return;
   }
   constexpr int kTwo = 2 * kUnitColumns, kFour = 4 * kUnitColumns;
-  const int apart = rows_apart(args.rows), even = args.rows - apart;
+  const int apart = Cpu::rows_apart(args.rows), even = args.rows - apart;
   for (int k = args.k_begin; k < args.k_end; k += kFour) {
     const bool four = k + kFour <= args.k_end;
     if (args.rows <= kFewRows && four) {
-      dot_rows<kFewRows, 4, true>(args, args.rows, 0, k);
+      dot_rows<kFewRows, 4, true, OnZen5>(args, args.rows, 0, k);
       continue;
     }
     for (int i = k; i < (four ? k + kFour : args.k_end); i += kTwo) {
       for_row_blocks<kDotRows>(even, [&](int row, int count) {
         if (row == 0) {
-          dot_rows<kDotRows, 2, true>(args, count, row, i);
+          dot_rows<kDotRows, 2, true, Cpu>(args, count, row, i);
         } else {
-          dot_rows<kDotRows, 2, false>(args, count, row, i);
+          dot_rows<kDotRows, 2, false, Cpu>(args, count, row, i);
         }
       });
-      if (apart > 0 && !four) dot_rows<kFewRows, 2, false>(args, apart, even, i);
+      if (apart > 0 && !four) dot_rows<kFewRows, 2, false, OnZen5>(args, apart, even, i);
     }
-    if (apart > 0 && four) dot_rows<kFewRows, 4, false>(args, apart, even, k);
+    if (apart > 0 && four) dot_rows<kFewRows, 4, false, OnZen5>(args, apart, even, k);
   }
+}
+
+template <>
+void backward<Bf16Dot>(const BackwardArgs& args) {
+  backward_dot<OnZen5>(args);
 }
 #endif

@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <stdexcept>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -24,6 +25,14 @@ unsigned long long enabled_state() {  // XCR0: which registers the operating sys
   return (static_cast<unsigned long long>(high) << 32) | low;
 }
 
+bool is_zen4() {  // AMD, family 0x19: Zen 3 and 4, of which only Zen 4 knows bfloat16
+  unsigned a, b, c, d;
+  if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx || c != signature_AMD_ecx || d != signature_AMD_edx) {
+    return false;
+  }
+  return __get_cpuid(1, &a, &b, &c, &d) && ((a >> 8) & 0xf) + ((a >> 20) & 0xff) == 0x19;
+}
+
 std::vector<Path> paths() {
   unsigned a, b, c, d;
   bool avx2 = false, avx512 = false, bf16 = false;
@@ -37,10 +46,13 @@ std::vector<Path> paths() {
     avx512 = avx2 && (b7 & needed) == needed && (state & 0xe6) == 0xe6;
     if (avx512 && max_leaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) bf16 = a & (1u << 5);
   }
-  return {{"portable", table_portable, true},
-          {"avx2", table_avx2, avx2},
-          {"avx512", table_avx512, avx512},
-          {"avx512_bf16", table_avx512_bf16, bf16}};
+  std::vector<Path> all{{"portable", table_portable, true},
+                        {"avx2", table_avx2, avx2},
+                        {"avx512", table_avx512, avx512},
+                        {"avx512_bf16_zen4", table_avx512_bf16_zen4, bf16},
+                        {"avx512_bf16", table_avx512_bf16, bf16}};
+  if (is_zen4()) std::swap(all[3], all[4]);
+  return all;
 }
 #else
 std::vector<Path> paths() { return {{"portable", table_portable, true}}; }

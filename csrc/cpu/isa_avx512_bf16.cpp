@@ -8,4 +8,13 @@ const KernelTable* table_avx512_bf16() {
   static const KernelTable table = isa_avx512_bf16::make_table("avx512_bf16");
   return &table;
 }
+
+const KernelTable* table_avx512_bf16_zen4() {
+  static const KernelTable table = [] {
+    KernelTable t = isa_avx512_bf16::make_table("avx512_bf16_zen4");
+    t.formats[static_cast<int>(Format::kBf16)].backward = isa_avx512_bf16::backward_dot<isa_avx512_bf16::OnZen4>;
+    return t;
+  }();
+  return &table;
+}
 }  // namespace qpilots::cpu

@@ -182,5 +182,6 @@ const KernelTable* table_portable();
 const KernelTable* table_avx2();
 const KernelTable* table_avx512();
 const KernelTable* table_avx512_bf16();
+const KernelTable* table_avx512_bf16_zen4();  // the same instructions, arranged for that processor
 
 }  // namespace qpilots::cpu

@@ -35,7 +35,8 @@ static inline Vec copy_sign(Vec x, Vec sign) {  // (x & ~s) | (sign & s)
 }
 static inline Vec round_even(Vec x) { return _mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline Vec scale_by_power_of_two(Vec x, Vec n) { return _mm512_scalef_ps(x.v, n.v); }
-static inline Vec reciprocal(Vec x) {  // 14 bits and one Newton step: half the time of the division
+static inline Vec rough_reciprocal(Vec x) { return _mm512_rcp14_ps(x.v); }
+static inline Vec reciprocal(Vec x) {  // one Newton step: half the time of the division
   const __m512 r = _mm512_rcp14_ps(x.v);
   return _mm512_fmadd_ps(r, _mm512_fnmadd_ps(x.v, r, _mm512_set1_ps(1.0f)), r);
 }
@@ -100,6 +101,11 @@ static inline __m256i to_bf16_lanes(Vec x) { return _mm512_cvtepi32_epi16(_mm512
 static inline void store_bf16(Vec x, std::uint16_t* p) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16_lanes(x));
 }
+#if defined(__AVX512BF16__)
+static inline void store_bf16_pair(Vec x, Vec next, void* p) {
+  _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(next.v, x.v)));
+}
+#endif
 static inline Vec load_bf16(const std::uint16_t* p) {
   const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
@@ -208,22 +214,30 @@ static inline Pairs upper_halves(const char* first, const char* second) {
 struct WordIndex {
   alignas(64) short word[32];
 };
-template <int kOutput>
-constexpr WordIndex quad_index() {
+template <class Source>
+constexpr WordIndex word_index(Source source) {
   WordIndex index{};
-  for (int i = 0; i < 32; ++i) {
-    const int column = i / 4, output = kOutput + i % 4;
-    index.word[i] = static_cast<short>(column / 2 * 16 + output * 2 + column % 2);
-  }
+  for (int i = 0; i < 32; ++i) index.word[i] = static_cast<short>(source(i / 4, i % 4));
   return index;
 }
-template <int kOutput>
-static constexpr WordIndex kQuadIndex = quad_index<kOutput>();
+// The word of a column (of 8) and an output (of 4): among 8 outputs from kFrom on, or among these 4 alone.
+template <int kFrom>
+static constexpr WordIndex kQuadOfEight =
+    word_index([](int column, int output) { return column / 2 * 16 + (kFrom + output) * 2 + column % 2; });
+static constexpr WordIndex kQuadOfFour =
+    word_index([](int column, int output) { return column / 2 * 8 + output * 2 + column % 2; });
 
-// Of two such halves, together 8 columns by 8 outputs: 4 outputs from kOutput on, 64 bits a column.
-template <int kOutput>
+enum class Shuffle { kTwoSources, kOneSource };
+
+// Of two such halves, together 8 columns by 8 outputs: the first or the second 4 outputs, 64 bits a column.
+template <int kSecond, Shuffle kShuffle>
 static inline Pairs quad_of(Pairs first, Pairs second) {
-  return _mm512_permutex2var_epi16(first, _mm512_load_si512(kQuadIndex<kOutput>.word), second);
+  if constexpr (kShuffle == Shuffle::kTwoSources) {
+    return _mm512_permutex2var_epi16(first, _mm512_load_si512(kQuadOfEight<4 * kSecond>.word), second);
+  } else {
+    const Pairs outputs = _mm512_shuffle_i32x4(first, second, kSecond == 0 ? 0x88 : 0xDD);
+    return _mm512_permutexvar_epi16(_mm512_load_si512(kQuadOfFour.word), outputs);
+  }
 }
 static inline Pairs broadcast_quad(const char* p) {  // 4 bfloat16
   std::int64_t quad;
