@@ -69,10 +69,10 @@ struct ActivateArgs {
   float eps;
   void* h;
   std::ptrdiff_t h_stride;  // bytes
-  float* slope;             // act'(.), or null where no derivative will be asked
-  float* xhat;              // with LayerNorm
+  void* slope;              // act'(.), or null where no derivative will be asked; stored as an operand is
+  void* xhat;               // with LayerNorm; likewise
   float* rstd;
-  std::ptrdiff_t save_stride;
+  std::ptrdiff_t save_stride;  // bytes
 };
 
 // dz = dL/dz from d = dL/dh.
@@ -83,11 +83,11 @@ struct ActivateVjpArgs {
   std::ptrdiff_t d_stride;  // 0: the same d for every row
   const float* d_scale;     // per row, or null
   const float* gamma;
-  const float* slope;
-  const float* xhat;
+  const void* slope;
+  const void* xhat;
   const float* rstd;
-  std::ptrdiff_t save_stride;
-  void* dz;  // operand of the backward kind, or float32
+  std::ptrdiff_t save_stride;  // bytes
+  void* dz;                    // operand of the backward kind, or float32
   std::ptrdiff_t dz_stride;
 };
 
@@ -154,8 +154,9 @@ struct FormatKernels {
   int a_bytes;  // per element of an operand
   void (*forward)(const ForwardArgs&);
   void (*backward)(const BackwardArgs&);
-  void (*activate[6][3])(const ActivateArgs&);      // [Activation][NormPlacement]
-  void (*activate_vjp[3])(const ActivateVjpArgs&);  // [NormPlacement]
+  void (*activate[6][3])(const ActivateArgs&);          // [Activation][NormPlacement]
+  void (*activate_vjp[3])(const ActivateVjpArgs&);      // [NormPlacement]
+  void (*activate_vjp_f32[3])(const ActivateVjpArgs&);  // dz as plain float32
   void (*to_operand)(const ConvertArgs&);
   void (*head)(const HeadArgs&);
   void (*pack_panel)(const Block&, const Source&, int panel, char* arena);
@@ -166,7 +167,6 @@ struct KernelTable {
   int lanes;
   int panel_width;
   FormatKernels formats[2];
-  void (*activate_vjp_f32[3])(const ActivateVjpArgs&);  // dz as plain float32
   // dst[0..width) = src (or fill where absent), rounded to bfloat16 on request, zero up to the padded width
   void (*pack_vector)(const Source&, int width, float fill, bool round, float* dst);
   // never 0

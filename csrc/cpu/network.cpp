@@ -49,14 +49,12 @@ Network::Network(NetworkShape shape, Format format, const KernelTable& table)
     if (l + 1 < count) {
       layer.norm = shape_.norms[l];
       layer.slope = saves_per_row_;
-      saves_per_row_ += layer.padded_width;
+      saves_per_row_ += fk().a_bytes * layer.padded_width;
       if (layer.norm != NormPlacement::kNone) {
         layer.gamma = vector(layer.width);
         layer.beta = vector(layer.width);
         layer.xhat = saves_per_row_;
-        saves_per_row_ += layer.padded_width;
-        layer.rstd = saves_per_row_;
-        saves_per_row_ += 1;
+        saves_per_row_ += fk().a_bytes * layer.padded_width;
       }
     }
     if (l > 0 && head_ && l + 1 == count) {
@@ -73,6 +71,10 @@ Network::Network(NetworkShape shape, Format format, const KernelTable& table)
       }
     }
     layers_.push_back(layer);
+  }
+  for (Layer& layer : layers_) {  // behind the rows, which stay aligned whatever their number
+    layer.rstd = saves_per_row_;
+    if (layer.norm != NormPlacement::kNone) saves_per_row_ += sizeof(float);
   }
   member_bytes_ = round_up(member_bytes_, 4096) + 4096;
   for (int member = 0; member < shape_.members; ++member) {
@@ -185,16 +187,16 @@ TileScratch TileScratch::carve(char* memory, int rows, int width) {
 namespace {
 
 struct SavedRows {
-  float *slope, *xhat, *rstd;
+  char *slope, *xhat;
+  float* rstd;
   std::ptrdiff_t stride;
 };
 
-SavedRows saved_rows(const Network::Layer& layer, const Saves& saves, int row) {
+SavedRows saved_rows(const Network& net, const Network::Layer& layer, const Saves& saves, int row) {
   if (saves.data == nullptr) return {nullptr, nullptr, nullptr, 0};
-  const std::size_t first = saves.row + row, all = saves.rows;
-  return {saves.data + layer.slope * all + first * layer.padded_width,
-          saves.data + layer.xhat * all + first * layer.padded_width, saves.data + layer.rstd * all + first,
-          layer.padded_width};
+  const std::size_t first = saves.row + row, all = saves.rows, stride = net.fk().a_bytes * layer.padded_width;
+  return {saves.data + layer.slope * all + first * stride, saves.data + layer.xhat * all + first * stride,
+          reinterpret_cast<float*>(saves.data + layer.rstd * all) + first, static_cast<std::ptrdiff_t>(stride)};
 }
 
 // Panels of this team member, and the columns that they cover.
@@ -242,7 +244,7 @@ void forward_pass(const Pass& pass, InputKind moving, const float* add, Saves sa
     const bool own_columns = layer.norm == NormPlacement::kNone;
     if (!own_columns) team.wait();
     const int begin = own_columns ? 0 : team.begin(pass.rows), end = own_columns ? pass.rows : team.end(pass.rows);
-    const SavedRows saved = saved_rows(layer, saves, begin);
+    const SavedRows saved = saved_rows(net, layer, saves, begin);
     ActivateArgs activate{};
     activate.rows = end - begin;
     activate.width = layer.width;
@@ -295,7 +297,7 @@ int backward_pass(const Pass& pass, const float* d_out, std::ptrdiff_t d_out_pit
     const bool own_columns = layer.norm == NormPlacement::kNone;
     if (!own_columns) team.wait();
     const int begin = own_columns ? 0 : team.begin(pass.rows), end = own_columns ? pass.rows : team.end(pass.rows);
-    const SavedRows saved = saved_rows(layer, saves, begin);
+    const SavedRows saved = saved_rows(net, layer, saves, begin);
     ActivateVjpArgs vjp{};
     vjp.rows = end - begin;
     vjp.width = layer.width;
@@ -312,7 +314,7 @@ int backward_pass(const Pass& pass, const float* d_out, std::ptrdiff_t d_out_pit
     vjp.dz = s.d_operand[current] + begin * d_pitch;
     vjp.dz_stride = d_pitch;
     const int norm = static_cast<int>(layer.norm);
-    (l == 0 && as_float ? net.table().activate_vjp_f32[norm] : fk.activate_vjp[norm])(vjp);
+    (l == 0 && as_float ? fk.activate_vjp_f32 : fk.activate_vjp)[norm](vjp);
     team.wait();
   }
   return current;

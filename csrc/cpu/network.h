@@ -35,7 +35,7 @@ class Network {
     NormPlacement norm = NormPlacement::kNone;
     Block block;                                // unused in the first layer, which has one block per input
     std::size_t bias = 0, gamma = 0, beta = 0;  // bytes, within a member's arena
-    std::size_t slope = 0, xhat = 0, rstd = 0;  // floats per saved row, within saves
+    std::size_t slope = 0, xhat = 0, rstd = 0;  // bytes per saved row, within saves
   };
 
   Network(NetworkShape shape, Format format, const KernelTable& table);
@@ -54,7 +54,7 @@ class Network {
   int max_padded() const { return max_padded_; }
   std::size_t member_bytes() const { return member_bytes_; }
   std::size_t arena_bytes() const { return member_bytes_ * shape_.members; }
-  std::size_t saves_floats(int rows) const { return saves_per_row_ * rows; }
+  std::size_t saves_bytes(int rows) const { return saves_per_row_ * rows; }
   std::size_t head_offset() const { return head_weight_; }
 
   // Packing, in independent units [0, pack_units()) of any order. sources: [members][layers].
@@ -103,7 +103,7 @@ struct TileScratch {
 
 // What the derivative of a tile's rows needs, for `rows` saved rows in all, of which the tile starts at `row`.
 struct Saves {
-  float* data = nullptr;
+  char* data = nullptr;
   int rows = 0;
   int row = 0;
 };

@@ -57,8 +57,8 @@ class NetworkRun {
     partial_ = c.take<float>(static_cast<std::size_t>(members_) * batch_ * input_dim);
     scratch_bytes_ = TileScratch::bytes(kMaxTileRows, net_.max_padded());
     scratch_ = c.take<char>(scratch_bytes_ * threads_);
-    saves_floats_ = net_.saves_floats(kMaxTileRows);
-    saves_ = c.take<float>(saves_floats_ * threads_);
+    saves_bytes_ = Carver::rounded(net_.saves_bytes(kMaxTileRows));
+    saves_ = c.take<char>(saves_bytes_ * threads_);
     rows_floats_ = static_cast<std::size_t>(kMaxTileRows) * net_.max_padded();
     rows_ = c.take<float>(2 * rows_floats_ * threads_);
     carved_ = c.used();
@@ -106,7 +106,7 @@ class NetworkRun {
     fk.to_operand({rows, width, wide, width, -kInfinity, kInfinity, scratch.operand[0], scratch.pitch * fk.a_bytes});
     const std::size_t row = static_cast<std::size_t>(j) * batch_ + begin;
     const int out_width = net_.shape().widths.back();
-    const Saves saves{cotangent != nullptr ? saves_ + saves_floats_ * thread : nullptr, rows, 0};
+    const Saves saves{cotangent != nullptr ? saves_ + saves_bytes_ * thread : nullptr, rows, 0};
     if (cotangent == nullptr) {
       if (net_.head()) {
         forward_pass(pass, kX, nullptr, saves, out + row, 1);
@@ -147,10 +147,10 @@ class NetworkRun {
   LiveArena& live_;
   const float* const (&blocks_)[kInputKinds];
   const int batch_, threads_, members_, tiles_;
-  char *arena_ = nullptr, *scratch_ = nullptr;
+  char *arena_ = nullptr, *scratch_ = nullptr, *saves_ = nullptr;
   Barrier* all_ = nullptr;
-  float *partial_ = nullptr, *saves_ = nullptr, *rows_ = nullptr;
-  std::size_t scratch_bytes_ = 0, saves_floats_ = 0, rows_floats_ = 0, carved_ = 0;
+  float *partial_ = nullptr, *rows_ = nullptr;
+  std::size_t scratch_bytes_ = 0, saves_bytes_ = 0, rows_floats_ = 0, carved_ = 0;
 };
 
 }  // namespace

@@ -12,6 +12,16 @@ static inline void store_sums(const Vec (&acc)[R][K], float* dx, std::ptrdiff_t 
 
 static constexpr int kVectorBytes = 4 * Vec::kLanes;
 
+// GCC loads a weight anew for each of 3 rows otherwise: 70 and 78 % of peak in float32 and bfloat16, instead of 98.
+template <class Register>
+QPILOTS_INLINE void keep_in_register(Register& weights) {
+#if defined(__x86_64__)
+  asm("" : "+v"(weights));
+#else
+  (void)weights;
+#endif
+}
+
 struct F32 {
   static constexpr Format kFormat = Format::kF32;
   static constexpr int kStep = 1;    // weights per packed element along k
@@ -20,7 +30,10 @@ struct F32 {
   template <int R, int NV>
   static inline void forward_step(Vec (&acc)[R][NV], const char* w, const char* a, std::ptrdiff_t stride) {
     Vec weights[NV];
-    unroll<NV>([&](auto n) { weights[n] = Vec::load(reinterpret_cast<const float*>(w + n * kVectorBytes)); });
+    unroll<NV>([&](auto n) {
+      weights[n] = Vec::load(reinterpret_cast<const float*>(w + n * kVectorBytes));
+      keep_in_register(weights[n].v);
+    });
     unroll<R>([&](auto r) {
       const Vec x(*reinterpret_cast<const float*>(a + r * stride));
       unroll<NV>([&](auto n) { acc[r][n] = fmadd(x, weights[n], acc[r][n]); });
@@ -35,6 +48,10 @@ struct F32 {
   static inline void update(Vec* acc, Weights w, Vec d) { acc[0] = fmadd(d, w, acc[0]); }
 
   static inline void store_operand(Vec x, char* p) { x.store(reinterpret_cast<float*>(p)); }
+  static inline void store_operand_pair(Vec x, Vec next, char* p) {
+    store_operand(x, p);
+    store_operand(next, p + kVectorBytes);
+  }
   static inline Vec load_operand(const char* p) { return Vec::load(reinterpret_cast<const float*>(p)); }
 };
 
@@ -72,6 +89,10 @@ struct Bf16Expanded {
   }
 
   static inline void store_operand(Vec x, char* p) { round_to_bf16(x).store(reinterpret_cast<float*>(p)); }
+  static inline void store_operand_pair(Vec x, Vec next, char* p) {
+    store_operand(x, p);
+    store_operand(next, p + kVectorBytes);
+  }
   static inline Vec load_operand(const char* p) { return Vec::load(reinterpret_cast<const float*>(p)); }
 };
 
@@ -85,7 +106,10 @@ struct Bf16Dot {
   template <int R, int NV>
   static inline void forward_step(Vec (&acc)[R][NV], const char* w, const char* a, std::ptrdiff_t stride) {
     Pairs weights[NV];
-    unroll<NV>([&](auto n) { weights[n] = load_pairs(w + n * kVectorBytes); });
+    unroll<NV>([&](auto n) {
+      weights[n] = load_pairs(w + n * kVectorBytes);
+      keep_in_register(weights[n]);
+    });
     unroll<R>([&](auto r) {
       std::int32_t pair;
       std::memcpy(&pair, a + r * stride, sizeof pair);
@@ -99,6 +123,7 @@ struct Bf16Dot {
   static constexpr bool kAskInOneBlock = false;
 
   static inline void store_operand(Vec x, char* p) { store_bf16(x, reinterpret_cast<std::uint16_t*>(p)); }
+  static inline void store_operand_pair(Vec x, Vec next, char* p) { store_bf16_pair(x, next, p); }
   static inline Vec load_operand(const char* p) { return load_bf16(reinterpret_cast<const std::uint16_t*>(p)); }
 };
 using Bf16 = Bf16Dot;

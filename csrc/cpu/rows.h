@@ -12,35 +12,49 @@ static inline Vec tail_mask(int valid) {  // 1 in the first `valid` lanes
   return Vec::load(lanes);
 }
 
-// Four chains, so that the additions of one row overlap; f(column) is called once per vector, in order.
-template <class Term>
-static inline float row_sum(int width, Term term) {
-  Vec s0(0.0f), s1(0.0f), s2(0.0f), s3(0.0f);
-  int c = 0;
-  for (; c + 4 * Vec::kLanes <= width; c += 4 * Vec::kLanes) {
-    s0 = s0 + term(c);
-    s1 = s1 + term(c + Vec::kLanes);
-    s2 = s2 + term(c + 2 * Vec::kLanes);
-    s3 = s3 + term(c + 3 * Vec::kLanes);
-  }
-  for (; c < width; c += Vec::kLanes) s0 = s0 + term(c);
-  return sum((s0 + s1) + (s2 + s3));
+// body(column, Index<N>) for the vectors of [begin, end), in order: N = 4 at once, the rest one by one.
+template <class Body>
+QPILOTS_INLINE void for_vectors(int begin, int end, const Body& body) {
+  int c = begin;
+  for (; c + 4 * Vec::kLanes <= end; c += 4 * Vec::kLanes) body(c, Index<4>());
+  for (; c < end; c += Vec::kLanes) body(c, Index<1>());
 }
 
-// sum of d(c)^2 over the row, in four chains
-template <class Term>
-static inline float row_squares(int width, Term term) {
-  Vec s0(0.0f), s1(0.0f), s2(0.0f), s3(0.0f);
-  const auto add = [](Vec d, Vec s) { return fmadd(d, d, s); };
-  int c = 0;
-  for (; c + 4 * Vec::kLanes <= width; c += 4 * Vec::kLanes) {
-    s0 = add(term(c), s0);
-    s1 = add(term(c + Vec::kLanes), s1);
-    s2 = add(term(c + 2 * Vec::kLanes), s2);
-    s3 = add(term(c + 3 * Vec::kLanes), s3);
+// Neighbouring vectors as an operand: two at a time, which costs bfloat16 one conversion and one store.
+template <class F, int N>
+QPILOTS_INLINE void store_operands(const Vec (&x)[N], char* p) {
+  if constexpr (N == 1) {
+    F::store_operand(x[0], p);
+  } else {
+    unroll<N / 2>([&](auto i) { F::store_operand_pair(x[2 * i], x[2 * i + 1], p + 2 * i * Vec::kLanes * F::kABytes); });
   }
-  for (; c < width; c += Vec::kLanes) s0 = add(term(c), s0);
-  return sum((s0 + s1) + (s2 + s3));
+}
+
+// Four chains, so that the additions of one row overlap; term(column) is called in order.
+struct RowSum {
+  Vec s[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
+  float total() const { return sum((s[0] + s[1]) + (s[2] + s[3])); }
+};
+
+template <class Term>
+static inline float row_sum(int width, const Term& term) {
+  RowSum sums;
+  for_vectors(0, width,
+              [&](int c, auto n) { unroll<n>([&](auto i) { sums.s[i] = sums.s[i] + term(c + i * Vec::kLanes); }); });
+  return sums.total();
+}
+
+// sum of term(c)^2 over the row
+template <class Term>
+static inline float row_squares(int width, const Term& term) {
+  RowSum sums;
+  for_vectors(0, width, [&](int c, auto n) {
+    unroll<n>([&](auto i) {
+      const Vec d = term(c + i * Vec::kLanes);
+      sums.s[i] = fmadd(d, d, sums.s[i]);
+    });
+  });
+  return sums.total();
 }
 
 struct RowMoments {
@@ -63,135 +77,179 @@ static inline RowMoments moments(const float* y, int width, float total, float e
 // other, which the next row's pass hides.
 static constexpr int kNormRows = 4;
 
-template <class F, Activation kAct>
+// What values cost to keep to F's accuracy: those of bfloat16 products are rounded to 8 bits afterwards.
+template <class F>
+static constexpr Accuracy kAccuracyOf = F::kFormat == Format::kBf16 ? Accuracy::kBf16 : Accuracy::kFloat32;
+
+// kSave: the derivative will be asked for.
+template <class F, Activation kAct, bool kSave>
 static void activate_plain(const ActivateArgs& args, int r) {
   const float* z = args.z + r * args.z_stride;
   char* h = at<char*>(args.h, r * args.h_stride);
-  float* slope = args.slope != nullptr ? args.slope + r * args.save_stride : nullptr;
-  for (int c = args.begin; c < args.end; c += Vec::kLanes) {
-    const ValueSlope<Vec> y = qpilots::activate<kAct>(Vec::load(z + c));
-    if (slope != nullptr) y.slope.store(slope + c);
-    F::store_operand(y.value, h + c * F::kABytes);
-  }
-}
-
-// The row's sum; after the activation, which replaces z, where that comes first.
-template <Activation kAct, NormPlacement kNorm>
-static float sum_before_norm(const ActivateArgs& args, int r) {
-  float* z = args.z + r * args.z_stride;
-  float* slope = args.slope != nullptr ? args.slope + r * args.save_stride : nullptr;
-  const int width = padded(args.width);
-  if constexpr (kNorm == NormPlacement::kPre) return row_sum(width, [&](int c) { return Vec::load(z + c); });
-  return row_sum(width, [&](int c) {
-    const ValueSlope<Vec> y = qpilots::activate<kAct>(Vec::load(z + c));
-    if (slope != nullptr) y.slope.store(slope + c);
-    y.value.store(z + c);
-    return y.value;
+  char* slope = at<char*>(args.slope, r * args.save_stride);
+  for_vectors(args.begin, args.end, [&](int c, auto n) {
+    Vec value[n], derivative[n];
+    unroll<n>([&](auto i) {
+      const ValueSlope<Vec> y = qpilots::activate<kAct, kAccuracyOf<F>>(Vec::load(z + c + i * Vec::kLanes));
+      value[i] = y.value;
+      derivative[i] = y.slope;
+    });
+    if (kSave) store_operands<F>(derivative, slope + c * F::kABytes);
+    store_operands<F>(value, h + c * F::kABytes);
   });
 }
 
-template <class F, Activation kAct, NormPlacement kNorm>
+// The row's sum; after the activation, which replaces z, where that comes first.
+template <class F, Activation kAct, NormPlacement kNorm, bool kSave>
+static float sum_before_norm(const ActivateArgs& args, int r) {
+  float* z = args.z + r * args.z_stride;
+  char* slope = at<char*>(args.slope, r * args.save_stride);
+  const int width = padded(args.width);
+  if constexpr (kNorm == NormPlacement::kPre) return row_sum(width, [&](int c) { return Vec::load(z + c); });
+  RowSum sums;
+  for_vectors(0, width, [&](int c, auto n) {
+    Vec derivative[n];
+    unroll<n>([&](auto i) {
+      float* at_column = z + c + i * Vec::kLanes;
+      const ValueSlope<Vec> y = qpilots::activate<kAct, kAccuracyOf<F>>(Vec::load(at_column));
+      y.value.store(at_column);
+      sums.s[i] = sums.s[i] + y.value;
+      derivative[i] = y.slope;
+    });
+    if (kSave) store_operands<F>(derivative, slope + c * F::kABytes);
+  });
+  return sums.total();
+}
+
+template <class F, Activation kAct, NormPlacement kNorm, bool kSave>
 static void normalise_row(const ActivateArgs& args, int r, const RowMoments& row) {
   const float* z = args.z + r * args.z_stride;
   char* h = at<char*>(args.h, r * args.h_stride);
-  const bool save = args.slope != nullptr;
-  float* slope = save ? args.slope + r * args.save_stride : nullptr;
-  float* xhat = save ? args.xhat + r * args.save_stride : nullptr;
-  if (save) args.rstd[r] = row.rstd;
+  char* slope = at<char*>(args.slope, r * args.save_stride);
+  char* xhat = at<char*>(args.xhat, r * args.save_stride);
+  if (kSave) args.rstd[r] = row.rstd;
   const Vec mean(row.mean), rstd(row.rstd);
-  for (int c = 0; c < padded(args.width); c += Vec::kLanes) {
-    const Vec normal = (Vec::load(z + c) - mean) * rstd;
-    if (save) normal.store(xhat + c);
-    const Vec y = layer_norm_affine(normal, Vec::load(args.gamma + c), Vec::load(args.beta + c));
-    if constexpr (kNorm == NormPlacement::kPost) {
-      F::store_operand(y, h + c * F::kABytes);
+  for_vectors(0, padded(args.width), [&](int c, auto n) {
+    Vec normal[n], value[n], derivative[n];
+    unroll<n>([&](auto i) {
+      const int at_column = c + i * Vec::kLanes;
+      normal[i] = (Vec::load(z + at_column) - mean) * rstd;
+      value[i] = layer_norm_affine(normal[i], Vec::load(args.gamma + at_column), Vec::load(args.beta + at_column));
+      if constexpr (kNorm == NormPlacement::kPre) {
+        const ValueSlope<Vec> y = qpilots::activate<kAct, kAccuracyOf<F>>(value[i]);
+        value[i] = y.value;
+        derivative[i] = y.slope;
+      }
+    });
+    if (kSave) store_operands<F>(normal, xhat + c * F::kABytes);
+    if constexpr (kSave && kNorm == NormPlacement::kPre) store_operands<F>(derivative, slope + c * F::kABytes);
+    store_operands<F>(value, h + c * F::kABytes);
+  });
+}
+
+template <class F, Activation kAct, NormPlacement kNorm, bool kSave>
+static void activate_saving(const ActivateArgs& args) {
+  for (int first = 0; first < args.rows; first += kNormRows) {
+    const int count = args.rows - first < kNormRows ? args.rows - first : kNormRows;
+    if constexpr (kNorm == NormPlacement::kNone) {
+      for (int i = 0; i < count; ++i) activate_plain<F, kAct, kSave>(args, first + i);
     } else {
-      const ValueSlope<Vec> a = qpilots::activate<kAct>(y);
-      if (save) a.slope.store(slope + c);
-      F::store_operand(a.value, h + c * F::kABytes);
+      float totals[kNormRows];
+      RowMoments rows[kNormRows];
+      for (int i = 0; i < count; ++i) totals[i] = sum_before_norm<F, kAct, kNorm, kSave>(args, first + i);
+      for (int i = 0; i < count; ++i) {
+        rows[i] = moments(args.z + (first + i) * args.z_stride, args.width, totals[i], args.eps);
+      }
+      for (int i = 0; i < count; ++i) normalise_row<F, kAct, kNorm, kSave>(args, first + i, rows[i]);
     }
   }
 }
 
 template <class F, Activation kAct, NormPlacement kNorm>
 static void activate_rows(const ActivateArgs& args) {
-  for (int first = 0; first < args.rows; first += kNormRows) {
-    const int count = args.rows - first < kNormRows ? args.rows - first : kNormRows;
-    if constexpr (kNorm == NormPlacement::kNone) {
-      for (int i = 0; i < count; ++i) activate_plain<F, kAct>(args, first + i);
-    } else {
-      float totals[kNormRows];
-      RowMoments rows[kNormRows];
-      for (int i = 0; i < count; ++i) totals[i] = sum_before_norm<kAct, kNorm>(args, first + i);
-      for (int i = 0; i < count; ++i) {
-        rows[i] = moments(args.z + (first + i) * args.z_stride, args.width, totals[i], args.eps);
-      }
-      for (int i = 0; i < count; ++i) normalise_row<F, kAct, kNorm>(args, first + i, rows[i]);
-    }
+  if (args.slope != nullptr) {
+    activate_saving<F, kAct, kNorm, true>(args);
+  } else {
+    activate_saving<F, kAct, kNorm, false>(args);
   }
 }
 
-// Of a row: dL/d(normalised) at column c, its mean and its mean with the normalised values.
-template <NormPlacement kNorm>
+static inline float vjp_scale(const ActivateVjpArgs& args, int r) {
+  return args.d_scale == nullptr ? 1.0f : args.d_scale[r];
+}
+
+// Of a row: dL/d(normalised) at column c, its mean and its mean with the normalised values; all but for the row's
+// scale, which the derivative is linear in.
+template <class F, NormPlacement kNorm>
 struct NormVjp {
-  const float *d, *slope, *gamma, *xhat;
-  Vec scale;
+  const float *d, *gamma;
+  const char *slopes, *xhats;
   float mean, mean_xhat;
 
   NormVjp() = default;
   NormVjp(const ActivateVjpArgs& args, int r)
       : d(args.d + r * args.d_stride),
-        slope(args.slope + r * args.save_stride),
         gamma(args.gamma),
-        xhat(args.xhat + r * args.save_stride),
-        scale(args.d_scale == nullptr ? 1.0f : args.d_scale[r]) {
+        slopes(at<const char*>(args.slope, r * args.save_stride)),
+        xhats(at<const char*>(args.xhat, r * args.save_stride)) {
     const float inverse_width = 1.0f / static_cast<float>(args.width);
-    Vec projected(0.0f), other(0.0f);
-    bool odd = false;
-    const float total = row_sum(padded(args.width), [&](int c) {
-      const Vec g = (*this)(c);
-      Vec& into = odd ? other : projected;
-      into = fmadd(g, Vec::load(xhat + c), into);
-      odd = !odd;
-      return g;
+    RowSum plain, projected;
+    for_vectors(0, padded(args.width), [&](int c, auto n) {
+      unroll<n>([&](auto i) {
+        const Vec g = (*this)(c + i * Vec::kLanes);
+        plain.s[i] = plain.s[i] + g;
+        projected.s[i] = fmadd(g, xhat(c + i * Vec::kLanes), projected.s[i]);
+      });
     });
-    mean = total * inverse_width;
-    mean_xhat = sum(projected + other) * inverse_width;
+    mean = plain.total() * inverse_width;
+    mean_xhat = projected.total() * inverse_width;
   }
 
+  Vec slope(int c) const { return F::load_operand(slopes + c * F::kABytes); }
+  Vec xhat(int c) const { return F::load_operand(xhats + c * F::kABytes); }
   Vec operator()(int c) const {
-    Vec g = Vec::load(d + c) * scale;
-    if constexpr (kNorm == NormPlacement::kPre) g = g * Vec::load(slope + c);
+    Vec g = Vec::load(d + c);
+    if constexpr (kNorm == NormPlacement::kPre) g = g * slope(c);
     return g * Vec::load(gamma + c);
   }
 };
 
-// F decides only how dz is stored.
-template <class F, NormPlacement kNorm>
+// F: how slope and xhat were stored; Out: how dz is.
+template <class F, class Out, NormPlacement kNorm>
 static void activate_vjp_rows(const ActivateVjpArgs& args) {
   const auto dz = [&](int r) { return at<char*>(args.dz, r * args.dz_stride); };
   if constexpr (kNorm == NormPlacement::kNone) {
     for (int r = 0; r < args.rows; ++r) {
-      const float *d = args.d + r * args.d_stride, *slope = args.slope + r * args.save_stride;
-      const Vec scale(args.d_scale == nullptr ? 1.0f : args.d_scale[r]);
-      for (int c = args.begin; c < args.end; c += Vec::kLanes) {
-        F::store_operand(Vec::load(d + c) * scale * Vec::load(slope + c), dz(r) + c * F::kABytes);
-      }
+      const float* d = args.d + r * args.d_stride;
+      const char* slope = at<const char*>(args.slope, r * args.save_stride);
+      const Vec scale(vjp_scale(args, r));
+      for_vectors(args.begin, args.end, [&](int c, auto n) {
+        Vec y[n];
+        unroll<n>([&](auto i) {
+          const int at_column = c + i * Vec::kLanes;
+          y[i] = Vec::load(d + at_column) * scale * F::load_operand(slope + at_column * F::kABytes);
+        });
+        store_operands<Out>(y, dz(r) + c * Out::kABytes);
+      });
     }
     return;
   }
   for (int first = 0; first < args.rows; first += kNormRows) {
     const int count = args.rows - first < kNormRows ? args.rows - first : kNormRows;
-    NormVjp<kNorm> rows[kNormRows];
-    for (int i = 0; i < count; ++i) rows[i] = NormVjp<kNorm>(args, first + i);
+    NormVjp<F, kNorm> rows[kNormRows];
+    for (int i = 0; i < count; ++i) rows[i] = NormVjp<F, kNorm>(args, first + i);
     for (int i = 0; i < count; ++i) {
-      const NormVjp<kNorm>& row = rows[i];
-      const Vec mean(row.mean), mean_xhat(row.mean_xhat), rstd(args.rstd[first + i]);
-      for (int c = 0; c < padded(args.width); c += Vec::kLanes) {
-        Vec y = layer_norm_vjp(row(c), Vec::load(row.xhat + c), rstd, mean, mean_xhat);
-        if constexpr (kNorm == NormPlacement::kPost) y = y * Vec::load(row.slope + c);
-        F::store_operand(y, dz(first + i) + c * F::kABytes);
-      }
+      const NormVjp<F, kNorm>& row = rows[i];
+      const Vec mean(row.mean), mean_xhat(row.mean_xhat), rstd(args.rstd[first + i] * vjp_scale(args, first + i));
+      for_vectors(0, padded(args.width), [&](int c, auto n) {
+        Vec y[n];
+        unroll<n>([&](auto v) {
+          const int at_column = c + v * Vec::kLanes;
+          y[v] = layer_norm_vjp(row(at_column), row.xhat(at_column), rstd, mean, mean_xhat);
+          if constexpr (kNorm == NormPlacement::kPost) y[v] = y[v] * row.slope(at_column);
+        });
+        store_operands<Out>(y, dz(first + i) + c * Out::kABytes);
+      });
     }
   }
 }
@@ -202,10 +260,11 @@ static void convert_rows(const ConvertArgs& args) {
   for (int r = 0; r < args.rows; ++r) {
     const float* src = args.src + r * args.src_stride;
     char* dst = at<char*>(args.dst, r * args.dst_stride);
-    for (int c = 0; c < args.width; c += Vec::kLanes) {
-      const Vec x = qpilots::clamp(Vec::load(src + c), low, high);
-      F::store_operand(x, dst + c * F::kABytes);
-    }
+    for_vectors(0, args.width, [&](int c, auto n) {
+      Vec x[n];
+      unroll<n>([&](auto i) { x[i] = qpilots::clamp(Vec::load(src + c + i * Vec::kLanes), low, high); });
+      store_operands<F>(x, dst + c * F::kABytes);
+    });
   }
 }
 

@@ -68,7 +68,7 @@ void SampleRun::estimate_glass(int k, Tile tile, const Worker& w) {
       }
       const std::size_t at = plan_.steps + static_cast<std::size_t>(k) * m + s;
       flow_forward(rows, w, jg_, draws_, flow_time_ + at * plan_.flow->first_padded(),
-                   {flow_saves_ + plan_.flow->saves_floats(draw_rows_) * s, draw_rows_, rows.begin}, vhat_);
+                   {flow_saves_ + plan_.flow->saves_bytes(draw_rows_) * s, draw_rows_, rows.begin}, vhat_);
       for (int i = begin; i < end; ++i) {
         for (int d = 0; d < pitch_; ++d) {
           row(a_, i)[d] += cx * row(x_, i / draws_)[d] + ca * row(a_, i)[d] + cv * row(vhat_, i)[d];
@@ -147,7 +147,7 @@ void SampleRun::pull_back_glass(int k, Tile tile, const Worker& w) {
       w.team.wait();
       const Pass p = pass(flow, arenas_[0], w, rows.rows());
       const int which = backward_pass(p, row(vhat_, rows.begin), pitch_,
-                                      {flow_saves_ + flow.saves_floats(draw_rows_) * s, draw_rows_, rows.begin}, false);
+                                      {flow_saves_ + flow.saves_bytes(draw_rows_) * s, draw_rows_, rows.begin}, false);
       input_vjp(p, flow.input(kX), flow.fk(), which, row(jg_, rows.begin), pitch_);
       w.team.wait();
       for (int i = begin; i < end; ++i) {

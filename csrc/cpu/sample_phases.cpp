@@ -162,7 +162,7 @@ void SampleRun::criticise(int item, const Worker& w) {
   if (critic.head()) {
     forward_pass(p, kX, nullptr, saves, q, 1);
   } else {  // a critic without hidden layers: the output is a padded row
-    float* wide = w.critic_saves;
+    float* wide = reinterpret_cast<float*>(w.critic_saves);
     forward_pass(p, kX, nullptr, {}, wide, kPad);
     team.wait();
     for (int r = begin; r < end; ++r) {

@@ -26,7 +26,7 @@ class SampleRun {
   struct Worker {  // what one thread needs to work on one item
     const Team& team;
     TileScratch& scratch;
-    float* critic_saves;
+    char* critic_saves;
     float* weights;
   };
 
@@ -76,13 +76,14 @@ class SampleRun {
   float *x_, *v_, *a_, *g_, *jg_, *vhat_ = nullptr, *gx_ = nullptr, *total_ = nullptr;
   float *flow_base_, *flow_time_, *critic_base_ = nullptr, *map_base_ = nullptr, *map_time_ = nullptr,
                                   *map_x_ = nullptr;
-  float *delta_sum_ = nullptr, *flow_saves_ = nullptr, *map_saves_ = nullptr;
+  float* delta_sum_ = nullptr;
+  char *flow_saves_ = nullptr, *map_saves_ = nullptr, *thread_saves_ = nullptr;
   float *q_ = nullptr, *dq_ = nullptr, *value_ = nullptr, *std_ = nullptr, *p_ = nullptr;
   float *zeros_, *q_wide_ = nullptr;
   int scratch_width_;
   char* scratch_;
-  std::size_t scratch_bytes_, critic_saves_floats_ = 0;
-  float *thread_saves_ = nullptr, *thread_weights_ = nullptr;
+  std::size_t scratch_bytes_, critic_saves_bytes_ = 0;
+  float* thread_weights_ = nullptr;
   Barrier *barriers_, *all_;
   std::atomic<int>* queues_;  // pack units, then items to prepare, then one a step
 };

@@ -54,10 +54,10 @@ std::size_t SampleRun::carve(char* base) {
     value_ = c.take<float>(D);
     std_ = c.take<float>(D);
     p_ = c.take<float>(D);
-    critic_saves_floats_ = critic.saves_floats(kMaxTileRows) + kMaxTileRows * kPad;
-    thread_saves_ = c.take<float>(critic_saves_floats_ * threads_);
+    critic_saves_bytes_ = Carver::rounded(critic.saves_bytes(kMaxTileRows) + sizeof(float) * kMaxTileRows * kPad);
+    thread_saves_ = c.take<char>(critic_saves_bytes_ * threads_);
     thread_weights_ = c.take<float>(E * threads_);
-    if (keep_flow_) flow_saves_ = c.take<float>(flow.saves_floats(batch_));
+    if (keep_flow_) flow_saves_ = c.take<char>(flow.saves_bytes(batch_));
     if (plan_.draws()) vhat_ = c.take<float>(D * P);
     if (steering_.estimate == Estimate::kMfm) {
       const Network& map = *plan_.posterior;
@@ -66,11 +66,11 @@ std::size_t SampleRun::carve(char* base) {
       map_time_ = c.take<float>(static_cast<std::size_t>(plan_.steps) * map.first_padded());
       map_x_ = c.take<float>(B * map.first_padded());
       delta_sum_ = c.take<float>(B * map.first_padded());
-      map_saves_ = c.take<float>(map.saves_floats(draw_rows_));
+      map_saves_ = c.take<char>(map.saves_bytes(draw_rows_));
     } else if (steering_.estimate == Estimate::kGlass) {
       gx_ = c.take<float>(D * P);
       total_ = c.take<float>(B * P);
-      flow_saves_ = c.take<float>(flow.saves_floats(draw_rows_) * steering_.glass_steps);
+      flow_saves_ = c.take<char>(flow.saves_bytes(draw_rows_) * steering_.glass_steps);
     }
   }
   zeros_ = c.take<float>(width);
@@ -155,7 +155,7 @@ void SampleRun::run(int thread, int threads) {
       TileScratch scratch = TileScratch::carve(scratch_ + scratch_bytes_ * leader, kMaxTileRows, scratch_width_);
       // alternate directions: the members visited last are the ones still in cache
       const int item = k % 2 == 0 ? i : items - 1 - i;
-      criticise(item, Worker{team, scratch, thread_saves_ + critic_saves_floats_ * leader, nullptr});
+      criticise(item, Worker{team, scratch, thread_saves_ + critic_saves_bytes_ * leader, nullptr});
     });
     all_->wait(threads);
     lap(kGradient);

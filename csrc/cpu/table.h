@@ -9,6 +9,13 @@ static void fill_activation(FormatKernels& t) {
   row[2] = activate_rows<F, kAct, NormPlacement::kPost>;
 }
 
+template <class F, class Out>
+static void fill_vjp(void (*(&row)[3])(const ActivateVjpArgs&)) {
+  row[0] = activate_vjp_rows<F, Out, NormPlacement::kNone>;
+  row[1] = activate_vjp_rows<F, Out, NormPlacement::kPre>;
+  row[2] = activate_vjp_rows<F, Out, NormPlacement::kPost>;
+}
+
 template <class F>
 static FormatKernels format_kernels() {
   FormatKernels t{};
@@ -21,9 +28,8 @@ static FormatKernels format_kernels() {
   fill_activation<F, Activation::kSilu>(t);
   fill_activation<F, Activation::kMish>(t);
   fill_activation<F, Activation::kTanh>(t);
-  t.activate_vjp[0] = activate_vjp_rows<F, NormPlacement::kNone>;
-  t.activate_vjp[1] = activate_vjp_rows<F, NormPlacement::kPre>;
-  t.activate_vjp[2] = activate_vjp_rows<F, NormPlacement::kPost>;
+  fill_vjp<F, F>(t.activate_vjp);
+  fill_vjp<F, F32>(t.activate_vjp_f32);
   t.to_operand = convert_rows<F>;
   t.head = head_rows<F>;
   t.pack_panel = pack_panel<F>;
@@ -37,9 +43,6 @@ static KernelTable make_table(const char* name) {
   t.panel_width = kPanelVectors * Vec::kLanes;
   t.formats[0] = format_kernels<F32>();
   t.formats[1] = format_kernels<Bf16>();
-  t.activate_vjp_f32[0] = activate_vjp_rows<F32, NormPlacement::kNone>;
-  t.activate_vjp_f32[1] = activate_vjp_rows<F32, NormPlacement::kPre>;
-  t.activate_vjp_f32[2] = activate_vjp_rows<F32, NormPlacement::kPost>;
   t.pack_vector = pack_vector;
   t.fingerprint = fingerprint;
   t.combine = combine_rows;

@@ -40,6 +40,7 @@ static inline Vec power_of_two(Vec n) {
 
 static inline Vec scale_by_power_of_two(Vec x, Vec n) { return x * power_of_two(n); }
 static inline Vec reciprocal(Vec x) { return Vec(1.0f) / x; }
+static inline Vec rough_reciprocal(Vec x) { return reciprocal(x); }
 static inline float sum(Vec x) {  // (l, l + 4), (l, l + 2), (l, l + 1)
   const __m128 half = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
   const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));

@@ -59,6 +59,7 @@ static inline Vec power_of_two(Vec n) {
 }
 static inline Vec scale_by_power_of_two(Vec x, Vec n) { return x * power_of_two(n); }
 static inline Vec reciprocal(Vec x) { return Vec(1.0f) / x; }
+static inline Vec rough_reciprocal(Vec x) { return reciprocal(x); }
 static inline float sum(Vec x) { return (x.v[0] + x.v[2]) + (x.v[1] + x.v[3]); }
 
 using Pairs = Uint4;

@@ -54,10 +54,11 @@ class WorkspacePool {
 class Carver {
  public:
   explicit Carver(char* base) : base_(base) {}
+  static std::size_t rounded(std::size_t bytes) { return (bytes + 127) / 128 * 128; }
   template <class T>
   T* take(std::size_t count) {
     T* piece = reinterpret_cast<T*>(base_ + used_);
-    used_ += (count * sizeof(T) + 127) / 128 * 128;
+    used_ += rounded(count * sizeof(T));
     return piece;
   }
   std::size_t used() const { return used_; }

@@ -21,11 +21,20 @@ QPILOTS_HD T exp_bounded(T x) {
   return scale_by_power_of_two(p, n);
 }
 
-// 2^x for x in [-126, 126.9], where the caller's own rounding of x already costs more than the polynomial's 9e-8.
-template <class T>
+// What a value is used for: kBf16 is rounded to bfloat16, or meets numbers that are, and may be off by 2^-13 of itself.
+enum class Accuracy { kFloat32, kBf16 };
+
+// 2^x for x in [-126, 126.9], where the caller's own rounding of x already costs more than the polynomial's 9e-8; for
+// kBf16 7.5e-5.
+template <Accuracy kAccuracy, class T>
 QPILOTS_HD T exp2_bounded(T x) {
   const T n = round_even(x);
   const T f = x - n;
+  if constexpr (kAccuracy == Accuracy::kBf16) {
+    T p = fmadd(T(0.05517166983f), f, T(0.2426111419f));
+    p = fmadd(p, f, T(0.6932609877f));
+    return scale_by_power_of_two(fmadd(p, f, T(0.9999280733f)), n);
+  }
   T p = fmadd(T(0.001326459053f), f, T(0.009671619019f));
   p = fmadd(p, f, T(0.05550735032f));
   p = fmadd(p, f, T(0.2402224046f));
@@ -48,28 +57,34 @@ struct ValueSlope {
 
 // x s and its derivative, where s = 1 / (1 + 2^-u) is a logistic function and du its argument's derivative, times ln 2.
 // 1 - s is taken as 2^-u s, which keeps its relative accuracy. x and u are clamped so that nothing overflows.
-template <class T>
+// For kBf16 plainly as 1 - s, which x times it follows to 2^-20.
+template <Accuracy kAccuracy, class T>
 QPILOTS_HD ValueSlope<T> logistic_gate(T x, T minus_u, T x_clamped, T du) {
-  const T e = exp2_bounded(minus_u);
+  const T e = exp2_bounded<kAccuracy>(minus_u);
+  if constexpr (kAccuracy == Accuracy::kBf16) {
+    const T s = rough_reciprocal(T(1.0f) + e);
+    const T value = x * s;
+    return {value, fmadd(value * (T(1.0f) - s), du, s)};
+  }
   const T s = reciprocal(T(1.0f) + e);
   return {x * s, fmadd(x_clamped * s, (e * s) * du, s)};
 }
 
 // 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) = x / (1 + exp(-2 sqrt(2/pi) (x + 0.044715 x^3)))
-template <class T>
+template <Accuracy kAccuracy, class T>
 QPILOTS_HD ValueSlope<T> gelu_tanh(T x) {
   const T low = maximum(T(-10.0f), x);  // the value at -10 is -1e-37
   const T c = minimum(T(10.0f), low);
   const T c2 = c * c;
   const T minus_u = c * fmadd(c2, T(-0.1029432396f), T(-2.302208198f));
-  return logistic_gate(low, minus_u, c, fmadd(c2, T(0.2140644488f), T(1.595769122f)));
+  return logistic_gate<kAccuracy>(low, minus_u, c, fmadd(c2, T(0.2140644488f), T(1.595769122f)));
 }
 
-template <class T>
+template <Accuracy kAccuracy, class T>
 QPILOTS_HD ValueSlope<T> silu(T x) {
   const T low = maximum(T(-87.0f), x);
   const T c = minimum(T(87.0f), low);
-  return logistic_gate(low, c * T(-1.442695041f), c, T(1.0f));
+  return logistic_gate<kAccuracy>(low, c * T(-1.442695041f), c, T(1.0f));
 }
 
 // x Phi(x). Upper tail Q(|x|) = exp(-x^2/2) t P(t), t = 1 / (1 + 0.3 |x|): relative error 4e-9 + rounding on [0, 14].
@@ -131,16 +146,16 @@ QPILOTS_HD ValueSlope<T> relu(T x) {  // derivative 0 at 0, as PyTorch; NaN stay
 }
 
 // The activation known at compile time: value and derivative, of which an unused one is dropped by the compiler.
-template <Activation kActivation, class T>
+template <Activation kActivation, Accuracy kAccuracy = Accuracy::kFloat32, class T>
 QPILOTS_HD ValueSlope<T> activate(T x) {
   if constexpr (kActivation == Activation::kGeluTanh)
-    return gelu_tanh(x);
+    return gelu_tanh<kAccuracy>(x);
   else if constexpr (kActivation == Activation::kGelu)
     return gelu_erf(x);
   else if constexpr (kActivation == Activation::kRelu)
     return relu(x);
   else if constexpr (kActivation == Activation::kSilu)
-    return silu(x);
+    return silu<kAccuracy>(x);
   else if constexpr (kActivation == Activation::kMish)
     return mish(x);
   else

@@ -19,7 +19,7 @@ QPILOTS_HD T layer_norm_affine(T xhat, T gamma, T beta) {
 
 template <class T>
 QPILOTS_HD T layer_norm_vjp(T d_xhat, T xhat, T rstd, T mean_d_xhat, T mean_d_xhat_xhat) {
-  return rstd * fmadd(T(0.0f) - xhat, mean_d_xhat_xhat, d_xhat - mean_d_xhat);
+  return rstd * fmadd(xhat, T(0.0f) - mean_d_xhat_xhat, d_xhat - mean_d_xhat);
 }
 
 }  // namespace qpilots

@@ -71,6 +71,7 @@ QPILOTS_HD float power_of_two(float n) {
 QPILOTS_HD float scale_by_power_of_two(float x, float n) { return x * power_of_two(n); }
 
 QPILOTS_HD float reciprocal(float x) { return 1.0f / x; }
+QPILOTS_HD float rough_reciprocal(float x) { return 1.0f / x; }  // to 2^-11
 
 QPILOTS_HD float square_root(float x) {
 #if defined(__CUDA_ARCH__)
