@@ -151,7 +151,8 @@ struct SteerArgs {
 };
 
 struct FormatKernels {
-  int a_bytes;  // per element of an operand
+  int a_bytes;    // per element of an operand
+  int tile_rows;  // rows that go through a network together, at most: the more, the less often its weights are read
   void (*forward)(const ForwardArgs&);
   void (*backward)(const BackwardArgs&);
   void (*activate[6][3])(const ActivateArgs&);          // [Activation][NormPlacement]
@@ -174,7 +175,7 @@ struct KernelTable {
   void (*combine)(const CombineArgs&);
   void (*posterior_softmax)(const float* q, int count, float scale, float* p);
   void (*steer)(const SteerArgs&);
-  double (*peak)(Format, long iterations);             // flops done by one thread's FMA loop
+  double (*peak)(Format, long iterations);      // flops done by one thread's loop of what the products are made of
   float (*read)(const char* data, std::size_t bytes);  // sums a buffer: read bandwidth
 };
 

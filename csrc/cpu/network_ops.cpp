@@ -22,7 +22,8 @@ class NetworkRun {
         batch_(batch),
         threads_(threads),
         members_(net.shape().members),
-        tiles_(tile_count(batch, net.shape().members, threads)) {}
+        tile_rows_(net.fk().tile_rows),
+        tiles_(tile_count(batch, tile_rows_, net.shape().members, threads)) {}
 
   // cotangent null: forward into `out`; else the pullback into `out` [B, input_dim].
   void run(const float* cotangent, int input_dim, float* out, WorkspacePool& pool) {
@@ -55,11 +56,11 @@ class NetworkRun {
     Carver c(memory);
     all_ = c.take<Barrier>(1);
     partial_ = c.take<float>(static_cast<std::size_t>(members_) * batch_ * input_dim);
-    scratch_bytes_ = TileScratch::bytes(kMaxTileRows, net_.max_padded());
+    scratch_bytes_ = TileScratch::bytes(tile_rows_, net_.max_padded());
     scratch_ = c.take<char>(scratch_bytes_ * threads_);
-    saves_bytes_ = Carver::rounded(net_.saves_bytes(kMaxTileRows));
+    saves_bytes_ = Carver::rounded(net_.saves_bytes(tile_rows_));
     saves_ = c.take<char>(saves_bytes_ * threads_);
-    rows_floats_ = static_cast<std::size_t>(kMaxTileRows) * net_.max_padded();
+    rows_floats_ = static_cast<std::size_t>(tile_rows_) * net_.max_padded();
     rows_ = c.take<float>(2 * rows_floats_ * threads_);
     carved_ = c.used();
   }
@@ -70,7 +71,7 @@ class NetworkRun {
     const char* member = arena_ + net_.member_bytes() * j;
     const FormatKernels& fk = net_.fk();
     const Team alone{0, 1, nullptr};
-    TileScratch scratch = TileScratch::carve(scratch_ + scratch_bytes_ * thread, kMaxTileRows, net_.max_padded());
+    TileScratch scratch = TileScratch::carve(scratch_ + scratch_bytes_ * thread, tile_rows_, net_.max_padded());
     const Pass pass{net_, member, alone, scratch, rows};
     float* base = rows_ + 2 * rows_floats_ * thread;
     float* wide = base + rows_floats_;
@@ -146,7 +147,7 @@ class NetworkRun {
   const LayerSource* sources_;
   LiveArena& live_;
   const float* const (&blocks_)[kInputKinds];
-  const int batch_, threads_, members_, tiles_;
+  const int batch_, threads_, members_, tile_rows_, tiles_;
   char *arena_ = nullptr, *scratch_ = nullptr, *saves_ = nullptr;
   Barrier* all_ = nullptr;
   float *partial_ = nullptr, *rows_ = nullptr;

@@ -28,10 +28,10 @@ void parallel_region(int threads, Body body) {
   body(0, 1);
 }
 
-// Tiles of at most kMaxTileRows rows such that members x tiles deals evenly to the threads where rows allow it.
-inline int tile_count(int rows, int members, int threads) {
+// Tiles of at most `most` rows such that members x tiles deals evenly to the threads where rows allow it.
+inline int tile_count(int rows, int most, int members, int threads) {
   constexpr int kWorthwhile = 8;  // rows that keep a weight in registers long enough to hide its load
-  const int least = std::max(1, (rows + kMaxTileRows - 1) / kMaxTileRows);
+  const int least = std::max(1, (rows + most - 1) / most);
   for (int tiles = least; tiles < least + threads && rows / tiles >= kWorthwhile; ++tiles) {
     if (members * tiles % threads == 0) return tiles;
   }

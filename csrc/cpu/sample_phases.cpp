@@ -46,8 +46,8 @@ void SampleRun::time_rows(const Network& net, const char* arena, const std::vect
     const InputKind kind = static_cast<InputKind>(kT + i);
     if (!net.has(kind)) continue;
     const Block& block = net.input(kind);
-    for (std::size_t first = 0; first < count; first += kMaxTileRows) {
-      const int rows = static_cast<int>(std::min<std::size_t>(kMaxTileRows, count - first));
+    for (std::size_t first = 0; first < count; first += tile_rows_) {
+      const int rows = static_cast<int>(std::min<std::size_t>(tile_rows_, count - first));
       for (int r = 0; r < rows; ++r) scratch.init[r] = out + (first + r) * pitch;
       table_.formats[0].forward({&block, arena + block.offset, 0, block.panels, features[i].data() + first * block.in,
                                  static_cast<std::ptrdiff_t>(sizeof(float)) * block.in, rows, scratch.init, nullptr,

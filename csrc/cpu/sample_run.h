@@ -66,7 +66,7 @@ class SampleRun {
   const SampleArgs& args_;
   const KernelTable& table_;
   const SteeringParams& steering_;
-  const int batch_, draws_, draw_rows_, pitch_, threads_;
+  const int batch_, draws_, draw_rows_, pitch_, threads_, tile_rows_;
   int flow_tiles_, critic_tiles_;
   bool any_steered_ = false, keep_flow_ = false;
   float q_divisor_ = 1.0f;
@@ -92,7 +92,7 @@ class SampleRun {
 template <class Rows>
 void SampleRun::for_draw_subtiles(Tile tile, Rows rows) const {
   const int begin = tile.begin * draws_, count = tile.rows() * draws_;
-  const int pieces = (count + kMaxTileRows - 1) / kMaxTileRows;
+  const int pieces = (count + tile_rows_ - 1) / tile_rows_;
   for (int i = 0; i < pieces; ++i) {
     rows(Tile{begin + tile_begin(count, pieces, i), begin + tile_begin(count, pieces, i + 1)});
   }

@@ -21,11 +21,12 @@ SampleRun::SampleRun(const SamplerPlan& plan, const SampleArgs& args, int thread
       draws_(plan.draws() ? plan.steering.num_samples : 1),
       draw_rows_(args.batch * draws_),
       pitch_(padded(plan.action_dim)),
-      threads_(threads) {
+      threads_(threads),
+      tile_rows_(plan.flow->fk().tile_rows) {
   for (int k = 0; k < plan.steps; ++k) any_steered_ = any_steered_ || plan.steered(k);
   keep_flow_ = any_steered_ && steering_.estimate == Estimate::kTweedie && steering_.full_jacobian;
-  flow_tiles_ = tile_count(batch_, 1, threads_);
-  critic_tiles_ = any_steered_ ? tile_count(draw_rows_, plan.critic->shape().members, threads_) : 0;
+  flow_tiles_ = tile_count(batch_, tile_rows_, 1, threads_);
+  critic_tiles_ = any_steered_ ? tile_count(draw_rows_, tile_rows_, plan.critic->shape().members, threads_) : 0;
   if (steering_.q_scale_kind == QScale::kNumber) q_divisor_ = steering_.q_scale;
 }
 
@@ -54,7 +55,7 @@ std::size_t SampleRun::carve(char* base) {
     value_ = c.take<float>(D);
     std_ = c.take<float>(D);
     p_ = c.take<float>(D);
-    critic_saves_bytes_ = Carver::rounded(critic.saves_bytes(kMaxTileRows) + sizeof(float) * kMaxTileRows * kPad);
+    critic_saves_bytes_ = Carver::rounded(critic.saves_bytes(tile_rows_) + sizeof(float) * tile_rows_ * kPad);
     thread_saves_ = c.take<char>(critic_saves_bytes_ * threads_);
     thread_weights_ = c.take<float>(E * threads_);
     if (keep_flow_) flow_saves_ = c.take<char>(flow.saves_bytes(batch_));
@@ -75,7 +76,7 @@ std::size_t SampleRun::carve(char* base) {
   }
   zeros_ = c.take<float>(width);
   scratch_width_ = width;
-  scratch_bytes_ = TileScratch::bytes(kMaxTileRows, width);
+  scratch_bytes_ = TileScratch::bytes(tile_rows_, width);
   scratch_ = c.take<char>(scratch_bytes_ * threads_);
   return c.used();
 }
@@ -106,7 +107,7 @@ void SampleRun::finish(Tile tile, const Team& team) {
 template <class Visit>
 void SampleRun::for_flow_tiles(int thread, int threads, Visit visit) {
   for_fixed_items(flow_tiles_, thread, threads, barriers_, [&](int item, const Team& team, int leader) {
-    TileScratch scratch = TileScratch::carve(scratch_ + scratch_bytes_ * leader, kMaxTileRows, scratch_width_);
+    TileScratch scratch = TileScratch::carve(scratch_ + scratch_bytes_ * leader, tile_rows_, scratch_width_);
     float* weights = thread_weights_ == nullptr ? nullptr : thread_weights_ + thread * plan_.critic->shape().members;
     visit(flow_tile(item), Worker{team, scratch, nullptr, weights});
   });
@@ -135,7 +136,7 @@ void SampleRun::run(int thread, int threads) {
     lap(kPack);
   }
   {
-    TileScratch scratch = TileScratch::carve(scratch_ + scratch_bytes_ * thread, kMaxTileRows, scratch_width_);
+    TileScratch scratch = TileScratch::carve(scratch_ + scratch_bytes_ * thread, tile_rows_, scratch_width_);
     const Team alone{0, 1, nullptr};
     const int members = any_steered_ ? plan_.critic->shape().members : 0;
     const int items = 1 + flow_tiles_ * (1 + members);
@@ -152,7 +153,7 @@ void SampleRun::run(int thread, int threads) {
     all_->wait(threads);
     const int items = plan_.critic->shape().members * critic_tiles_;
     for_queued_items(items, thread, threads, queues_[2 + k], barriers_, [&](int i, const Team& team, int leader) {
-      TileScratch scratch = TileScratch::carve(scratch_ + scratch_bytes_ * leader, kMaxTileRows, scratch_width_);
+      TileScratch scratch = TileScratch::carve(scratch_ + scratch_bytes_ * leader, tile_rows_, scratch_width_);
       // alternate directions: the members visited last are the ones still in cache
       const int item = k % 2 == 0 ? i : items - 1 - i;
       criticise(item, Worker{team, scratch, thread_saves_ + critic_saves_bytes_ * leader, nullptr});

@@ -85,6 +85,4 @@ class ArenaLease {
 // How many threads a region may use: one in a forked child, whose thread pool is gone, and inside another region.
 int usable_threads(int threads);
 
-inline constexpr int kMaxTileRows = 32;
-
 }  // namespace qpilots::cpu

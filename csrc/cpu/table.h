@@ -16,10 +16,20 @@ static void fill_vjp(void (*(&row)[3])(const ActivateVjpArgs&)) {
   row[2] = activate_vjp_rows<F, Out, NormPlacement::kPost>;
 }
 
+// The rows share the second-level cache with the weights of a layer. With 2 MB of it, float32 U at B=256 takes 273 ms
+// with 32 rows, 263 with 64, 264 with 128.
+static int tile_rows() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  if (sysconf(_SC_LEVEL2_CACHE_SIZE) >= 2L << 20) return 64;
+#endif
+  return 32;
+}
+
 template <class F>
 static FormatKernels format_kernels() {
   FormatKernels t{};
   t.a_bytes = F::kABytes;
+  t.tile_rows = tile_rows();
   t.forward = forward<F>;
   t.backward = backward<F>;
   fill_activation<F, Activation::kGeluTanh>(t);
