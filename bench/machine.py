@@ -9,7 +9,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +27,32 @@ class Peaks:
     Args:
         flops: per second, by precision. dram, cache: bytes read per second from memory, and from the largest cache.
         source: what measured them.
+        fma_flops: per second of multiply-adds on vectors, where something faster than those reaches `flops`.
     """
 
     flops: dict[str, float]
     dram_bytes: float | None
     cache_bytes: float | None
     source: str
+    fma_flops: dict[str, float] = field(default_factory=dict)
 
     def best_of(self, other: Peaks) -> Peaks:
         """The higher of two measurements, value by value: a disturbed one is too low."""
-        flops = {name: max(value, other.flops.get(name, 0.0)) for name, value in self.flops.items()}
+        flops, fma_flops = (
+            {name: max(value, theirs.get(name, 0.0)) for name, value in ours.items()}
+            for ours, theirs in ((self.flops, other.flops), (self.fma_flops, other.fma_flops))
+        )
         pairs = ((self.dram_bytes, other.dram_bytes), (self.cache_bytes, other.cache_bytes))
         dram, cache = (max((value for value in pair if value), default=None) for pair in pairs)
-        return Peaks(flops, dram, cache, self.source)
+        return Peaks(flops, dram, cache, self.source, fma_flops)
 
     def percent_of_flops(self, flops: float, seconds: float, precision: str) -> float | None:
         peak = self.flops.get(precision)
+        return None if not peak else 100 * flops / seconds / peak
+
+    def percent_of_fma(self, flops: float, seconds: float, precision: str) -> float | None:
+        """Of vector multiply-adds' peak: above 100 where tile registers do the products."""
+        peak = self.fma_flops.get(precision, self.flops.get(precision))
         return None if not peak else 100 * flops / seconds / peak
 
     def percent_of_bytes(self, num_bytes: float, seconds: float) -> float | None:
@@ -102,6 +112,8 @@ def _native_peaks() -> Peaks | None:
     return Peaks(
         {"float32": best.flops_float32, "bfloat16": best.flops_bfloat16}, best.memory_bytes, best.cache_bytes,
         f"native micro-benchmarks on {threads} threads",
+        # without tile registers it is the same loop once more
+        {"bfloat16": best.fma_bfloat16} if best.flops_bfloat16 > 2 * best.fma_bfloat16 else {},
     )  # fmt: skip
 
 

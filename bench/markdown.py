@@ -94,7 +94,10 @@ def provenance(record: dict[str, Any]) -> str:
     """One sentence: date, commit, machine, peaks."""
     machine, peaks = record["machine"], record["peaks"]
     where = (machine["gpu"] or {}).get("name") or f"{machine['cpu']}, {machine['torch_threads']} threads"
-    measured = "" if peaks is None else ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in peaks["flops"].items())
+    rates = [] if peaks is None else [*peaks["flops"].items()]
+    if peaks is not None:
+        rates += [(f"{name} by vectors", rate) for name, rate in peaks.get("fma_flops", {}).items()]
+    measured = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates)
     load_text = ""
     if record.get("load"):
         load_text = f"; other processes took {record['load']['mean_other_cpus']:.2f} CPUs on average"

@@ -64,7 +64,7 @@ def cell_table(cell: Cell, peaks: Peaks | None) -> Table:
         "x best peer",
         "first call",
         "GFLOP/s",
-        "% FMA",
+        "% peak",
         "GB/s",
         "% cache bw",
         "extra MB",
@@ -142,6 +142,7 @@ def row_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
 def peaks_text(peaks: Peaks) -> str:
     """One line."""
     parts = [f"{name} {value / 1e9:.0f} GFLOP/s" for name, value in peaks.flops.items()]
+    parts += [f"{name} by vectors {value / 1e9:.0f} GFLOP/s" for name, value in peaks.fma_flops.items()]
     for name, value in (("memory", peaks.dram_bytes), ("cache", peaks.cache_bytes)):
         if value:
             parts.append(f"{name} {value / 1e9:.0f} GB/s")

@@ -121,8 +121,11 @@ def judge_limits(cells: Sequence[Cell], peaks: Peaks | None, precisions: Sequenc
         cell = find(cells, "U", 256)
         ours = cell.ours(precision) if cell else None
         if cell is not None and ours is not None and ours.timing is not None and peaks is not None:
-            percent = peaks.percent_of_flops(cell.flops, ours.timing.p50, precision)
+            percent = peaks.percent_of_fma(cell.flops, ours.timing.p50, precision)
             note = f"peak measured by {peaks.source}"
+            if precision in peaks.fma_flops:
+                of_tiles = peaks.percent_of_flops(cell.flops, ours.timing.p50, precision)
+                note += f"; {of_tiles:.0f} % of the tile registers' peak"
             verdicts.append(Verdict(f"FMA peak, U {precision} B=256", PERCENT_OF_PEAK_AT_256, percent, True, note, "%"))
             workspace = cell.workspace_bytes.get(precision)
             megabytes = None if workspace is None else workspace / 1e6

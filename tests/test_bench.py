@@ -92,6 +92,12 @@ def test_peaks_give_percentages_and_the_longer_floor() -> None:
     assert peaks.floor_s(4e9, traffic_bytes=1e9, weight_bytes=1.0, precision="float32") == 4.0
     best = peaks.best_of(Peaks({"float32": 3e9}, dram_bytes=None, cache_bytes=1e9, source="again"))
     assert (best.flops, best.dram_bytes, best.cache_bytes) == ({"float32": 3e9}, 1e9, 2e9)
+    # tile registers do what multiply-adds on vectors would take 5 times as long for
+    tiles = Peaks({"float32": 1e9, "bfloat16": 1e10}, None, None, "test", {"bfloat16": 2e9})
+    assert tiles.percent_of_flops(5e9, 1.0, "bfloat16") == 50
+    assert tiles.percent_of_fma(5e9, 1.0, "bfloat16") == 250
+    assert tiles.percent_of_fma(5e8, 1.0, "float32") == 50
+    assert tiles.best_of(Peaks({}, None, None, "again", {"bfloat16": 3e9})).fma_flops == {"bfloat16": 3e9}
     # weights beyond any cache move at memory's pace
     assert peaks.floor_s(1.0, traffic_bytes=3e9, weight_bytes=1e15, precision="float32") == 3.0
 
@@ -273,6 +279,14 @@ def test_a_ratio_says_what_the_machine_would_allow() -> None:
     peer = cell.best_peer()
     assert peer is not None and peer.timing is not None
     assert verdict.ceiling == pytest.approx(peer.timing.p50 / 1.0) and verdict.frozen is None
+
+
+def test_the_share_of_the_peak_is_that_of_multiply_adds() -> None:
+    cell = _cell_with("U", 256, {("qpilots_fast cpu", "bfloat16", True): 10.0})  # 10^6 flops
+    peaks = Peaks({"bfloat16": 4e5}, None, None, "test", {"bfloat16": 5e4})
+    shares = [v for v in targets.judge_limits([cell], peaks, ("bfloat16",)) if v.name.startswith("FMA peak")]
+    assert [share.measured for share in shares] == [pytest.approx(200.0)]
+    assert "25 % of the tile registers' peak" in shares[0].note
 
 
 def test_the_table_holds_every_required_row() -> None:

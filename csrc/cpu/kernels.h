@@ -176,6 +176,7 @@ struct KernelTable {
   void (*posterior_softmax)(const float* q, int count, float scale, float* p);
   void (*steer)(const SteerArgs&);
   double (*peak)(Format, long iterations);      // flops done by one thread's loop of what the products are made of
+  double (*fma_peak)(Format, long iterations);  // the same of multiply-adds on vectors
   float (*read)(const char* data, std::size_t bytes);  // sums a buffer: read bandwidth
 };
 
@@ -184,5 +185,6 @@ const KernelTable* table_avx2();
 const KernelTable* table_avx512();
 const KernelTable* table_avx512_bf16();
 const KernelTable* table_avx512_bf16_zen4();  // the same instructions, arranged for that processor
+const KernelTable* table_avx512_amx();        // bfloat16 products on tile registers
 
 }  // namespace qpilots::cpu

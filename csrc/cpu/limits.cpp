@@ -33,8 +33,9 @@ std::vector<double> time_rounds(double seconds, Round round) {
   return times;
 }
 
-// Best round of the same FMA loop on every thread, in flop/s.
-double peak_flops_per_second(const std::string& precision, int threads, double seconds) {
+// Best round of the same loop on every thread, in flop/s: of what the products are made of, or of multiply-adds on
+// vectors.
+double peak_flops_per_second(const std::string& precision, int threads, double seconds, bool vectors) {
   require(precision == "float32" || precision == "bfloat16", "precision: expected float32 or bfloat16");
   require(threads > 0, "threads: expected at least 1");
   const KernelTable& table = kernels("");
@@ -42,7 +43,8 @@ double peak_flops_per_second(const std::string& precision, int threads, double s
   const py::gil_scoped_release release;
   std::vector<double> flops(threads, 0.0);
   const std::vector<double> times = time_rounds(seconds, [&] {
-    parallel_region(threads, [&](int thread, int) { flops[thread] = table.peak(format, 1000000); });
+    parallel_region(threads,
+                    [&](int thread, int) { flops[thread] = (vectors ? table.fma_peak : table.peak)(format, 1000000); });
   });
   double total = 0;
   for (double f : flops) total += f;
@@ -138,7 +140,7 @@ std::pair<double, double> read_weights_seconds(std::size_t flow_bytes, const std
 
 void bind_limits(py::module_& module) {
   module.def("cpu_peak_flops", &peak_flops_per_second, py::arg("precision"), py::arg("threads"),
-             py::arg("seconds") = 0.1);
+             py::arg("seconds") = 0.1, py::arg("vectors") = false);
   module.def("cpu_read_bandwidth", &read_bytes_per_second, py::arg("bytes"), py::arg("threads"),
              py::arg("seconds") = 0.1);
   module.def("cpu_read_weights", &read_weights_seconds, py::arg("flow_bytes"), py::arg("twice"), py::arg("steps"),

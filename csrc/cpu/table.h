@@ -59,6 +59,7 @@ static KernelTable make_table(const char* name) {
   t.posterior_softmax = softmax_row;
   t.steer = steer_rows;
   t.peak = peak_flops;
+  t.fma_peak = peak_flops;
   t.read = read_bytes;
   return t;
 }

@@ -62,21 +62,23 @@ def write_watch_refusal() -> str | None:
 class MachineLimits(NamedTuple):
     """Measured once a process, on as many threads as torch uses."""
 
-    flops_float32: float  # per second
+    flops_float32: float  # per second, by the instructions that the products are made of
     flops_bfloat16: float
     cache_bytes: float  # per second, read from a buffer that fits the last-level cache
     memory_bytes: float
+    fma_bfloat16: float  # flops per second of multiply-adds on vectors, where tile registers do the products
 
 
 @lru_cache(maxsize=8)
 def machine_limits(threads: int) -> MachineLimits:
-    """FMA peak and read bandwidth of this machine, by the backend's own instructions (about half a second)."""
+    """Arithmetic peak and read bandwidth of this machine, by the backend's own instructions (about half a second)."""
     module = load_module()
     return MachineLimits(
         module.cpu_peak_flops("float32", threads, 0.1),
         module.cpu_peak_flops("bfloat16", threads, 0.1),
         module.cpu_read_bandwidth(12 << 20, threads, 0.1),
         module.cpu_read_bandwidth(256 << 20, threads, 0.2),
+        module.cpu_peak_flops("bfloat16", threads, 0.1, vectors=True),
     )
 
 
@@ -408,7 +410,7 @@ class CpuBackend(Backend):
             floor_s=max(flops / peak, reading),
             notes=(
                 f"instruction set {plan.networks[0].isa}, {threads} threads",
-                f"FMA peak {peak / 1e9:.0f} GF/s, cache {limits.cache_bytes / 1e9:.0f} GB/s, "
+                f"arithmetic peak {peak / 1e9:.0f} GF/s, cache {limits.cache_bytes / 1e9:.0f} GB/s, "
                 f"memory {limits.memory_bytes / 1e9:.0f} GB/s (measured in this process)",
                 f"loads of the weights alone, in the call's order: {reading * 1e3:.2f} ms at best, "
                 f"{usual * 1e3:.2f} in the middle",
