@@ -30,6 +30,8 @@ FLOAT32_MAX, BFLOAT16_MEAN, BFLOAT16_RATIO = 1e-4, 5e-3, 1.5
 CASES = {
     "u": (Steering.qpilots_u(), None, "post", "gelu_tanh", (64, 64), 3),
     "u_odd": (Steering.qpilots_u(), "pre", ("pre", None, "post"), "silu", (37, 50, 1), 3),
+    # layers that are summed in more than one piece
+    "u_wide": (Steering.qpilots_u(), None, "post", "gelu_tanh", (272, 560), 2),
     "identity": (Steering.qpilots_u(jacobian="identity"), "post", None, "mish", (33,), 1),
     "m": (Steering.qpilots_m(), None, "post", "gelu", (80, 64), 4),
     "m_masked": (
@@ -116,7 +118,7 @@ def test_rows_do_not_depend_on_batch_or_threads(backend, monkeypatch, path, prec
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["u", "u_odd", "qgf_jacobian"])
+@pytest.mark.parametrize("name", ["u", "u_odd", "u_wide", "qgf_jacobian"])
 def test_every_number_of_rows_sums_in_one_order(backend, monkeypatch, path, precision, name):
     """Register tiles and row blocks change with the number of rows; the bits of a row must not."""
     monkeypatch.setenv(cpu_module.ISA_VARIABLE, path)
