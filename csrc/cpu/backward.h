@@ -159,7 +159,7 @@ static void backward_few_rows(const BackwardArgs& args) {
 // Every row block visits the widest tile's columns before the next are taken: their weights (all outputs) stay in the
 // first-level cache.
 template <class F>
-static void backward(const BackwardArgs& args) {
+static void backward_tiles(const BackwardArgs& args) {
   if (args.rows <= F::kStreams) {
     backward_few_rows<F, F::kStreams>(args);
     return;
@@ -172,4 +172,17 @@ static void backward(const BackwardArgs& args) {
       backward_rows<F, kTileRows>(args, count, row, k, k + columns, turn++, turns);
     });
   }
+}
+
+template <class F>
+static void backward(const BackwardArgs& args) {
+  BackwardArgs rest = args;
+  if (F::kFormat == Format::kF32 && lanes_serve(args)) {
+    for (; rest.rows >= kLaneRows; rest.rows -= kLaneRows) {
+      backward_lanes(rest);
+      rest.dy = static_cast<const char*>(rest.dy) + kLaneRows * rest.dy_stride;
+      rest.dx += kLaneRows * rest.dx_stride;
+    }
+  }
+  if (rest.rows > 0) backward_tiles<F>(rest);
 }

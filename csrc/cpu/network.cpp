@@ -216,6 +216,11 @@ Share panel_share(const Team& team, const Block& block) {
           std::min(end * block.panel_width, block.out_padded)};
 }
 
+// No forward operand outlives its pass.
+float* backward_scratch(const Pass& pass) {
+  return pass.team.size == 1 ? reinterpret_cast<float*>(pass.scratch.operand[0]) : nullptr;
+}
+
 }  // namespace
 
 void forward_pass(const Pass& pass, InputKind moving, const float* add, Saves saves, float* out,
@@ -297,7 +302,7 @@ int backward_pass(const Pass& pass, const float* d_out, std::ptrdiff_t d_out_pit
     if (!seed) {
       const Block& block = net.layer(l + 1).block;
       fk.backward({&block, pass.arena + block.offset, first_column, last_column, s.d_operand[current], d_pitch,
-                   pass.rows, s.z, s.pitch});
+                   pass.rows, s.z, s.pitch, backward_scratch(pass)});
       current = 1 - current;
     }
     const bool own_columns = layer.norm == NormPlacement::kNone;
@@ -330,7 +335,7 @@ void input_vjp(const Pass& pass, const Block& block, const FormatKernels& kernel
                std::ptrdiff_t pitch) {
   const int begin = kPad * pass.team.begin(block.in_padded / kPad), end = kPad * pass.team.end(block.in_padded / kPad);
   kernels.backward({&block, pass.arena + block.offset, begin, end, pass.scratch.d_operand[which],
-                    pass.scratch.d_pitch(), pass.rows, dx, pitch});
+                    pass.scratch.d_pitch(), pass.rows, dx, pitch, backward_scratch(pass)});
 }
 
 }  // namespace qpilots::cpu

@@ -89,7 +89,7 @@ class Network {
 // Buffers of one team for one tile; each is [capacity rows, max padded width] elements of 4 bytes.
 struct TileScratch {
   float* z;
-  char* operand[2];      // forward operands, and (float32) first-layer deltas
+  char* operand[2];      // forward operands; [0] is a product's scratch in the backward pass
   char* d_operand[2];    // backward operands
   const float** init;    // [capacity]
   std::ptrdiff_t pitch;  // elements

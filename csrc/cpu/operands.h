@@ -22,6 +22,16 @@ QPILOTS_INLINE void keep_in_register(Register& weights) {
 #endif
 }
 
+// acc += a b, always into acc's own register: at a weight's last use GCC else multiplies into the weight's and moves
+// registers about (a float32 backward tile at 79 % of peak instead of 82).
+QPILOTS_INLINE void accumulate(Vec& acc, Vec a, Vec b) {
+#if defined(__AVX512F__)
+  asm("vfmadd231ps %2, %1, %0" : "+v"(acc.v) : "v"(a.v), "v"(b.v));
+#else
+  acc = fmadd(a, b, acc);
+#endif
+}
+
 struct F32 {
   static constexpr Format kFormat = Format::kF32;
   static constexpr int kStep = 1;    // weights per packed element along k
@@ -36,7 +46,7 @@ struct F32 {
     });
     unroll<R>([&](auto r) {
       const Vec x(*reinterpret_cast<const float*>(a + r * stride));
-      unroll<NV>([&](auto n) { acc[r][n] = fmadd(x, weights[n], acc[r][n]); });
+      unroll<NV>([&](auto n) { accumulate(acc[r][n], x, weights[n]); });
     });
   }
 
@@ -45,7 +55,7 @@ struct F32 {
   static constexpr int kStreams = kStreamRows;  // up to so many rows, the backward pass streams
   using Weights = Vec;
   static inline Weights load_weights(const char* w) { return Vec::load(reinterpret_cast<const float*>(w)); }
-  static inline void update(Vec* acc, Weights w, Vec d) { acc[0] = fmadd(d, w, acc[0]); }
+  static inline void update(Vec* acc, Weights w, Vec d) { accumulate(acc[0], d, w); }
 
   static inline void store_operand(Vec x, char* p) { x.store(reinterpret_cast<float*>(p)); }
   static inline void store_operand_pair(Vec x, Vec next, char* p) {
