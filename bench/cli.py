@@ -23,7 +23,7 @@ from .loops import (
     measure_scaling,
     scaling_rows,
 )
-from .machine import Peaks, header, measure_peaks
+from .machine import Peaks, header, measure_peaks, multiply_add_rates
 from .measure import Cell, measure_cell, rows_do_not_depend_on_batch_mates
 from .peers import Contestant
 from .targets import Verdict
@@ -93,7 +93,7 @@ class Session:
         cell = measure_cell(
             workload, self.contestants(workload), precisions=self.precisions, rounds=self.rounds,
             budget_s=self.budget_s, min_rounds=self.min_rounds, memory=not self.quick, say=self.say,
-            with_runs=in_the_loop,
+            with_runs=in_the_loop, fma_rates=lambda: {} if self.quick else multiply_add_rates(self.precisions),
         )  # fmt: skip
         self.cells.append(cell)
         self.console.print(report.cell_table(cell, self.peaks))

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,20 @@ def measure_peaks(device: str = "cpu") -> Peaks:
     """Multiply-add and bandwidth peaks with the threads that torch uses now; a few seconds."""
     native = _native_peaks() if device == "cpu" else None
     return native or _torch_peaks(device)
+
+
+def multiply_add_rates(precisions: Sequence[str], seconds: float = 0.01) -> dict[str, float]:
+    """Flops per second that multiply-adds on vectors reach at this moment; empty where there is no native module.
+
+    A processor's clock moves with what it and its neighbours do: a share of the peak is one of the clock of that time.
+    """
+    from qpilots_fast import backends
+    from qpilots_fast.backends import cpu
+
+    if backends.unavailable_reason("cpu") is not None:
+        return {}
+    peak = cpu.load_module().cpu_peak_flops
+    return {precision: peak(precision, torch.get_num_threads(), seconds, vectors=True) for precision in precisions}
 
 
 # ---------------------------------------------------------------- description

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from qpilots_fast.testing import TOLERANCES
 from .cases import Workload
 from .machine import Peaks
 from .peers import Contestant, Run
-from .timing import Load, Timing, interleave, peak_extra_bytes, prepare, ratio_spread
+from .timing import Load, Timing, interleave, peak_extra_bytes, percentile, prepare, ratio_spread
 
 # peers in 16 bits round every activation, ours only the operands of products
 _PEER_TOLERANCE_SCALE = 3.0
@@ -79,6 +79,7 @@ class Cell:
     workspace_bytes: dict[str, int] = field(default_factory=dict)  # of our live sampler, by precision
     explained_floor_s: dict[str, float | None] = field(default_factory=dict)
     explained_notes: dict[str, tuple[str, ...]] = field(default_factory=dict)  # what that floor was made of
+    fma_flops: dict[str, float] = field(default_factory=dict)  # per second, the median of before every round
 
     def ours(self, precision: str, frozen: bool = False) -> Result | None:
         """Our fastest usable result of this kind."""
@@ -125,6 +126,7 @@ class Cell:
             "workspace_bytes": self.workspace_bytes,
             "floor_s": {precision: self.floor_s(precision, peaks) for precision in self.weight_bytes},
             "floor_notes": self.explained_notes,
+            "fma_flops": self.fma_flops,
             "load": None if self.load is None else asdict(self.load),
             "results": [self._result_json(result, peaks) for result in self.results],
         }
@@ -185,12 +187,14 @@ def measure_cell(
     memory: bool = True,
     say: Say = lambda text: None,
     with_runs: Callable[[dict[str, Run]], None] = lambda runs: None,
+    fma_rates: Callable[[], Mapping[str, float]] = dict,
 ) -> Cell:
     """Runs every contestant once and checks it, then times the ones that agree with the reference in turns.
 
     Args:
         memory: also measure the peak extra memory of a call of each.
         say: told what happens, for the terminal.
+        fma_rates: asked before every round how many flops per second multiply-adds reach, by precision.
         with_runs: called with the correct contestants while they are still built (for the control loop).
     """
     cuda = workload.obs.is_cuda
@@ -205,14 +209,21 @@ def measure_cell(
             runs[contestant.key] = run
             timings[contestant.key] = result.timing
     load = None
+    rates: dict[str, list[float]] = {}
+
+    def ask_rates() -> None:
+        for precision, rate in fma_rates().items():
+            rates.setdefault(precision, []).append(rate)
+
     if runs:
         say(f"{workload.case.name} {workload.method} B={workload.batch_size}: {len(runs)} contestants in turns")
         load = interleave(
-            runs, timings, rounds=rounds, budget_s=budget_s, min_rounds=min_rounds, cuda=cuda
+            runs, timings, rounds=rounds, budget_s=budget_s, min_rounds=min_rounds, cuda=cuda, before_round=ask_rates
         )  # fmt: skip
         with_runs(runs)
     flops, weight_bytes, traffic_bytes = count_cost(workload, precisions)
     cell = Cell(workload, results, load, flops, weight_bytes, traffic_bytes)
+    cell.fma_flops = {precision: percentile(values, 50) for precision, values in rates.items()}
     _explain_ours(cell)
     runs.clear()
     gc.collect()

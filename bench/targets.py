@@ -121,8 +121,13 @@ def judge_limits(cells: Sequence[Cell], peaks: Peaks | None, precisions: Sequenc
         cell = find(cells, "U", 256)
         ours = cell.ours(precision) if cell else None
         if cell is not None and ours is not None and ours.timing is not None and peaks is not None:
-            percent = peaks.percent_of_fma(cell.flops, ours.timing.p50, precision)
+            percent = of_best = peaks.percent_of_fma(cell.flops, ours.timing.p50, precision)
             note = f"peak measured by {peaks.source}"
+            rate = cell.fma_flops.get(precision)
+            if rate is not None:
+                percent = 100 * cell.flops / ours.timing.p50 / rate
+                note = f"of {rate / 1e9:.0f} GFLOP/s, the median of short loops between the rounds"
+                note += "" if of_best is None else f"; {of_best:.0f} % of the best loop of the run"
             if precision in peaks.fma_flops:
                 of_tiles = peaks.percent_of_flops(cell.flops, ours.timing.p50, precision)
                 note += f"; {of_tiles:.0f} % of the tile registers' peak"

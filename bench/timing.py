@@ -222,6 +222,7 @@ def interleave(
     min_rounds: int = 5,
     max_rounds: int = 40,
     cuda: bool = False,
+    before_round: Callable[[], object] = lambda: None,
 ) -> Load | None:
     """Times the contestants in turns, so that a slow spell of the machine hits all of them.
 
@@ -231,6 +232,7 @@ def interleave(
     Args:
         rounds: how many; None for as many as fit budget_s, between min_rounds and max_rounds. They stop early, but
             not before the third, where they take three times budget_s.
+        before_round: run, untimed, before every round; as the order rotates, no contestant always follows it.
 
     Returns:
         How busy other processes kept the machine meanwhile.
@@ -249,6 +251,7 @@ def interleave(
         for index in range(rounds):
             if index >= min(3, rounds) and time.perf_counter() - start > 3 * budget_s:
                 break
+            before_round()
             shift = index % len(names)
             for name in names[shift:] + names[:shift]:
                 if warms[name]:
