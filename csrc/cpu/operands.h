@@ -73,12 +73,16 @@ struct Bf16Expanded {
 
   template <int R, int NV>
   static inline void forward_step(Vec (&acc)[R][NV], const char* w, const char* a, std::ptrdiff_t stride) {
-    unroll<NV>([&](auto n) {
-      const Pairs pairs = load_pairs(w + n * kVectorBytes);
-      const Vec even = even_of(pairs), odd = odd_of(pairs);
+    unroll<2>([&](auto odd) {  // half of the weights at once: with both, registers run out and operands are loaded anew
+      Vec weights[NV];
+      unroll<NV>([&](auto n) {
+        const Pairs pairs = load_pairs(w + n * kVectorBytes);
+        weights[n] = odd == 0 ? even_of(pairs) : odd_of(pairs);
+        keep_in_register(weights[n].v);
+      });
       unroll<R>([&](auto r) {
-        const float* x = reinterpret_cast<const float*>(a + r * stride);
-        acc[r][n] = fmadd(Vec(x[1]), odd, fmadd(Vec(x[0]), even, acc[r][n]));
+        const Vec x(reinterpret_cast<const float*>(a + r * stride)[odd]);
+        unroll<NV>([&](auto n) { accumulate(acc[r][n], x, weights[n]); });
       });
     });
   }
