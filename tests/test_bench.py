@@ -13,7 +13,7 @@ pytest.importorskip("rich")
 from bench import cli, loops, peers_jax, report, targets
 from bench.cases import CASES, Case, Workload, make_workload
 from bench.contestants import peer_contestants
-from bench.machine import Peaks
+from bench.machine import Peaks, multiply_add_rates
 from bench.measure import (
     Cell,
     check_actions,
@@ -38,6 +38,7 @@ from bench.timing import (
     percentile,
     ratio_spread,
 )
+from qpilots_fast import backends
 
 TINY = replace(CASES["paper"], hidden_dims=(24, 24), num_critics=3, obs_dim=5, action_dim=4, num_steps=4)
 TINY_QGF = replace(CASES["qgf"], hidden_dims=(24, 24), flow_norm=("pre", None), obs_dim=5, action_dim=4, num_steps=4)
@@ -215,6 +216,21 @@ def test_ours_when_wrong_has_no_ratio_and_fails_its_target() -> None:
     assert wrong.ratio("float32", None) is None
     (first, *_) = targets.judge_ratios([wrong])
     assert first.measured is None and first.passed is None
+
+
+def test_a_cell_keeps_the_median_rate_of_before_its_rounds() -> None:
+    rates = iter([1e9, 5e9, 2e9])
+    cell = measure_cell(
+        tiny("U"), [_contestant("right", 0.0)], precisions=("float32",), rounds=3, memory=False,
+        fma_rates=lambda: {"float32": next(rates)},
+    )  # fmt: skip
+    assert cell.fma_flops == cell.to_json(None)["fma_flops"] == {"float32": 2e9}
+
+
+@pytest.mark.skipif(backends.unavailable_reason("cpu") is not None, reason="the native module is not built")
+def test_the_native_module_measures_rates_of_multiply_adds() -> None:
+    rates = multiply_add_rates(("float32", "bfloat16"), seconds=0.001)
+    assert set(rates) == {"float32", "bfloat16"} and all(rate > 1e8 for rate in rates.values())
 
 
 def test_ours_has_a_stricter_tolerance_than_peers() -> None:

@@ -56,7 +56,7 @@ struct BackwardArgs {
   int rows;
   float* dx;  // [rows, in_padded]
   std::ptrdiff_t dx_stride;
-  float* scratch;  // [rows, out_padded], or null where threads share it
+  float* scratch;  // [rows, out_padded + 32], or null where threads share it
 };
 
 // h = act(z), act(LN(z)) or LN(act(z)), written as the next product's operand; keeps what the derivative needs.
