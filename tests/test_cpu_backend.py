@@ -99,14 +99,14 @@ def test_bfloat16_is_as_accurate_as_torch(backend, monkeypatch, path, name):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["u", "u_odd", "m", "glass"])
+@pytest.mark.parametrize("name", ["u", "u_odd", "u_wide", "m", "glass"])
 def test_rows_do_not_depend_on_batch_or_threads(backend, monkeypatch, path, precision, name):
     monkeypatch.setenv(cpu_module.ISA_VARIABLE, path)
     spec, bound, obs, noise, draws = build(name, 75, precision)
     whole = backend.sample(spec, bound, obs, noise, draws).actions
     threads = torch.get_num_threads()
     try:
-        for count in (1, 2, 3, 5):
+        for count in (1, 2, 3, 5, 12):
             torch.set_num_threads(count)
             for begin, end in ((0, 1), (31, 33), (5, 8), (70, 74), (3, 10), (60, 75), (0, 75)):
                 part = None if draws is None else draws[:, begin:end].contiguous()

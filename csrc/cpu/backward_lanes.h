@@ -105,12 +105,14 @@ static void lanes_columns(const BackwardArgs& args, const float* d, int k, int c
 }
 
 static bool lanes_serve(const BackwardArgs& args) {
-  return args.scratch != nullptr && args.rows >= kLaneRows && args.k_end - args.k_begin >= kLeastLaneColumns;
+  const std::size_t bytes = sizeof(float) * Vec::kLanes * residue_floats(*args.block);
+  return args.rows >= kLaneRows && args.k_end - args.k_begin >= kLeastLaneColumns && args.scratch_bytes >= bytes;
 }
 
 // The first kLaneRows rows.
 static void backward_lanes(const BackwardArgs& args) {
   constexpr int kLanes = Vec::kLanes;
+  float* const d = reinterpret_cast<float*>(args.scratch);
   const int steps = args.block->out_padded / kLanes;
   const std::ptrdiff_t residue = residue_floats(*args.block);
   const std::ptrdiff_t dy_stride = args.dy_stride / static_cast<std::ptrdiff_t>(sizeof(float));
@@ -120,16 +122,15 @@ static void backward_lanes(const BackwardArgs& args) {
     for (int step = 0; step < steps; ++step) {
       unroll<kLanes>([&](auto r) { turned[r] = Vec::load(dy + r * dy_stride + step * kLanes); });
       transpose(turned);
-      unroll<kLanes>([&](auto i) {
-        turned[lane_of(i.value)].store(args.scratch + i * residue + (step * kLaneVectors + v) * kLanes);
-      });
+      unroll<kLanes>(
+          [&](auto i) { turned[lane_of(i.value)].store(d + i * residue + (step * kLaneVectors + v) * kLanes); });
     }
   }
   alignas(64) float out[kLaneColumns][kLaneVectors][kLanes];
   for (int k = args.k_begin; k < args.k_end; k += kLaneColumns) {
     const int columns = args.k_end - k < kLaneColumns ? args.k_end - k : kLaneColumns;
-    for_row_blocks<kTileRows>(
-        columns, [&](int c, int count) { lanes_columns<kTileRows>(args, args.scratch, k + c, count, out[c][0]); });
+    for_row_blocks<kTileRows>(columns,
+                              [&](int c, int count) { lanes_columns<kTileRows>(args, d, k + c, count, out[c][0]); });
     for (int v = 0; v < kLaneVectors; ++v) {
       for (int c = 0; c < columns; c += kLanes) {
         unroll<kLanes>([&](auto i) { turned[i] = Vec::load(out[c + i][v]); });

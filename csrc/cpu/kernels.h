@@ -56,7 +56,8 @@ struct BackwardArgs {
   int rows;
   float* dx;  // [rows, in_padded]
   std::ptrdiff_t dx_stride;
-  float* scratch;  // [rows, out_padded + 32], or null where threads share it
+  char* scratch;  // on a cache line; this thread's share of two operands of tile_rows rows
+  std::size_t scratch_bytes;
 };
 
 // h = act(z), act(LN(z)) or LN(act(z)), written as the next product's operand; keeps what the derivative needs.

@@ -180,6 +180,7 @@ TileScratch TileScratch::carve(char* memory, int rows, int width) {
   s.pitch = row_pitch(width);
   const std::size_t each = round_up(4 * s.pitch * rows, 4096);
   s.z = reinterpret_cast<float*>(memory);
+  s.operand_bytes = each;
   for (int i = 0; i < 2; ++i) {
     s.operand[i] = memory + (1 + i) * each;
     s.d_operand[i] = memory + (3 + i) * each;
@@ -216,9 +217,14 @@ Share panel_share(const Team& team, const Block& block) {
           std::min(end * block.panel_width, block.out_padded)};
 }
 
-// No forward operand outlives its pass.
-float* backward_scratch(const Pass& pass) {
-  return pass.team.size == 1 ? reinterpret_cast<float*>(pass.scratch.operand[0]) : nullptr;
+// dx = delta W for the columns [begin, end), by one of the team: with its share of the forward operands' memory, as no
+// operand outlives its pass.
+void backward_product(const Pass& pass, const Block& block, const FormatKernels& kernels, int begin, int end, int which,
+                      float* dx, std::ptrdiff_t pitch) {
+  const TileScratch& s = pass.scratch;
+  const std::size_t bytes = 2 * s.operand_bytes / pass.team.size / 64 * 64;
+  kernels.backward({&block, pass.arena + block.offset, begin, end, s.d_operand[which], s.d_pitch(), pass.rows, dx,
+                    pitch, s.operand[0] + bytes * pass.team.rank, bytes});
 }
 
 }  // namespace
@@ -300,9 +306,7 @@ int backward_pass(const Pass& pass, const float* d_out, std::ptrdiff_t d_out_pit
     int first_column = kPad * team.begin(layer.padded_width / kPad);
     int last_column = kPad * team.end(layer.padded_width / kPad);
     if (!seed) {
-      const Block& block = net.layer(l + 1).block;
-      fk.backward({&block, pass.arena + block.offset, first_column, last_column, s.d_operand[current], d_pitch,
-                   pass.rows, s.z, s.pitch, backward_scratch(pass)});
+      backward_product(pass, net.layer(l + 1).block, fk, first_column, last_column, current, s.z, s.pitch);
       current = 1 - current;
     }
     const bool own_columns = layer.norm == NormPlacement::kNone;
@@ -334,8 +338,7 @@ int backward_pass(const Pass& pass, const float* d_out, std::ptrdiff_t d_out_pit
 void input_vjp(const Pass& pass, const Block& block, const FormatKernels& kernels, int which, float* dx,
                std::ptrdiff_t pitch) {
   const int begin = kPad * pass.team.begin(block.in_padded / kPad), end = kPad * pass.team.end(block.in_padded / kPad);
-  kernels.backward({&block, pass.arena + block.offset, begin, end, pass.scratch.d_operand[which],
-                    pass.scratch.d_pitch(), pass.rows, dx, pitch, backward_scratch(pass)});
+  backward_product(pass, block, kernels, begin, end, which, dx, pitch);
 }
 
 }  // namespace qpilots::cpu

@@ -89,10 +89,11 @@ class Network {
 // Buffers of one team for one tile; each is [capacity rows, max padded width] elements of 4 bytes.
 struct TileScratch {
   float* z;
-  char* operand[2];      // forward operands; [0] is a product's scratch in the backward pass
-  char* d_operand[2];    // backward operands
-  const float** init;    // [capacity]
-  std::ptrdiff_t pitch;  // elements
+  char* operand[2];           // forward operands, side by side; scratch of the products in the backward pass
+  std::size_t operand_bytes;  // of each
+  char* d_operand[2];         // backward operands
+  const float** init;         // [capacity]
+  std::ptrdiff_t pitch;       // elements
 
   // bytes between rows of d_operand: whatever the format, a delta may be float32
   std::ptrdiff_t d_pitch() const { return pitch * static_cast<std::ptrdiff_t>(sizeof(float)); }

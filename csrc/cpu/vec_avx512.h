@@ -191,6 +191,16 @@ static inline void store_sums(const Vec (&acc)[R][K], float* dx, std::ptrdiff_t 
   }
 }
 
+struct WordIndex {
+  alignas(64) short word[32];
+};
+template <class Source>
+constexpr WordIndex word_index(Source source) {
+  WordIndex index{};
+  for (int i = 0; i < 32; ++i) index.word[i] = static_cast<short>(source(i));
+  return index;
+}
+
 #if defined(__AVX512BF16__)
 static inline Vec dot_pairs(Vec acc, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
@@ -211,21 +221,11 @@ static inline Pairs upper_halves(const char* first, const char* second) {
   return kOnce ? _mm512_mask_blend_epi64(0xF0, wide, load_pairs(second)) : _mm512_mask_loadu_epi64(wide, 0xF0, second);
 }
 
-struct WordIndex {
-  alignas(64) short word[32];
-};
-template <class Source>
-constexpr WordIndex word_index(Source source) {
-  WordIndex index{};
-  for (int i = 0; i < 32; ++i) index.word[i] = static_cast<short>(source(i / 4, i % 4));
-  return index;
-}
 // The word of a column (of 8) and an output (of 4): among 8 outputs from kFrom on, or among these 4 alone.
 template <int kFrom>
 static constexpr WordIndex kQuadOfEight =
-    word_index([](int column, int output) { return column / 2 * 16 + (kFrom + output) * 2 + column % 2; });
-static constexpr WordIndex kQuadOfFour =
-    word_index([](int column, int output) { return column / 2 * 8 + output * 2 + column % 2; });
+    word_index([](int i) { return i / 8 * 16 + (kFrom + i % 4) * 2 + i / 4 % 2; });
+static constexpr WordIndex kQuadOfFour = word_index([](int i) { return i / 8 * 8 + i % 4 * 2 + i / 4 % 2; });
 
 enum class Shuffle { kTwoSources, kOneSource };
 
