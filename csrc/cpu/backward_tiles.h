@@ -98,6 +98,7 @@ class FewRows {
 
  private:
   static constexpr int kLine = 8 * R;  // bytes of an output's gradients, and of a pair's sums
+  static constexpr int kBlocks = kOutputsAtOnce / kOutputs;
 
   // Outputs [begin, end) for the tile of columns from `k`.
   void sum(int begin, int end, int k, char* sums) {
@@ -105,24 +106,30 @@ class FewRows {
     int blocks = 0;
     for (int p = begin / block.panel_width; p * block.panel_width < end; ++p) {
       const int vectors = panel_vectors(block, p);
-      const std::ptrdiff_t pitch = vectors * kTileBytes;
-      const char* w = args_.weights + p * block.panel_stride + k / 2 * pitch;
-      for (int n = 0; n < vectors; n += 2, ++blocks, w += 2 * kTileBytes) {
-        clear<0>();
-        unroll<2>([&](auto second) {
-          if (n + second == vectors) return;
-          load<kSecond + second>(gradients_[2 * blocks + second], kLine);
-          load<kFirst + second>(w + second * kTileBytes, pitch);
-          multiply<0, kFirst + second, kSecond + second>();
-        });
-        store<0>(partial_[blocks], kLine);
+      const char* w = args_.weights + p * block.panel_stride + k / 2 * (vectors * kTileBytes);
+      const auto panel = [&](auto vectors) {
+        const std::ptrdiff_t pitch = vectors * kTileBytes;
+        for (int n = 0; n < vectors; n += 2, ++blocks, w += 2 * kTileBytes) {
+          clear<0>();
+          unroll<2>([&](auto second) {
+            if (n + second == vectors) return;
+            load<kSecond + second>(gradients_[2 * blocks + second], kLine);
+            load<kFirst + second>(w + second * kTileBytes, pitch);
+            multiply<0, kFirst + second, kSecond + second>();
+          });
+          store<0>(partial_[blocks], kLine);
+        }
+      };
+      vectors == kPanelVectors ? panel(Index<kPanelVectors>()) : panel(vectors);
+    }
+    const auto add = [&](auto count) {
+      for (int i = 0; i < kTile * kLine; i += 64) {
+        Vec sum = begin == 0 ? Vec(0.0f) : Vec::load(reinterpret_cast<const float*>(sums + i));
+        for (int b = 0; b < count; ++b) sum = sum + Vec::load(reinterpret_cast<const float*>(partial_[b] + i));
+        sum.store(reinterpret_cast<float*>(sums + i));
       }
-    }
-    for (int i = 0; i < kTile * kLine; i += 64) {
-      Vec sum = begin == 0 ? Vec(0.0f) : Vec::load(reinterpret_cast<const float*>(sums + i));
-      for (int b = 0; b < blocks; ++b) sum = sum + Vec::load(reinterpret_cast<const float*>(partial_[b] + i));
-      sum.store(reinterpret_cast<float*>(sums + i));
-    }
+    };
+    blocks == kBlocks ? add(Index<kBlocks>()) : add(blocks);
   }
 
   // 16 columns of every row.
@@ -137,7 +144,7 @@ class FewRows {
 
   const BackwardArgs& args_;
   alignas(64) char gradients_[kOutputsAtOnce / kTile][kTile * kLine];
-  alignas(64) char partial_[kOutputsAtOnce / kOutputs][kTile * kLine];
+  alignas(64) char partial_[kBlocks][kTile * kLine];
   alignas(64) char sums_[kPairs][kLine];
 };
 
