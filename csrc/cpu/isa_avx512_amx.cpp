@@ -143,7 +143,7 @@ const KernelTable* table_avx512_amx() {
     t.name = "avx512_amx";
     t.peak = peak;
     FormatKernels& bf16 = t.formats[static_cast<int>(Format::kBf16)];
-    bf16.tile_rows = 128;  // U at B=256: 74 ms; with 32 rows 86, with 64 79, with 256 76
+    bf16.tile_rows = 128;  // U at B=256 takes 15 % more with 32 or 64 rows, 5 % more with 256
     bf16.forward = forward;
     bf16.backward = backward;
     return t;
