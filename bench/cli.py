@@ -219,6 +219,16 @@ def judge(session: Session) -> list[Verdict]:
     return verdicts
 
 
+def without_paths(arguments: Sequence[str]) -> list[str]:
+    """What decides the measurement: a result file names no folder of the machine it was made on."""
+    paths = ("--out", "--compare")
+    return [
+        argument
+        for i, argument in enumerate(arguments)
+        if argument.partition("=")[0] not in paths and (i == 0 or arguments[i - 1] not in paths)
+    ]
+
+
 def _print_peaks(session: Session) -> None:
     session.say("measuring this machine's peaks")
     session.peaks = measure_peaks()
@@ -269,7 +279,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "(torch.compile's cache of an earlier run makes it shorter)"
     )
     _print_peaks(session)
-    record = header("targets" if options.table else "quick" if options.quick else "bench", arguments, session.peaks)
+    kind = "targets" if options.table else "quick" if options.quick else "bench"
+    record = header(kind, without_paths(arguments), session.peaks)
     complete, start = True, time.perf_counter()
     try:
         for case, method, batch in plan:

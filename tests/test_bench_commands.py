@@ -30,6 +30,12 @@ def _record(p50: float, peer: float | None = None) -> dict[str, Any]:
     return {"cells": [{"case": "paper", "method": "U", "batch_size": 1, "results": results}]}
 
 
+def test_a_result_names_no_folder_of_its_machine() -> None:
+    given = ["--table", "targets", "--out", "/home/a/b", "--compare=/home/a/old.json", "--budget", "10"]
+    assert cli.without_paths(given) == ["--table", "targets", "--budget", "10"]
+    assert cli.without_paths(["--out=x", "--quick"]) == ["--quick"]
+
+
 def test_comparison_finds_regressions_and_allows_for_a_slower_machine() -> None:
     (slower,) = report.compare(_record(1.0), _record(1.3))
     assert slower["verdict"] == "REGRESSION" and slower["slow-down"] == pytest.approx(1.3)
