@@ -70,6 +70,7 @@ def test_a_whole_small_run_writes_json_and_plots(
     assert cli.main([*new, "--control-loop", "--out", str(tmp_path / "new"), "--compare", str(before)]) == 0
     (path,) = (tmp_path / "new").glob("*.json")
     record = json.loads(path.read_text())
+    assert record["command"] == " ".join(["qpilots-fast", "bench", *new, "--control-loop"])  # and no folder
     assert [cell["batch_size"] for cell in record["cells"]] == [1, 2]
     assert record["control_loop"] and record["machine"]["torch_threads"] >= 1
     pytest.importorskip("matplotlib")
