@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "info":
         return info(rest)
     if command == "demo":
-        from . import demo
+        from .demo import command as demo
 
         return demo.main(rest)
     if command == "build-cuda":

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from qpilots_fast import MetaFlowMap, SteeredSampler, Steering, demo
-from qpilots_fast.ogbench_cube import (
+from qpilots_fast import MetaFlowMap, SteeredSampler, Steering
+from qpilots_fast.demo import command, methods
+from qpilots_fast.demo.ogbench_cube import (
     ACTION_DIM,
     CUBE_OBS,
     OBS_DIM,
@@ -62,7 +63,7 @@ def test_steering_raises_the_critics_value():
     torch.manual_seed(0)
     obs = torch.randn(64, OBS_DIM)
     values = [
-        demo.mean_value(policy, SteeredSampler(policy.flow, policy.critic, s, backend="reference"), obs, 0)
+        methods.mean_value(policy, SteeredSampler(policy.flow, policy.critic, s, backend="reference"), obs, 0)
         for s in (Steering.unsteered(), Steering.qpilots_u(0.1), Steering.qpilots_u(0.3))
     ]
     assert values[0] < values[1] < values[2]
@@ -107,13 +108,13 @@ def test_shipped_map_draws_from_the_shipped_flows_posterior(monkeypatch):
 
 
 def test_methods_of_the_table():
-    names = [method.name for method in demo.standard_methods()]
+    names = [method.name for method in methods.standard_methods()]
     assert names[0] == "unsteered" and names[-1] == "QPILOTS-M  alpha 0.2, N=4"
-    steering = demo.standard_methods()[-1].steering
-    assert steering == Steering.qpilots_m() and demo.draws_method(16).steering.num_samples == 16
-    assert [m.name for m in demo.standard_methods(posterior=False)] == names[:-1]
+    steering = methods.standard_methods()[-1].steering
+    assert steering == Steering.qpilots_m() and methods.draws_method(16).steering.num_samples == 16
+    assert [m.name for m in methods.standard_methods(posterior=False)] == names[:-1]
     # what is not on U's curve over alpha has no place on it
-    assert [m.alpha for m in demo.standard_methods((0.2,))] == [0.0, None, 0.2, None]
+    assert [m.alpha for m in methods.standard_methods((0.2,))] == [0.0, None, 0.2, None]
 
 
 def test_goal_features_vanish_at_the_goal():
@@ -124,13 +125,13 @@ def test_goal_features_vanish_at_the_goal():
 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch, capsys):
-    monkeypatch.setattr(demo, "NEEDED", {"no_such_module_here": "some-wheel"})
-    assert demo.main([]) == 2
+    monkeypatch.setattr(command, "NEEDED", {"no_such_module_here": "some-wheel"})
+    assert command.main([]) == 2
     assert "pip install some-wheel" in capsys.readouterr().err
 
 
 def test_bad_episode_count_is_refused(capsys):
-    assert demo.main(["--episodes", "0"]) == 2
+    assert command.main(["--episodes", "0"]) == 2
     assert "--episodes is 0" in capsys.readouterr().err
 
 
@@ -147,11 +148,11 @@ def test_environment_goal_is_what_the_policy_is_shown():
 def test_rollouts_are_reproducible():
     pytest.importorskip("ogbench")
     policy, tasks = CubePolicy.load(), CubeTasks(tasks=(1, 3))
-    methods = [*demo.standard_methods((0.2,))[2:]]  # U and M, whose posterior draws are random too
+    chosen = [*methods.standard_methods((0.2,))[2:]]  # U and M, whose posterior draws are random too
     first, second = (
-        list(demo.compare(policy, tasks, methods, 1, seed=11, backend="reference", max_steps=20)) for _ in range(2)
+        list(methods.compare(policy, tasks, chosen, 1, seed=11, backend="reference", max_steps=20)) for _ in range(2)
     )
-    assert len(methods) == len(first) == 2
+    assert len(chosen) == len(first) == 2
     for a, b in zip(first, second):
         assert len(a.rollouts.obs) == len(b.rollouts.obs) == 8 and a.rollouts.success.shape == (1, 2)
         assert all(torch.equal(x, y) for x, y in zip(a.rollouts.obs, b.rollouts.obs))
@@ -162,11 +163,11 @@ def test_rollouts_are_reproducible():
 
 def test_timings_list_every_method():
     policy = CubePolicy.load()
-    rows = [row for row in demo.timings(policy, 0.0) if row.seconds]
+    rows = [row for row in methods.timings(policy, 0.0) if row.seconds]
     assert {row.backend for row in rows} >= {"reference"}
     assert all(list(row.seconds) == ["unsteered", "QPILOTS-U", "QPILOTS-M, N=4"] for row in rows)
     policy.posterior = None
-    assert all("QPILOTS-M, N=4" not in row.seconds for row in demo.timings(policy, 0.0))
+    assert all("QPILOTS-M, N=4" not in row.seconds for row in methods.timings(policy, 0.0))
 
 
 def test_evaluation_keeps_the_rows_it_does_not_run(tmp_path, monkeypatch):
@@ -175,7 +176,7 @@ def test_evaluation_keeps_the_rows_it_does_not_run(tmp_path, monkeypatch):
 
     table = (EXAMPLE / "evaluation.csv").read_text()
     (tmp_path / "evaluation.csv").write_text(table)
-    known = evaluate.read_csv(tmp_path / "evaluation.csv", evaluate.evaluation_methods(demo.ALPHAS, True))
+    known = evaluate.read_csv(tmp_path / "evaluation.csv", evaluate.evaluation_methods(methods.ALPHAS, True))
     evaluate.write_csv(list(known.values()), tmp_path / "again.csv")
     assert (tmp_path / "again.csv").read_text().splitlines() == table.splitlines()
     assert evaluate.read_csv(tmp_path / "missing.csv", []) == {}
@@ -282,7 +283,7 @@ def test_map_training_resumes_where_it_stopped(play_data, tmp_path, monkeypatch)
 def test_quick_demo_runs(tmp_path, capsys):
     for module in ("ogbench", "matplotlib", "rich"):
         pytest.importorskip(module)
-    assert demo.main(["--quick", "--episodes", "1", "--out", str(tmp_path)]) == 0
+    assert command.main(["--quick", "--episodes", "1", "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "QPILOTS-U" in text and "QPILOTS-M" in text and "best of" in text and "reference" in text
     assert (tmp_path / "qpilots_demo.png").stat().st_size > 10_000

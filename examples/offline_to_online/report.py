@@ -14,7 +14,7 @@ from typing import Any
 
 import matplotlib
 
-from qpilots_fast.ogbench_cube import wilson_interval
+from qpilots_fast.demo.ogbench_cube import wilson_interval
 
 from .config import METHODS
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qpilots_fast.ogbench_cube import wilson_interval
+from qpilots_fast.demo.ogbench_cube import wilson_interval
 
 from . import checkpoint
 from .agents import Agent, make_agent

@@ -17,8 +17,8 @@ from play_data import PlayData
 from torch import Tensor
 from train_posterior import HELD_OUT
 
+from qpilots_fast.demo.ogbench_cube import ASSETS, CubePolicy
 from qpilots_fast.meta_flow_map import glass_velocity
-from qpilots_fast.ogbench_cube import ASSETS, CubePolicy
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 TRUTH_STEPS = 128

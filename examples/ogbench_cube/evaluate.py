@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qpilots_fast.demo import ALPHAS, CANDIDATES, RHO, Method, Outcome, compare, draws_method, plot, standard_methods
-from qpilots_fast.ogbench_cube import ASSETS, TASKS, CubePolicy, CubeTasks, Rollouts
+from qpilots_fast.demo.methods import ALPHAS, CANDIDATES, RHO, Method, Outcome, compare, draws_method, standard_methods
+from qpilots_fast.demo.ogbench_cube import ASSETS, TASKS, CubePolicy, CubeTasks, Rollouts
+from qpilots_fast.demo.report import plot
 from qpilots_fast.steering import Steering
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qpilots_fast.ogbench_cube import CHUNK, GOAL_DIM, SUCCESS_DISTANCE, goal_features
+from qpilots_fast.demo.ogbench_cube import CHUNK, GOAL_DIM, SUCCESS_DISTANCE, goal_features
 
 CUBE_QPOS = slice(14, 17)  # of qpos; the same columns as ogbench.relabel_utils
 REST_HEIGHT = 0.025  # metres; the cube's centre is 0.02 above the floor when it lies there

@@ -18,8 +18,8 @@ import torch
 from play_data import PlayData
 from torch import Tensor, nn
 
+from qpilots_fast.demo.ogbench_cube import OBS_DIM, STATE_DIM, CubePolicy, new_policy
 from qpilots_fast.objectives import IQLLosses, flow_matching_loss, iql_loss, polyak_update
-from qpilots_fast.ogbench_cube import OBS_DIM, STATE_DIM, CubePolicy, new_policy
 
 LOG_EVERY = 200
 CHECKPOINT_EVERY = 5000

@@ -1,19 +1,20 @@
-"""What `qpilots-fast demo` shows: progress, tables, and what they mean."""
+"""What `qpilots-fast demo` shows: progress, tables, the picture, and what they mean."""
 
 from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .demo import ALPHAS, DEFAULT_ALPHA, DRAWS, Method, Outcome, Timing, compare, plot, standard_methods, timings
+from ..sampler import SteeredSampler
+from ..steering import Steering
+from .methods import ALPHAS, DEFAULT_ALPHA, DRAWS, Method, Outcome, Timing, compare, standard_methods, timings
 from .ogbench_cube import EPISODE_STEPS, TASKS, CubePolicy, CubeTasks
-from .sampler import SteeredSampler
-from .steering import Steering
 
 
 def _percent(rate: float) -> str:
@@ -50,6 +51,46 @@ def timings_table(rows: list[Timing]) -> Table:
         if row.seconds:
             table.add_row(row.backend, row.precision, *(f"{1e3 * value:.3f} ms" for value in row.seconds.values()))
     return table
+
+
+def plot(outcomes: list[Outcome], path: Path) -> None:
+    """Success with its interval, and critic value, against alpha; best-of-n as a line, posterior draws as points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    curve = sorted((o for o in outcomes if o.method.alpha is not None), key=lambda o: o.method.alpha or 0.0)
+    flat = [o for o in outcomes if o.method.alpha is None and not o.method.steering.steers]
+    drawn = [o for o in outcomes if o.method.steering.uses_posterior]
+    alphas = [o.method.alpha for o in curve]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    low, high = zip(*(o.interval for o in curve))
+    left.fill_between(alphas, low, high, alpha=0.2, color="tab:blue", linewidth=0, label="95 % interval")
+    left.plot(alphas, [o.rollouts.rate for o in curve], "o-", color="tab:blue", label="QPILOTS-U")
+    right.plot(alphas, [o.value for o in curve], "o-", color="tab:blue", label="QPILOTS-U")
+    for axis, values in ((left, [o.rollouts.rate for o in flat]), (right, [o.value for o in flat])):
+        for outcome, value in zip(flat, values):
+            axis.axhline(value, color="tab:orange", linestyle="--", label=outcome.method.name)
+        for i, outcome in enumerate(drawn):  # a little apart, for their strengths are equal
+            at, style = outcome.method.steering.alpha + 0.006 * (i + 1), {"color": f"C{i + 2}", "marker": "s"}
+            if axis is left:
+                middle, (bottom, top) = outcome.rollouts.rate, outcome.interval
+                around = [[middle - bottom], [top - middle]]
+                axis.errorbar(at, middle, around, label=outcome.method.name, capsize=3, linestyle="", **style)
+            else:
+                axis.plot(at, outcome.value, label=outcome.method.name, linestyle="", **style)
+        axis.set_xlabel("alpha (0 = unsteered)")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    left.set_ylim(-0.02, 1.02)
+    left.set_ylabel("success rate, five tasks")
+    right.set_ylabel("critic value of the chosen actions")
+    episodes = outcomes[0].rollouts.success.size
+    figure.suptitle(f"OGBench cube-single, singletask 1-5: one policy, {episodes} episodes a point")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def _conclusion(outcomes: list[Outcome]) -> str:

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .networks import CriticEnsemble, FlowMLP, MetaFlowMap
+from ..networks import CriticEnsemble, FlowMLP, MetaFlowMap
 
-ASSETS = Path(__file__).parent / "assets" / "ogbench_cube"
+ASSETS = Path(__file__).parents[1] / "assets" / "ogbench_cube"
 CHUNK = 5  # environment steps a chunk, executed open loop
 ACTION_DIM = 5 * CHUNK
 STATE_DIM = 28

@@ -1,26 +1,22 @@
-"""`qpilots-fast demo`: one trained policy, steered and unsteered, in a real robot-arm environment."""
+"""What the demo compares: one trained policy, steered and unsteered, in a real robot-arm environment."""
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import backends
-from .errors import BackendUnavailable
+from .. import backends
+from ..errors import BackendUnavailable
+from ..reference import aggregate
+from ..sampler import SteeredSampler
+from ..steering import Steering
 from .ogbench_cube import CubePolicy, CubeTasks, Rollouts, wilson_interval
-from .reference import aggregate
-from .sampler import SteeredSampler
-from .steering import Steering
 
 ALPHAS = (0.05, 0.1, 0.2, 0.3, 0.5)
 DEFAULT_ALPHA = 0.2  # of the table's bold row and the timings; the paper's default, not picked from this run
@@ -28,7 +24,6 @@ CANDIDATES = 16
 DRAWS = 4  # posterior draws of QPILOTS-M, the paper's number
 VALUE_STATES = 512  # observations of the unsteered policy at which all methods' actions are valued
 RHO = 0.5
-NEEDED = {"ogbench": "ogbench", "rich": "rich", "matplotlib": "matplotlib", "safetensors": "safetensors"}
 
 
 @dataclass(frozen=True)
@@ -168,87 +163,3 @@ def timings(policy: CubePolicy, seconds: float) -> list[Timing]:
             except BackendUnavailable as error:
                 rows.append(Timing(name, precision, {}, str(error)))
     return rows
-
-
-def plot(outcomes: list[Outcome], path: Path) -> None:
-    """Success with its interval, and critic value, against alpha; best-of-n as a line, posterior draws as points."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    curve = sorted((o for o in outcomes if o.method.alpha is not None), key=lambda o: o.method.alpha or 0.0)
-    flat = [o for o in outcomes if o.method.alpha is None and not o.method.steering.steers]
-    drawn = [o for o in outcomes if o.method.steering.uses_posterior]
-    alphas = [o.method.alpha for o in curve]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    low, high = zip(*(o.interval for o in curve))
-    left.fill_between(alphas, low, high, alpha=0.2, color="tab:blue", linewidth=0, label="95 % interval")
-    left.plot(alphas, [o.rollouts.rate for o in curve], "o-", color="tab:blue", label="QPILOTS-U")
-    right.plot(alphas, [o.value for o in curve], "o-", color="tab:blue", label="QPILOTS-U")
-    for axis, values in ((left, [o.rollouts.rate for o in flat]), (right, [o.value for o in flat])):
-        for outcome, value in zip(flat, values):
-            axis.axhline(value, color="tab:orange", linestyle="--", label=outcome.method.name)
-        for i, outcome in enumerate(drawn):  # a little apart, for their strengths are equal
-            at, style = outcome.method.steering.alpha + 0.006 * (i + 1), {"color": f"C{i + 2}", "marker": "s"}
-            if axis is left:
-                middle, (bottom, top) = outcome.rollouts.rate, outcome.interval
-                around = [[middle - bottom], [top - middle]]
-                axis.errorbar(at, middle, around, label=outcome.method.name, capsize=3, linestyle="", **style)
-            else:
-                axis.plot(at, outcome.value, label=outcome.method.name, linestyle="", **style)
-        axis.set_xlabel("alpha (0 = unsteered)")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    left.set_ylim(-0.02, 1.02)
-    left.set_ylabel("success rate, five tasks")
-    right.set_ylabel("critic value of the chosen actions")
-    episodes = outcomes[0].rollouts.success.size
-    figure.suptitle(f"OGBench cube-single, singletask 1-5: one policy, {episodes} episodes a point")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def missing_packages() -> list[str]:
-    """pip names of what the demo needs and this interpreter lacks."""
-    return [pip for module, pip in NEEDED.items() if importlib.util.find_spec(module) is None]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="qpilots-fast demo",
-        description="Steers one behaviour-cloned policy through the five OGBench cube-single tasks, without training.",
-    )
-    parser.add_argument("--episodes", type=int, default=None, help="per task and method (default 15; 2 with --quick)")
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder of the picture (default: here)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--backend", default="auto", choices=("auto", *backends.BACKENDS))
-    parser.add_argument("--quick", action="store_true", help="a look in well under a minute: fewer alphas and episodes")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the demo; returns the process's exit status."""
-    args = _parser().parse_args(argv)
-    missing = missing_packages()
-    if missing:
-        print(
-            f"qpilots-fast demo needs {', '.join(missing)}, which this Python does not have.\n"
-            f"Install with:  {Path(sys.executable).name} -m pip install {' '.join(missing)}",
-            file=sys.stderr,
-        )
-        return 2
-    if args.episodes is not None and args.episodes < 1:
-        print(f"qpilots-fast demo: --episodes is {args.episodes}; expected at least 1.", file=sys.stderr)
-        return 2
-    from .demo_report import run
-
-    try:
-        return run(args)
-    except BackendUnavailable as error:
-        print(f"qpilots-fast demo: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("qpilots-fast demo: stopped.", file=sys.stderr)
-        return 130
