@@ -15,10 +15,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from qpilots_fast import Steering, backends
+from qpilots_fast import Steering
 from qpilots_fast.testing import PRESETS, Case, make_case, random_case
 
 FILE = Path(__file__).with_suffix(".json")
@@ -101,6 +100,7 @@ def record_reference() -> dict[str, str]:
 
 def record_cuda() -> dict[str, str]:
     import cuda_emulator
+
     from qpilots_fast.backends.cuda import CudaBackend
     from tests.test_cuda_emulated import sample
 
