@@ -1,4 +1,4 @@
-"""`qpilots-fast bench`: correctness first, then the table, its verdicts, a JSON file and plots."""
+"""`qpilots-fast bench`: correctness first, then the table, its verdicts, a result file and plots."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from . import plots, report, targets
+from . import plots, records, report, targets
 from .cases import BATCH_SIZES, CASES, METHODS, PRECISIONS, Workload, make_workload
 from .contestants import PeerChoice, forget_compiled, native_backend, our_contestants, peer_contestants
 from .loops import (
+    BACK_TO_BACK,
     control_loop_rows,
     first_call_after_import,
     measure_control_loop,
@@ -49,7 +50,6 @@ class Session:
     quick: bool = False
     peaks: Peaks | None = None
     cells: list[Cell] = field(default_factory=list)
-    control_rows: list[dict[str, Any]] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
 
     def contestants(self, workload: Workload) -> list[Contestant]:
@@ -83,17 +83,12 @@ class Session:
     def measure(self, workload: Workload) -> Cell:
         """One cell, printed as soon as it is known."""
         forget_compiled()
-
-        def in_the_loop(runs: dict[str, Any]) -> None:
-            if self.control_loop and workload.batch_size == 1:
-                self.say("control loop at B=1")
-                for row in measure_control_loop(runs):
-                    self.control_rows.append({"case": workload.case.name, "method": workload.method, **row})
-
+        in_a_loop = self.control_loop and workload.batch_size == 1
         cell = measure_cell(
             workload, self.contestants(workload), precisions=self.precisions, rounds=self.rounds,
             budget_s=self.budget_s, min_rounds=self.min_rounds, memory=not self.quick, say=self.say,
-            with_runs=in_the_loop, fma_rates=lambda: {} if self.quick else multiply_add_rates(self.precisions),
+            control_loop=measure_control_loop if in_a_loop else None,
+            fma_rates=lambda: {} if self.quick else multiply_add_rates(self.precisions),
         )  # fmt: skip
         self.cells.append(cell)
         self.console.print(report.cell_table(cell, self.peaks))
@@ -166,11 +161,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--control-loop", action="store_true", help="B=1 back to back, and after a torch operation")
     parser.add_argument("--scaling", action="store_true", help="time against B, E, N, K and H with fitted exponents")
     parser.add_argument("--gpu", action="store_true", help="the GPU's table: every kernel's correctness, then times")
-    parser.add_argument("--compare", type=folder, metavar="OLD.json", help="show what became slower since that result")
+    parser.add_argument("--compare", type=folder, metavar="OLD.jsonl", help="show what became slower since that result")
     parser.add_argument(
-        "--out", type=folder, default=report.RESULTS, help="folder of the JSON and the plots (default bench/results)"
+        "--out", type=folder, default=records.RESULTS, help="folder of results and plots (default bench/results)"
     )
-    parser.add_argument("--no-plots", action="store_true", help="JSON alone")
+    parser.add_argument("--no-plots", action="store_true", help="no pictures beside the result")
     return parser
 
 
@@ -202,12 +197,13 @@ def judge(session: Session) -> list[Verdict]:
         verdicts.append(
             Verdict(f"first call after import, {precision}", targets.FIRST_CALL_S, seconds, False, note, "s")
         )
-        for row in session.control_rows:
-            mine = row["contestant"] == f"qpilots_fast {backend}, {precision}"
-            if mine and row["mode"] == "back to back" and row["method"] == "U":
-                name = f"p99 / p50 at B=1, {precision}"
-                ratio = row["p99_s"] / row["p50_s"]
-                verdicts.append(Verdict(name, targets.P99_OVER_P50_AT_1, ratio, False, f"{row['calls']} calls", "x"))
+        alone = targets.find(session.cells, "U", 1)
+        ours = alone.ours(precision) if alone else None
+        loop = ours.control_loop.get(BACK_TO_BACK) if ours else None
+        if loop is not None:
+            name = f"p99 / p50 at B=1, {precision}"
+            ratio = loop["p99_s"] / loop["p50_s"]
+            verdicts.append(Verdict(name, targets.P99_OVER_P50_AT_1, ratio, False, f"{loop['calls']} calls", "x"))
         for method in ("U", "M"):
             workload = make_workload(CASES["paper"], method, 17)
             same = rows_do_not_depend_on_batch_mates(workload, precision, backend)
@@ -240,13 +236,13 @@ def _finish(session: Session, record: dict[str, Any], options: argparse.Namespac
     console = session.console
     record["load"] = combine_loads([cell.load for cell in session.cells])
     report.print_load(console, record["load"])
-    path = report.save(record, options.out)
+    path = records.save(record, options.out)
     console.print(f"saved {path}", soft_wrap=True)
     if not options.no_plots:
         for plot in plots.plot_all(record, path):
             console.print(f"saved {plot}", soft_wrap=True)
     if options.compare:
-        rows = report.compare(report.load(options.compare), record)
+        rows = records.compare(records.load(options.compare), record)
         if rows:
             console.print(report.row_table(f"against {options.compare.name}", rows))
         else:
@@ -288,8 +284,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 console.print(f"out of time: {method} B={batch} is left out")
                 continue
             session.measure(make_workload(CASES[case], method, batch))
-        if session.control_rows:
-            console.print(report.row_table("control loop, B=1", control_loop_rows(session.control_rows)))
+        if in_a_loop := control_loop_rows(session.cells):
+            console.print(report.row_table("control loop, B=1", in_a_loop))
         if options.scaling:
             session.extra["scaling"], _ = measure_scaling(session.precisions, min(options.budget, 3.0), session.say)
             console.print(report.row_table("scaling", scaling_rows(session.extra["scaling"])))
@@ -305,7 +301,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     record |= {
         "complete": complete,
         "cells": [cell.to_json(session.peaks) for cell in session.cells],
-        "control_loop": session.control_rows,
         "verdicts": [verdict.to_json() for verdict in verdicts],
         **session.extra,
     }

@@ -17,7 +17,7 @@ from qpilots_fast.reference import ordered_blocks, time_block
 from qpilots_fast.spec import ACTIVATIONS
 from qpilots_fast.testing import PRESETS, TOLERANCES, Case, make_case
 
-from . import plots, report
+from . import plots, records, report
 from .cases import CASES, PRECISIONS, make_workload
 from .contestants import forget_compiled, our_contestants, peer_contestants
 from .machine import header, measure_peaks
@@ -155,7 +155,7 @@ def main(options: argparse.Namespace) -> int:
                 console.print(report.cell_table(cell, peaks))
     record: dict[str, Any] = header("gpu", ["--gpu"], peaks)
     record |= {"cells": [cell.to_json(peaks) for cell in cells], "checks": [vars(check) for check in checks]}
-    path = report.save(record, options.out)
+    path = records.save(record, options.out)
     console.print(f"saved {path}")
     if not options.no_plots:
         plots.plot_all(record, path)

@@ -18,6 +18,7 @@ from .peers import Run
 from .timing import control_loop, fit_exponent
 
 _LOOP_S = 4.0  # of each contestant and mode
+BACK_TO_BACK = "back to back"
 
 # name -> sizes, around B=16, E=10, N=4, K=10, H=512; N is of QPILOTS-M, the others of QPILOTS-U
 SCALING: dict[str, tuple[int, ...]] = {
@@ -35,28 +36,25 @@ def torch_operation() -> Callable[[], object]:
     return lambda: torch.tanh(image)
 
 
-def measure_control_loop(runs: dict[str, Run]) -> list[dict[str, Any]]:
-    """Each contestant back to back, and again with a torch operation right before every call."""
-    rows: list[dict[str, Any]] = []
-    modes: dict[str, Callable[[], object] | None] = {"back to back": None, "after a torch op": torch_operation()}
+def measure_control_loop(run: Run) -> dict[str, dict[str, float]]:
+    """A contestant back to back, and again with a torch operation right before every call."""
+    modes: dict[str, Callable[[], object] | None] = {BACK_TO_BACK: None, "after a torch op": torch_operation()}
+    measured = {}
     for mode, between in modes.items():
-        for key, run in runs.items():
-            guess = control_loop(run, 5, between)["p50_s"]
-            stats = control_loop(run, int(min(max(_LOOP_S / guess, 30), 1000)), between)
-            rows.append({"contestant": key, "mode": mode, **stats})
-    return rows
+        guess = control_loop(run, 5, between)["p50_s"]
+        measured[mode] = control_loop(run, int(min(max(_LOOP_S / guess, 30), 1000)), between)
+    return measured
 
 
-def control_loop_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def control_loop_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """For the terminal: milliseconds and p99 over p50."""
     return [
         {
-            "contestant": row["contestant"], "method": row.get("method", ""),
-            "mode": row["mode"], "calls": row["calls"],
-            **{f"{name} ms": round(row[f"{name}_s"] * 1e3, 3) for name in ("p50", "p90", "p99", "max", "jitter")},
-            "p99/p50": round(row["p99_s"] / row["p50_s"], 2),
+            "contestant": result.contestant.key, "method": cell.workload.method, "mode": mode, "calls": stats["calls"],
+            **{f"{name} ms": round(stats[f"{name}_s"] * 1e3, 3) for name in ("p50", "p90", "p99", "max", "jitter")},
+            "p99/p50": round(stats["p99_s"] / stats["p50_s"], 2),
         }
-        for row in rows
+        for cell in cells for result in cell.results for mode, stats in result.control_loop.items()
     ]  # fmt: skip
 
 

@@ -230,7 +230,7 @@ def commit() -> dict[str, Any]:
 def header(kind: str, argv: list[str], peaks: Peaks | None) -> dict[str, Any]:
     """The part of every result file that says when, where and with what it was measured."""
     return {
-        "schema": 1,
+        "schema": 2,
         "kind": kind,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["qpilots-fast", "bench", *argv]),

@@ -1,4 +1,4 @@
-"""Markdown of result files, for the README and the docs: `python -m bench.markdown bench/results/FILE.json ...`."""
+"""Markdown of result files, for the README and the docs: `python -m bench.markdown bench/results/PROCESSOR/*.jsonl`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import load, milliseconds
+from .records import load
+from .report import milliseconds
 from .targets import TARGETS
 
 
@@ -111,7 +112,7 @@ def provenance(record: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables of the last file, and the goals as every file met them."""
     parser = argparse.ArgumentParser(prog="python -m bench.markdown", description="Markdown tables of result files.")
-    parser.add_argument("result", type=Path, nargs="+", help="JSON files that `qpilots-fast bench` wrote, oldest first")
+    parser.add_argument("result", type=Path, nargs="+", help="files that `qpilots-fast bench` wrote, oldest first")
     records = [load(path) for path in parser.parse_args(argv).result]
     record = records[-1]
     parts = [headline(record), latencies(record)]

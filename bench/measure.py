@@ -59,6 +59,7 @@ class Result:
     check: Check | None
     timing: Timing | None
     failure: str = ""
+    control_loop: dict[str, dict[str, float]] = field(default_factory=dict)  # by mode, where it was measured
 
     @property
     def usable(self) -> bool:
@@ -147,6 +148,8 @@ class Cell:
             if peaks is not None:
                 row["percent_of_peak_flops"] = peaks.percent_of_flops(self.flops, p50, c.precision)
                 row["percent_of_peak_bytes"] = peaks.percent_of_bytes(traffic, p50)
+        if result.control_loop:
+            row["control_loop"] = result.control_loop
         return row
 
 
@@ -186,7 +189,7 @@ def measure_cell(
     min_rounds: int = 5,
     memory: bool = True,
     say: Say = lambda text: None,
-    with_runs: Callable[[dict[str, Run]], None] = lambda runs: None,
+    control_loop: Callable[[Run], dict[str, dict[str, float]]] | None = None,
     fma_rates: Callable[[], Mapping[str, float]] = dict,
 ) -> Cell:
     """Runs every contestant once and checks it, then times the ones that agree with the reference in turns.
@@ -195,7 +198,7 @@ def measure_cell(
         memory: also measure the peak extra memory of a call of each.
         say: told what happens, for the terminal.
         fma_rates: asked before every round how many flops per second multiply-adds reach, by precision.
-        with_runs: called with the correct contestants while they are still built (for the control loop).
+        control_loop: measures a correct contestant, while it is still built, in the modes that it names.
     """
     cuda = workload.obs.is_cuda
     results, runs, timings = [], {}, {}
@@ -220,7 +223,10 @@ def measure_cell(
         load = interleave(
             runs, timings, rounds=rounds, budget_s=budget_s, min_rounds=min_rounds, cuda=cuda, before_round=ask_rates
         )  # fmt: skip
-        with_runs(runs)
+        for result in results:
+            if control_loop is not None and result.contestant.key in runs:
+                say(f"control loop of {result.contestant.key}")
+                result.control_loop = control_loop(runs[result.contestant.key])
     flops, weight_bytes, traffic_bytes = count_cost(workload, precisions)
     cell = Cell(workload, results, load, flops, weight_bytes, traffic_bytes)
     cell.fma_flops = {precision: percentile(values, 50) for precision, values in rates.items()}

@@ -25,8 +25,8 @@ from qpilots_fast.reference import Evaluators, Pullback
 from qpilots_fast.spec import PRECISIONS
 
 from .cases import CASES, METHODS, Workload, make_workload
-from .machine import header
-from .report import RESULTS, milliseconds
+from .machine import ROOT, header
+from .report import milliseconds
 from .timing import percentile
 
 
@@ -266,7 +266,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--calls", type=int, default=10, help="repetitions of the fused call")
     parser.add_argument("--gpu", action="store_true", help="torch profiler trace and the Nsight Compute command")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the trace (default bench/results)")
+    parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder of the trace (default out)")
     return parser
 
 

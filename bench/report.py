@@ -1,23 +1,16 @@
-"""Tables on the terminal, JSON files that are only ever added, and the comparison of two of them."""
+"""Tables on the terminal."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from .machine import ROOT, Peaks
+from .machine import Peaks
 from .measure import Cell, Result
 from .targets import Verdict
-
-RESULTS = ROOT / "bench" / "results"
-
-# a call slower than before by more than this is called a regression; the noise of a shared machine is below it
-REGRESSION = 1.10
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -147,72 +140,6 @@ def peaks_text(peaks: Peaks) -> str:
         if value:
             parts.append(f"{name} {value / 1e9:.0f} GB/s")
     return f"peaks of this run: {', '.join(parts)} ({peaks.source})"
-
-
-# ---------------------------------------------------------------- files
-
-
-def save(record: dict[str, Any], folder: Path) -> Path:
-    """Writes a new file named by date and kind; an existing one is never touched."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stamp = record["date"][:19].replace(":", "").replace("-", "")
-    for suffix in ("", *(f"_{n}" for n in range(1, 1000))):
-        path = folder / f"{stamp}_{record['kind']}{suffix}.json"
-        try:
-            with path.open("x") as file:
-                json.dump(record, file, indent=1)
-                file.write("\n")
-            return path
-        except FileExistsError:
-            continue
-    raise FileExistsError(f"{folder} holds a thousand results of this second; remove some.")
-
-
-def load(path: Path) -> dict[str, Any]:
-    """A result file.
-
-    Raises:
-        ValueError: where it is not one.
-    """
-    record = json.loads(path.read_text())
-    if not isinstance(record, dict) or "cells" not in record:
-        raise ValueError(f"{path} is not a benchmark result; expected a JSON file that `qpilots-fast bench` wrote.")
-    return record
-
-
-def _medians(record: dict[str, Any]) -> Iterable[tuple[tuple[Any, ...], float, float | None]]:
-    """(cell and contestant, p50, ratio to the cell's best peer) of every correct result of ours."""
-    for cell in record["cells"]:
-        peers = [r["p50_s"] for r in cell["results"] if not r["ours"] and "p50_s" in r]
-        for r in cell["results"]:
-            if r["ours"] and "p50_s" in r:
-                key = (cell["case"], cell["method"], cell["batch_size"], r["name"], r["precision"])
-                yield key, r["p50_s"], (min(peers) / r["p50_s"] if peers else None)
-
-
-def compare(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
-    """Our times now over our times then, for what both files hold; the slowest-down first.
-
-    Where both have peers, the ratio to the best peer decides, because it cancels a slower machine.
-    """
-    before = {key: (p50, ratio) for key, p50, ratio in _medians(old)}
-    rows = []
-    for key, p50, ratio in _medians(new):
-        if key not in before:
-            continue
-        old_p50, old_ratio = before[key]
-        slower = old_ratio / ratio if ratio and old_ratio else p50 / old_p50
-        rows.append(
-            {
-                "what": " ".join((*map(str, key[:2]), f"B={key[2]}", *key[3:])),
-                "old ms": milliseconds(old_p50),
-                "new ms": milliseconds(p50),
-                "time now / then": round(p50 / old_p50, 3),
-                "slow-down": round(slower, 3),
-                "verdict": "REGRESSION" if slower > REGRESSION else "faster" if slower < 1 / REGRESSION else "same",
-            }
-        )
-    return sorted(rows, key=lambda row: -row["slow-down"])
 
 
 def print_load(console: Console, load: dict[str, Any] | None) -> None:

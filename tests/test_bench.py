@@ -369,5 +369,8 @@ def test_control_loop_runs_the_operation_between_calls() -> None:
     stats = control_loop(lambda: calls.append("ours") or torch.zeros(1), 10, lambda: calls.append("torch"))  # type: ignore[func-returns-value]
     assert stats["calls"] == 10 and calls.count("torch") == 10 and calls.count("ours") == 13
     assert stats["p50_s"] <= stats["p99_s"] <= stats["max_s"]
-    rows = loops.control_loop_rows([{"contestant": "x", "mode": "m", **stats}])
-    assert rows[0]["p99/p50"] >= 1
+    cell = _cell_with("U", 1, {("torch eager", "float32", False): 1.0})
+    assert loops.control_loop_rows([cell]) == []
+    cell.results[0].control_loop = {"m": stats}
+    (row,) = loops.control_loop_rows([cell])
+    assert row["p99/p50"] >= 1 and row["contestant"] == "torch eager, float32" and row["mode"] == "m"

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("rich")
 
-from bench import cli, gpu, loops, markdown, profile, report, targets
+from bench import cli, gpu, loops, markdown, profile, records, targets
 from bench.cases import CASES, Case, Workload, make_workload
 from bench.contestants import our_contestants
 from bench.machine import Peaks, header
@@ -37,27 +37,43 @@ def test_a_result_names_no_folder_of_its_machine() -> None:
 
 
 def test_comparison_finds_regressions_and_allows_for_a_slower_machine() -> None:
-    (slower,) = report.compare(_record(1.0), _record(1.3))
+    (slower,) = records.compare(_record(1.0), _record(1.3))
     assert slower["verdict"] == "REGRESSION" and slower["slow-down"] == pytest.approx(1.3)
-    (same,) = report.compare(_record(1.0, 4.0), _record(1.3, 5.2))  # everything is 1.3 times slower
+    (same,) = records.compare(_record(1.0, 4.0), _record(1.3, 5.2))  # everything is 1.3 times slower
     assert same["verdict"] == "same" and same["time now / then"] == pytest.approx(1.3)
-    (faster,) = report.compare(_record(1.0), _record(0.5))
+    (faster,) = records.compare(_record(1.0), _record(0.5))
     assert faster["verdict"] == "faster"
     other = _record(1.0)
     other["cells"][0]["method"] = "M"
-    assert report.compare(_record(1.0), other) == []
+    assert records.compare(_record(1.0), other) == []
 
 
 def test_results_are_added_never_overwritten(tmp_path: Path) -> None:
     record = {**header("quick", [], None), "cells": []}
-    first, second = report.save(record, tmp_path), report.save(record, tmp_path)
-    assert first != second and report.load(first)["git"] == record["git"]
-    (tmp_path / "other.json").write_text("[]")
-    with pytest.raises(ValueError, match="not a benchmark result"):
-        report.load(tmp_path / "other.json")
+    first, second = records.save(record, tmp_path), records.save(record, tmp_path)
+    assert first != second and records.load(first)["git"] == record["git"]
+    for text in ("[]", "", '{"cells": [{}]}', "{\n"):
+        (tmp_path / "other.jsonl").write_text(text)
+        with pytest.raises(ValueError, match="not a benchmark result"):
+            records.load(tmp_path / "other.jsonl")
 
 
-def test_a_whole_small_run_writes_json_and_plots(
+def test_a_result_keeps_four_digits_one_line_a_contestant_in_its_processors_folder(tmp_path: Path) -> None:
+    record = {**header("quick", [], None), **_record(0.0123456, 1234567.0)}
+    record["git"] = {"commit": None, "dirty": None}
+    record["machine"] |= {"cpu": "AMD EPYC 9R14 96-Core Processor", "gpu": None}
+    path = records.save(record, tmp_path)
+    assert path.parent.name == "amd-epyc-9r14" and path.name.endswith("_unknown.jsonl")
+    assert len(path.read_text().splitlines()) == 3
+    read = records.load(path)
+    assert [r["p50_s"] for r in read["cells"][0]["results"]] == [0.01235, 1235000.0]
+    assert read | {"cells": []} == record | {"cells": []}
+    named = {name: records.processor({"cpu": name, "gpu": None}) for name in ("Intel(R) Xeon(R) Processor", "")}
+    assert named == {"Intel(R) Xeon(R) Processor": "intel-xeon", "": "unknown"}
+    assert records.processor({"cpu": "", "gpu": {"name": "NVIDIA H100 80GB HBM3"}}) == "nvidia-h100-80gb-hbm3"
+
+
+def test_a_whole_small_run_writes_a_result_and_plots(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(CASES, "paper", TINY)
@@ -65,16 +81,18 @@ def test_a_whole_small_run_writes_json_and_plots(
     monkeypatch.setattr(cli, "measure_peaks", lambda: Peaks({"float32": 1e11}, 1e10, 1e11, "test"))
     old = ["--quick", "--rounds", "1", "--precision", "float32", "--out", str(tmp_path), "--no-plots"]
     assert cli.main(old) == 0
-    (before,) = tmp_path.glob("*.json")
+    (before,) = tmp_path.glob("*/*.jsonl")
     new = ["--batch", "1,2", "--method", "U", "--peers", "none", "--rounds", "1", "--precision", "float32"]
     assert cli.main([*new, "--control-loop", "--out", str(tmp_path / "new"), "--compare", str(before)]) == 0
-    (path,) = (tmp_path / "new").glob("*.json")
-    record = json.loads(path.read_text())
+    (path,) = (tmp_path / "new").glob("*/*.jsonl")
+    record = records.load(path)
     assert record["command"] == " ".join(["qpilots-fast", "bench", *new, "--control-loop"])  # and no folder
     assert [cell["batch_size"] for cell in record["cells"]] == [1, 2]
-    assert record["control_loop"] and record["machine"]["torch_threads"] >= 1
+    loops_of = [[list(r.get("control_loop", [])) for r in cell["results"]] for cell in record["cells"]]
+    assert set(map(tuple, loops_of[0])) == {("back to back", "after a torch op")} and not any(loops_of[1])
+    assert record["machine"]["torch_threads"] >= 1
     pytest.importorskip("matplotlib")
-    assert len(list((tmp_path / "new").glob("*.png"))) == 3
+    assert len(list(path.parent.glob("*.png"))) == 3
     assert "against" in capsys.readouterr().out
 
 
@@ -173,7 +191,7 @@ def test_markdown_shows_live_weights_against_the_peers_they_answer_to(tmp_path: 
     lines = markdown.headline(record).splitlines()
     assert lines[2] == "| U | 1 | float32 | 10.00 ms | 30.00 ms (torch eager, float32) | 3.0x | 2.00 ms |"
     assert lines[3] == "| U | 1 | bfloat16 | 5.00 ms | 20.00 ms (torch eager, bfloat16) | 4.0x | - ms |"
-    assert markdown.main([str(report.save(record, tmp_path))]) == 0
+    assert markdown.main([str(records.save(record, tmp_path))]) == 0
 
 
 def test_scaling_varies_one_size_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
