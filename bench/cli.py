@@ -257,9 +257,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.compare and not options.compare.is_file():
         parser.error(f"--compare {options.compare}: no such file")
     if options.gpu:
-        from . import gpu
+        from .gpu import check
 
-        return gpu.main(options)
+        return check.main(options)
     console = Console(width=max(Console().width, 160))
     session = Session(
         console, options.precision, options.peers, options.budget, options.rounds,

@@ -58,7 +58,7 @@ def _from_clone(package: str, arguments: list[str]) -> int:
 
 
 def _build_cuda(arguments: list[str]) -> int:
-    from .backends import cuda_build
+    from .backends.cuda.build import build
 
     parser = argparse.ArgumentParser(prog="qpilots-fast build-cuda", description="Compile the CUDA kernels with nvcc.")
     parser.add_argument(
@@ -66,7 +66,7 @@ def _build_cuda(arguments: list[str]) -> int:
     )
     archs = parser.parse_args(arguments).arch
     try:
-        cuda_build.build(archs)
+        build(archs)
     except (OSError, RuntimeError, ValueError) as error:
         print(f"qpilots-fast build-cuda: {error}", file=sys.stderr)
         return 1

@@ -12,9 +12,10 @@ import torch
 
 pytest.importorskip("rich")
 
-from bench import cli, gpu, loops, markdown, profile, records, targets
+from bench import cli, loops, markdown, profile, records, targets
 from bench.cases import CASES, Case, Workload, make_workload
 from bench.contestants import our_contestants
+from bench.gpu import check
 from bench.machine import Peaks, header
 from bench.measure import rows_do_not_depend_on_batch_mates
 
@@ -144,12 +145,12 @@ def test_gpu_commands_say_what_is_missing(capsys: pytest.CaptureFixture[str]) ->
 
 def test_gpu_checks_compare_every_network_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check itself, with the reference backend in the GPU's place."""
-    monkeypatch.setattr(gpu, "_on_gpu", lambda case: case)
+    monkeypatch.setattr(check, "_on_gpu", lambda case: case)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
-    networks = gpu.check_networks("reference", "float32")
+    networks = check.check_networks("reference", "float32")
     assert len(networks) == 6 * 3 * 3 * 2 and all(check.correct for check in networks)
-    monkeypatch.setattr(gpu, "_CHECKED_BATCHES", (3,))
-    samplers = gpu.check_samplers("reference", "float32")
+    monkeypatch.setattr(check, "_CHECKED_BATCHES", (3,))
+    samplers = check.check_samplers("reference", "float32")
     assert len(samplers) >= 8 and all(check.correct for check in samplers)
 
 

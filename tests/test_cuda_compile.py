@@ -6,20 +6,20 @@ import os
 
 import pytest
 
-from bench import gpu_static_cuda
-from qpilots_fast.backends import cuda_build
+from bench.gpu import static_cuda
+from qpilots_fast.backends.cuda import build as cuda_build
 
-REASON = gpu_static_cuda.unavailable_reason()
+REASON = static_cuda.unavailable_reason()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"CUDA kernels not compiled: {REASON}")
 
 # one each of the oldest, the common and the newest; QPILOTS_TEST_ARCHS=all takes every one (minutes)
 QUICK = (80, 90, 120)
-TARGETS = gpu_static_cuda.TARGETS if os.environ.get("QPILOTS_TEST_ARCHS") == "all" else QUICK
+TARGETS = static_cuda.TARGETS if os.environ.get("QPILOTS_TEST_ARCHS") == "all" else QUICK
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_without_spills(target):
-    reports = gpu_static_cuda.inspect(target)
+    reports = static_cuda.inspect(target)
     names = [report.name for report in reports]
     for weight in ("float32", "bf16"):
         for rows in (1, 4, 16):
@@ -32,7 +32,7 @@ def test_compiles_without_spills(target):
 def test_shared_library_loads_with_matching_structures(tmp_path):
     """Linked for one GPU and loaded: without a GPU the runtime says so, in an exception's words."""
     from qpilots_fast.backends.cuda import CudaBackend
-    from qpilots_fast.backends.cuda_library import Library
+    from qpilots_fast.backends.cuda.library import Library
 
     said = []
     path = cuda_build.build([90], say=said.append, target=tmp_path / cuda_build.LIBRARY_NAME)

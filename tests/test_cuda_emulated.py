@@ -15,10 +15,10 @@ from torch import Tensor
 from qpilots_fast import BackendUnavailable, Steering
 from qpilots_fast.backends import BoundNetwork, BoundNetworks, RawSample
 from qpilots_fast.backends.cuda import CudaBackend
-from qpilots_fast.backends.cuda_counts import count_barriers
-from qpilots_fast.backends.cuda_layout import presence
-from qpilots_fast.backends.cuda_library import Library
-from qpilots_fast.backends.cuda_plan import plan_sample
+from qpilots_fast.backends.cuda.counts import count_barriers
+from qpilots_fast.backends.cuda.layout import presence
+from qpilots_fast.backends.cuda.library import Library
+from qpilots_fast.backends.cuda.plan import plan_sample
 from qpilots_fast.backends.reference import ReferenceBackend
 from qpilots_fast.reference import clean_actions, steer_velocity
 from qpilots_fast.spec import ACTIVATIONS, LayerParameters, SamplerSpec
@@ -344,7 +344,7 @@ def test_refusals_say_why(cuda, library):
 
 
 def test_absent_library_is_no_error(monkeypatch, tmp_path):
-    monkeypatch.setattr("qpilots_fast.backends.cuda.library_paths", lambda: (tmp_path / "absent.so",))
+    monkeypatch.setattr("qpilots_fast.backends.cuda.backend.library_paths", lambda: (tmp_path / "absent.so",))
     backend = CudaBackend()
     assert "not built" in backend.unavailable_reason()
     (tmp_path / "absent.so").write_text("not a library")

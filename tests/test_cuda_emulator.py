@@ -12,7 +12,7 @@ import torch
 
 from qpilots_fast.backends import BoundNetworks
 from qpilots_fast.backends.cuda import CudaBackend
-from qpilots_fast.backends.cuda_build import SOURCES
+from qpilots_fast.backends.cuda.build import SOURCES
 from qpilots_fast.spec import SamplerSpec
 from qpilots_fast.testing import make_case
 

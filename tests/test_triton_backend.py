@@ -13,7 +13,7 @@ import torch
 
 from qpilots_fast.backends.counts import network_macs
 from qpilots_fast.backends.triton import LaunchRow, LaunchTable, Tile, TritonBackend
-from qpilots_fast.backends.triton.gpu_counts import DEVICES, call_counts, predicted_seconds, workspace_bytes
+from qpilots_fast.backends.triton.counts import DEVICES, call_counts, predicted_seconds, workspace_bytes
 from qpilots_fast.backends.triton.launch_table import TABLE
 from qpilots_fast.backends.triton.packing import NetworkLayout
 from qpilots_fast.backends.triton.plan import SamplerPlan
@@ -135,7 +135,7 @@ def test_static_check_of_the_machine_code() -> None:
 
 @needs_triton
 def test_static_check_refuses_spills_and_missing_tensor_cores() -> None:
-    from bench.gpu_static import LIMITS, Kernel, Machine, failures
+    from bench.gpu.static_triton import LIMITS, Kernel, Machine, failures
 
     kernel = Kernel("k", "label", True, lambda: (b"", 0, 0))
     good = Machine(128, 0, 0, 1024, 8, {"HGMMA": 8}, {128: 4}, 100)

@@ -363,7 +363,7 @@ def test_two_samplers_of_one_spec_keep_their_own_weights() -> None:
 
 
 def test_self_check_covers_every_kernel() -> None:
-    from qpilots_fast.backends.triton.self_check import self_check
+    from bench.gpu.self_check import self_check
 
     launches.reset()
     results = self_check(torch.device("cpu"), backend=backend(), precisions=("float32",), quick=True)

@@ -1,4 +1,4 @@
-# The CUDA kernels as a shared library of their own, with a C ABI that qpilots_fast/backends/cuda.py loads.
+# The CUDA kernels as a shared library of their own, with a C ABI that qpilots_fast/backends/cuda loads.
 # -DQPILOTS_CUDA_ARCHITECTURES=90 shortens the build; without it: the GPU of this machine, or every supported one.
 find_program(QPILOTS_NVIDIA_SMI nvidia-smi)
 if(QPILOTS_NVIDIA_SMI)

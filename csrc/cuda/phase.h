@@ -1,5 +1,5 @@
-// The program that the persistent kernel runs, as plain data, written by qpilots_fast/backends/cuda_plan.py. The
-// mirrors in cuda_structs.py must match field by field (qpilots_cuda_struct_bytes tells them apart).
+// The program that the persistent kernel runs, as plain data, written by qpilots_fast/backends/cuda/plan.py. The
+// mirrors in backends/cuda/structs.py must match field by field (qpilots_cuda_struct_bytes tells them apart).
 #pragma once
 
 #include <cstdint>

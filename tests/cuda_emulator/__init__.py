@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qpilots_fast.backends.cuda_build import SOURCES
-from qpilots_fast.backends.cuda_library import Library, MemoryMap
+from qpilots_fast.backends.cuda.build import SOURCES
+from qpilots_fast.backends.cuda.library import Library, MemoryMap
 
 FOLDER = Path(__file__).resolve().parent
 CSRC = FOLDER.parents[1] / "csrc"

@@ -260,7 +260,7 @@ class TritonBackend(Backend):
     # ------------------------------------------------------------ counts
 
     def footprint(self, spec: SamplerSpec, batch_size: int) -> Footprint:
-        from .gpu_counts import footprint
+        from .counts import footprint
 
         device = torch.device("cuda" if torch.cuda.is_available() and not interpreting() else "cpu")
         return footprint(self.plan(spec, device), batch_size)

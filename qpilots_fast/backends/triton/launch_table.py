@@ -1,7 +1,7 @@
 """Which tile each kernel runs with: a short table with reasons instead of autotuning at the first call.
 
 A tile depends on the kernel, the precision, the GPU and the network, never on the batch size: a row then has one
-summation order whatever batch it comes in. `python -m qpilots_fast.backends.triton.tune` measures alternatives on a
+summation order whatever batch it comes in. `python -m bench.gpu.tune` measures alternatives on a
 GPU and writes the rows of a JSON file that takes precedence over this table.
 """
 

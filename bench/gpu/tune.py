@@ -1,4 +1,4 @@
-"""Measures tiles on this GPU and writes the fastest correct ones: `python -m qpilots_fast.backends.triton.tune`.
+"""Measures tiles on this GPU and writes the fastest correct ones: `python -m bench.gpu.tune`.
 
 Writes a JSON launch table (QPILOTS_TRITON_TABLE, else the user's cache folder) that later processes read before the
 built-in rows. A tile must reproduce the shipped one's actions to the precision's tolerance to be considered. The row
@@ -14,13 +14,13 @@ from itertools import product
 
 import torch
 
-from ...spec import SamplerSpec
-from ...steering import Steering
-from ...testing import TOLERANCES, make_case
-from ..base import BoundNetworks
-from .backend import TritonBackend
-from .launch_table import LaunchRow, LaunchTable, Tile, tuned_path
-from .plan import capability
+from qpilots_fast.backends.base import BoundNetworks
+from qpilots_fast.backends.triton.backend import TritonBackend
+from qpilots_fast.backends.triton.launch_table import LaunchRow, LaunchTable, Tile, tuned_path
+from qpilots_fast.backends.triton.plan import capability
+from qpilots_fast.spec import SamplerSpec
+from qpilots_fast.steering import Steering
+from qpilots_fast.testing import TOLERANCES, make_case
 
 _ROUNDS = 30
 

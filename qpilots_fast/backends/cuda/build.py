@@ -32,14 +32,14 @@ def find_nvcc() -> str | None:
 
 def find_sources() -> Path | None:
     """The folder csrc, in the package or beside it (a checkout)."""
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parents[2]
     return next((c for c in (package / "csrc", package.parent / "csrc") if (c / "cuda" / "sample.cu").is_file()), None)
 
 
 def library_paths() -> tuple[Path, ...]:
     """Where the built library may lie, in order of preference: in the package, or in the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(__file__).resolve().parents[1] / LIBRARY_NAME, cache / "qpilots_fast" / LIBRARY_NAME
+    return Path(__file__).resolve().parents[2] / LIBRARY_NAME, cache / "qpilots_fast" / LIBRARY_NAME
 
 
 def visible_architectures() -> tuple[int, ...]:

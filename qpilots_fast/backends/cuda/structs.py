@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-from ..steering import AGGREGATIONS, CLIPS, ESTIMATES, SCALES, Steering
+from ...steering import AGGREGATIONS, CLIPS, ESTIMATES, SCALES, Steering
 
 STAGES = ("rows", "state", "estimate", "map_input", "hidden", "critic_top", "delta", "cotangent")
 _I32, _I64, _F32, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p

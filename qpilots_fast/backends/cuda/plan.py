@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..networks import time_features
-from ..spec import ACTIVATIONS, NetworkSpec, SamplerSpec
-from ..steering import Steering
-from .cuda_layout import NetworkLayout, Presence, Region, round_up
-from .cuda_structs import STAGES, Phase, SampleArgs, steering_params
+from ...networks import time_features
+from ...spec import ACTIVATIONS, NetworkSpec, SamplerSpec
+from ...steering import Steering
+from .layout import NetworkLayout, Presence, Region, round_up
+from .structs import STAGES, Phase, SampleArgs, steering_params
 
 _NORMS = (None, "pre", "post")  # enum class NormPlacement
 _PLANE_ALIGNMENT = 32  # floats

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from ...spec import NetworkSpec, SamplerSpec
-from ...steering import Steering
-from .launch_table import LaunchTable, Tile, dot_mode
-from .launcher import kernel_of
-from .packing import NetworkLayout, launch_constants
-from .plan import SamplerPlan
+from qpilots_fast.backends.triton.launch_table import LaunchTable, Tile, dot_mode
+from qpilots_fast.backends.triton.launcher import kernel_of
+from qpilots_fast.backends.triton.packing import NetworkLayout, launch_constants
+from qpilots_fast.backends.triton.plan import SamplerPlan
+from qpilots_fast.spec import NetworkSpec, SamplerSpec
+from qpilots_fast.steering import Steering
 
 _OPERAND = {"float32": "*fp32", "tf32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 _POINTERS = {

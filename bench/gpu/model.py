@@ -1,6 +1,6 @@
 """Exact counts of a call on a GPU, ours and eager PyTorch's, and roofline predictions from them. Nothing is measured.
 
-`python -m bench.gpu_model` prints the tables of docs/gpu.md. Ours are counted from the launch plan. The eager loop's
+`python -m bench.gpu.model` prints the tables of docs/gpu.md. Ours are counted from the launch plan. The eager loop's
 are counted from its operations: it runs here, on the CPU, and every operation that makes or fills a tensor would be
 one kernel (at least) on a GPU, reading its inputs and writing its outputs once.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qpilots_fast.backends.triton.gpu_counts import (
+from qpilots_fast.backends.triton.counts import (
     DEVICES,
     Device,
     call_counts,
@@ -27,8 +27,8 @@ from qpilots_fast.backends.triton.launch_table import LaunchTable
 from qpilots_fast.backends.triton.plan import SamplerPlan
 from qpilots_fast.spec import SamplerSpec
 
-from .cases import CASES, Workload, make_workload
-from .peers import build_eager
+from ..cases import CASES, Workload, make_workload
+from ..peers import build_eager
 
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 

@@ -17,11 +17,11 @@ from qpilots_fast.reference import ordered_blocks, time_block
 from qpilots_fast.spec import ACTIVATIONS
 from qpilots_fast.testing import PRESETS, TOLERANCES, Case, make_case
 
-from . import plots, records, report
-from .cases import CASES, PRECISIONS, make_workload
-from .contestants import forget_compiled, our_contestants, peer_contestants
-from .machine import header, measure_peaks
-from .measure import measure_cell
+from .. import plots, records, report
+from ..cases import CASES, PRECISIONS, make_workload
+from ..contestants import forget_compiled, our_contestants, peer_contestants
+from ..machine import header, measure_peaks
+from ..measure import measure_cell
 
 GPU_BACKENDS = ("triton", "cuda")
 _BATCH_SIZES = (1, 16, 64, 256, 1024, 4096, 16384)

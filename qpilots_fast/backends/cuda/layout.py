@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..spec import NetworkSpec
-from .base import BoundNetwork
-from .cuda_structs import PackItem
+from ...spec import NetworkSpec
+from ..base import BoundNetwork
+from .structs import PackItem
 
 _ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # enum class ElementType
 _WEIGHT_ALIGNMENT = 128  # bytes

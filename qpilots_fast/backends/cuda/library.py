@@ -12,9 +12,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import BackendUnavailable
-from .cuda_layout import NetworkLayout
-from .cuda_structs import STRUCTURES
+from ...errors import BackendUnavailable
+from .layout import NetworkLayout
+from .structs import STRUCTURES
 
 BUILD_HINT = "`qpilots-fast build-cuda` compiles it where nvcc is installed"
 _T = TypeVar("_T")

@@ -1,6 +1,6 @@
 """The whole call in one launch of a persistent CUDA kernel, for small batches at control latency.
 
-The kernels (csrc/cuda) are a shared library of their own, with a C ABI over raw pointers and streams: `build` or
+The kernels (csrc/cuda) are a shared library of their own, with a C ABI over raw pointers and streams:
 `qpilots-fast build-cuda` compiles it, and nothing here needs it to import.
 """
 
@@ -15,19 +15,19 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import BackendUnavailable
-from ..spec import NetworkSpec, SamplerSpec
-from ..steering import Steering
-from .base import Backend, BoundNetwork, BoundNetworks, Footprint, RawSample
-from .counts import count_flops
-from .cuda_build import build, library_paths
-from .cuda_counts import count_barriers, count_traffic
-from .cuda_layout import NetworkLayout, Presence, pack_table, presence
-from .cuda_library import BUILD_HINT, Library, MemoryRange, Recent, memory_map, weight_regions
-from .cuda_plan import Program, plan_network, plan_sample
-from .cuda_structs import SampleArgs, SteerStepArgs, steering_params
+from ...errors import BackendUnavailable
+from ...spec import NetworkSpec, SamplerSpec
+from ...steering import Steering
+from ..base import Backend, BoundNetwork, BoundNetworks, Footprint, RawSample
+from ..counts import count_flops
+from .build import library_paths
+from .counts import count_barriers, count_traffic
+from .layout import NetworkLayout, Presence, pack_table, presence
+from .library import BUILD_HINT, Library, MemoryRange, Recent, memory_map, weight_regions
+from .plan import Program, plan_network, plan_sample
+from .structs import SampleArgs, SteerStepArgs, steering_params
 
-__all__ = ["MAX_BATCH_SIZE", "CudaBackend", "Library", "PackedWeights", "build"]
+__all__ = ["MAX_BATCH_SIZE", "CudaBackend", "PackedWeights"]
 
 MAX_BATCH_SIZE = 16
 _WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from .cuda_plan import Program
-from .cuda_structs import STAGES, Phase
+from .plan import Program
+from .structs import STAGES, Phase
 
 
 class DeviceNumbers(Protocol):
-    """What the prediction asks of a GPU: `backends.triton.gpu_counts.Device` has it."""
+    """What the prediction asks of a GPU: `backends.triton.counts.Device` has it."""
 
     multiprocessors: int
     flops: dict[str, float]

@@ -1,6 +1,6 @@
 """The CUDA C++ kernels without a GPU: compiled by nvcc, then read from their machine code.
 
-`python -m bench.gpu_static_cuda [--targets 80 90]` prints registers, spills and 16-byte loads of every kernel and exits
+`python -m bench.gpu.static_cuda [--targets 80 90]` prints registers, spills and 16-byte loads of every kernel and exits
 with 1 on a spill, on a product without 16-byte loads, or on a kernel that no multiprocessor can hold.
 """
 
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from qpilots_fast.backends.cuda_build import compile_command, find_nvcc, find_sources
+from qpilots_fast.backends.cuda.build import compile_command, find_nvcc, find_sources
 
 TARGETS = (80, 86, 89, 90, 100, 120)
 THREADS = 256  # of every kernel

@@ -1,4 +1,4 @@
-"""Compares every kernel with the float64 reference: `python -m qpilots_fast.backends.triton.self_check` on a GPU."""
+"""Compares every kernel with the float64 reference: `python -m bench.gpu.self_check` on a GPU."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...spec import SamplerSpec
-from ...steering import Steering
-from ...testing import TOLERANCES, Case, make_case
-from ..base import BoundNetworks
-from ..reference import ReferenceBackend
-from .backend import TritonBackend
+from qpilots_fast.backends.base import BoundNetworks
+from qpilots_fast.backends.reference import ReferenceBackend
+from qpilots_fast.backends.triton.backend import TritonBackend
+from qpilots_fast.spec import SamplerSpec
+from qpilots_fast.steering import Steering
+from qpilots_fast.testing import TOLERANCES, Case, make_case
 
 
 @dataclass(frozen=True)
