@@ -1,0 +1,344 @@
+#include "call/network.h"
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+namespace qpilots::cpu {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+std::size_t round_up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
+
+}  // namespace
+
+Block Network::place(Format format, int in, int out, int column) {
+  Block b{};
+  b.format = format;
+  b.in = in;
+  b.out = out;
+  b.in_padded = padded(in);
+  b.out_padded = padded(out);
+  b.panel_width = table_->panel_width;
+  b.panels = (b.out_padded + b.panel_width - 1) / b.panel_width;
+  const std::size_t element = format == Format::kF32 ? 4 : 2;
+  // A panel of 512 inputs is a power of two; without the gap the backward's streams (one a panel) share cache sets.
+  b.panel_stride = round_up(element * b.in_padded * b.panel_width, 64) + 1024 + 64;
+  b.offset = member_bytes_;
+  b.column = column;
+  member_bytes_ = round_up(member_bytes_ + b.panel_stride * b.panels, 64);
+  max_padded_ = std::max({max_padded_, b.in_padded, b.out_padded});
+  return b;
+}
+
+Network::Network(NetworkShape shape, Format format, const KernelTable& table)
+    : shape_(std::move(shape)), format_(format), table_(&table) {
+  const int count = static_cast<int>(shape_.widths.size());
+  head_ = count > 1 && shape_.scalar_head;
+  const auto vector = [&](int width) {
+    const std::size_t at = member_bytes_;
+    member_bytes_ += sizeof(float) * padded(width);
+    return at;
+  };
+  for (int l = 0; l < count; ++l) {
+    Layer layer{};
+    layer.width = shape_.widths[l];
+    layer.padded_width = padded(layer.width);
+    layer.bias = vector(layer.width);
+    if (l + 1 < count) {
+      layer.norm = shape_.norms[l];
+      layer.slope = saves_per_row_;
+      saves_per_row_ += fk().a_bytes * layer.padded_width;
+      if (layer.norm != NormPlacement::kNone) {
+        layer.gamma = vector(layer.width);
+        layer.beta = vector(layer.width);
+        layer.xhat = saves_per_row_;
+        saves_per_row_ += fk().a_bytes * layer.padded_width;
+      }
+    }
+    if (l > 0 && head_ && l + 1 == count) {
+      head_weight_ = vector(shape_.widths[l - 1]);
+    } else if (l > 0) {
+      layer.block = place(format_, shape_.widths[l - 1], layer.width, 0);
+    } else {
+      for (int kind = 0; kind < kInputKinds; ++kind) {
+        if (shape_.input_dims[kind] == 0) continue;
+        // what is computed once a call stays float32: it costs nothing, and rounding t alone moves an action by 1e-3
+        const bool moving = kind == kX || kind == kXbar;
+        inputs_[kind] =
+            place(moving ? format_ : Format::kF32, shape_.input_dims[kind], layer.width, shape_.input_columns[kind]);
+      }
+    }
+    layers_.push_back(layer);
+  }
+  for (Layer& layer : layers_) {  // behind the rows, which stay aligned whatever their number
+    layer.rstd = saves_per_row_;
+    if (layer.norm != NormPlacement::kNone) saves_per_row_ += sizeof(float);
+  }
+  member_bytes_ = round_up(member_bytes_, 4096) + 4096;
+  for (int member = 0; member < shape_.members; ++member) {
+    units_.push_back({member, 0, 0, -1});
+    for (int l = 0; l < count; ++l) {
+      if (l > 0) {
+        if (head_ && l + 1 == count) continue;
+        for (int p = 0; p < layers_[l].block.panels; ++p) units_.push_back({member, l, 0, p});
+        continue;
+      }
+      for (int kind = 0; kind < kInputKinds; ++kind) {
+        if (shape_.input_dims[kind] == 0) continue;
+        for (int p = 0; p < inputs_[kind].panels; ++p) units_.push_back({member, 0, kind, p});
+      }
+    }
+  }
+}
+
+void Network::pack(int unit, const LayerSource* sources, char* arena) const {
+  const Unit& u = units_[unit];
+  char* member = arena + member_bytes_ * u.member;
+  const LayerSource* own = sources + static_cast<std::size_t>(u.member) * layers_.size();
+  if (u.panel >= 0) {
+    const Block& block = u.layer > 0 ? layers_[u.layer].block : inputs_[u.input];
+    table_->formats[static_cast<int>(block.format)].pack_panel(block, own[u.layer].weight, u.panel, member);
+    return;
+  }
+  const auto vector = [&](const Source& source, int width, float fill, bool round, std::size_t at) {
+    table_->pack_vector(source, width, fill, round, reinterpret_cast<float*>(member + at));
+  };
+  for (int l = 0; l < layers(); ++l) {
+    const Layer& layer = layers_[l];
+    vector(own[l].bias, layer.width, 0.0f, false, layer.bias);
+    if (layer.norm != NormPlacement::kNone) {
+      vector(own[l].gamma, layer.width, 1.0f, false, layer.gamma);
+      vector(own[l].beta, layer.width, 0.0f, false, layer.beta);
+    }
+  }
+  if (head_) {
+    Source row = own[layers() - 1].weight;
+    row.row_stride = row.col_stride;
+    vector(row, layers_[layers() - 2].width, 0.0f, format_ == Format::kBf16, head_weight_);
+  }
+}
+
+bool Network::refresh(int unit, const LayerSource* sources, char* arena, std::uint64_t* fingerprints) const {
+  const Unit& u = units_[unit];
+  if (u.panel < 0) {
+    pack(unit, sources, arena);
+    return false;
+  }
+  const Source& source = sources[static_cast<std::size_t>(u.member) * layers_.size() + u.layer].weight;
+  const Block& block = u.layer > 0 ? layers_[u.layer].block : inputs_[u.input];
+  const std::ptrdiff_t element = element_bytes(source.dtype);
+  const int first = u.panel * block.panel_width, rows = std::min(block.panel_width, block.out - first);
+  const char* data =
+      static_cast<const char*>(source.data) + (first * source.row_stride + block.column * source.col_stride) * element;
+  std::uint64_t now = 0;
+  if (source.col_stride == 1) {
+    now = table_->fingerprint(data, source.row_stride * element, rows, block.in * element);
+  } else if (source.row_stride == 1) {
+    now = table_->fingerprint(data, source.col_stride * element, block.in, rows * element);
+  }
+  if (now != 0 && now == fingerprints[unit]) return false;
+  fingerprints[unit] = now;
+  pack(unit, sources, arena);
+  return true;
+}
+
+std::vector<Interval> Network::panel_memory(const LayerSource* sources) const {
+  std::vector<Interval> memory;
+  for (int i = 0; i < shape_.members * layers(); ++i) {
+    const int l = i % layers();
+    if (l > 0 && head_ && l + 1 == layers()) continue;
+    const Source& source = sources[i].weight;
+    const Block& block = layers_[l].block;
+    int in = block.in, out = layers_[l].width;
+    if (l == 0) {
+      for (const Block& input : inputs_) in = std::max(in, input.column + input.in);
+    }
+    const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(source.data);
+    const std::int64_t last = (out - 1) * source.row_stride + (in - 1) * source.col_stride;
+    memory.push_back({begin, begin + static_cast<std::uintptr_t>((last + 1) * element_bytes(source.dtype))});
+  }
+  return memory;
+}
+
+// ---------------------------------------------------------------- a tile's scratch
+
+namespace {
+// Off a power of two, and a whole number of cache lines in bfloat16 too: rows that straddle lines cost a tile
+// register's loads 15 %.
+int row_pitch(int width) { return (width + 31) / 32 * 32 + 32; }
+}  // namespace
+
+std::size_t TileScratch::bytes(int rows, int width) {
+  const std::size_t pitch = row_pitch(width);
+  return 5 * round_up(4 * pitch * rows, 4096) + round_up(sizeof(void*) * rows, 4096);
+}
+
+TileScratch TileScratch::carve(char* memory, int rows, int width) {
+  TileScratch s{};
+  s.pitch = row_pitch(width);
+  const std::size_t each = round_up(4 * s.pitch * rows, 4096);
+  s.z = reinterpret_cast<float*>(memory);
+  s.operand_bytes = each;
+  for (int i = 0; i < 2; ++i) {
+    s.operand[i] = memory + (1 + i) * each;
+    s.d_operand[i] = memory + (3 + i) * each;
+  }
+  s.init = reinterpret_cast<const float**>(memory + 5 * each);
+  return s;
+}
+
+// ---------------------------------------------------------------- passes
+
+namespace {
+
+struct SavedRows {
+  char *slope, *xhat;
+  float* rstd;
+  std::ptrdiff_t stride;
+};
+
+SavedRows saved_rows(const Network& net, const Network::Layer& layer, const Saves& saves, int row) {
+  if (saves.data == nullptr) return {nullptr, nullptr, nullptr, 0};
+  const std::size_t first = saves.row + row, all = saves.rows, stride = net.fk().a_bytes * layer.padded_width;
+  return {saves.data + layer.slope * all + first * stride, saves.data + layer.xhat * all + first * stride,
+          reinterpret_cast<float*>(saves.data + layer.rstd * all) + first, static_cast<std::ptrdiff_t>(stride)};
+}
+
+// Panels of this team member, and the columns that they cover.
+struct Share {
+  int begin, end, first_column, last_column;
+};
+
+Share panel_share(const Team& team, const Block& block) {
+  const int begin = team.begin(block.panels), end = team.end(block.panels);
+  return {begin, end, std::min(begin * block.panel_width, block.out_padded),
+          std::min(end * block.panel_width, block.out_padded)};
+}
+
+// dx = delta W for the columns [begin, end), by one of the team: with its share of the forward operands' memory, as no
+// operand outlives its pass.
+void backward_product(const Pass& pass, const Block& block, const FormatKernels& kernels, int begin, int end, int which,
+                      float* dx, std::ptrdiff_t pitch) {
+  const TileScratch& s = pass.scratch;
+  const std::size_t bytes = 2 * s.operand_bytes / pass.team.size / 64 * 64;
+  kernels.backward({&block, pass.arena + block.offset, begin, end, s.d_operand[which], s.d_pitch(), pass.rows, dx,
+                    pitch, s.operand[0] + bytes * pass.team.rank, bytes});
+}
+
+}  // namespace
+
+void forward_pass(const Pass& pass, InputKind moving, const float* add, Saves saves, float* out,
+                  std::ptrdiff_t out_pitch) {
+  const Network& net = pass.net;
+  const FormatKernels& fk = net.fk();
+  const Team& team = pass.team;
+  TileScratch& s = pass.scratch;
+  const std::ptrdiff_t operand_pitch = s.pitch * fk.a_bytes;
+  int current = 0;
+  for (int l = 0; l < net.layers(); ++l) {
+    const Network::Layer& layer = net.layer(l);
+    const bool last = l + 1 == net.layers();
+    if (last && net.head()) {
+      const int begin = team.begin(pass.rows), end = team.end(pass.rows);
+      const float* weight = reinterpret_cast<const float*>(pass.arena + net.head_offset());
+      const float bias = *reinterpret_cast<const float*>(pass.arena + layer.bias);
+      fk.head({end - begin, net.layer(l - 1).padded_width, s.operand[current] + begin * operand_pitch, operand_pitch,
+               weight, bias, out + begin});
+      return;
+    }
+    const Block& block = l == 0 ? net.input(moving) : layer.block;
+    const Share share = panel_share(team, block);
+    float* z = last ? out : s.z;
+    const std::ptrdiff_t z_pitch = last ? out_pitch : s.pitch;
+    ForwardArgs product{
+        &block, pass.arena + block.offset, share.begin, share.end, s.operand[current], operand_pitch, pass.rows,
+        s.init, l == 0 ? add : nullptr,    z,           z_pitch};
+    if (l > 0) product.init_shared = reinterpret_cast<const float*>(pass.arena + layer.bias);
+    fk.forward(product);
+    if (last) return;
+    const bool own_columns = layer.norm == NormPlacement::kNone;
+    if (!own_columns) team.wait();
+    const int begin = own_columns ? 0 : team.begin(pass.rows), end = own_columns ? pass.rows : team.end(pass.rows);
+    const SavedRows saved = saved_rows(net, layer, saves, begin);
+    ActivateArgs activate{};
+    activate.rows = end - begin;
+    activate.width = layer.width;
+    activate.begin = own_columns ? share.first_column : 0;
+    activate.end = own_columns ? share.last_column : layer.padded_width;
+    activate.z = s.z + begin * s.pitch;
+    activate.z_stride = s.pitch;
+    activate.gamma = reinterpret_cast<const float*>(pass.arena + layer.gamma);
+    activate.beta = reinterpret_cast<const float*>(pass.arena + layer.beta);
+    activate.eps = net.shape().eps;
+    activate.h = s.operand[1 - current] + begin * operand_pitch;
+    activate.h_stride = operand_pitch;
+    activate.slope = saved.slope;
+    activate.xhat = saved.xhat;
+    activate.rstd = saved.rstd;
+    activate.save_stride = saved.stride;
+    fk.activate[static_cast<int>(net.shape().activation)][static_cast<int>(layer.norm)](activate);
+    team.wait();
+    current = 1 - current;
+  }
+}
+
+int backward_pass(const Pass& pass, const float* d_out, std::ptrdiff_t d_out_pitch, Saves saves, bool as_float) {
+  const Network& net = pass.net;
+  const FormatKernels& fk = net.fk();
+  const Team& team = pass.team;
+  TileScratch& s = pass.scratch;
+  const std::ptrdiff_t d_pitch = s.d_pitch();
+  const int hidden = net.layers() - 1;
+  int current = 0;
+  if (!net.head()) {
+    const int begin = team.begin(pass.rows), end = team.end(pass.rows);
+    const bool plain = hidden == 0 && as_float;
+    (plain ? net.table().formats[0] : fk)
+        .to_operand({end - begin, net.out_padded(), d_out + begin * d_out_pitch, d_out_pitch, -kInfinity, kInfinity,
+                     s.d_operand[current] + begin * d_pitch, d_pitch});
+    team.wait();
+  }
+  for (int l = hidden - 1; l >= 0; --l) {
+    const Network::Layer& layer = net.layer(l);
+    const bool seed = l == hidden - 1 && net.head();
+    int first_column = kPad * team.begin(layer.padded_width / kPad);
+    int last_column = kPad * team.end(layer.padded_width / kPad);
+    if (!seed) {
+      backward_product(pass, net.layer(l + 1).block, fk, first_column, last_column, current, s.z, s.pitch);
+      current = 1 - current;
+    }
+    const bool own_columns = layer.norm == NormPlacement::kNone;
+    if (!own_columns) team.wait();
+    const int begin = own_columns ? 0 : team.begin(pass.rows), end = own_columns ? pass.rows : team.end(pass.rows);
+    const SavedRows saved = saved_rows(net, layer, saves, begin);
+    ActivateVjpArgs vjp{};
+    vjp.rows = end - begin;
+    vjp.width = layer.width;
+    vjp.begin = own_columns ? first_column : 0;
+    vjp.end = own_columns ? last_column : layer.padded_width;
+    vjp.d = seed ? reinterpret_cast<const float*>(pass.arena + net.head_offset()) : s.z + begin * s.pitch;
+    vjp.d_stride = seed ? 0 : s.pitch;
+    vjp.d_scale = seed && d_out != nullptr ? d_out + begin : nullptr;
+    vjp.gamma = reinterpret_cast<const float*>(pass.arena + layer.gamma);
+    vjp.slope = saved.slope;
+    vjp.xhat = saved.xhat;
+    vjp.rstd = saved.rstd;
+    vjp.save_stride = saved.stride;
+    vjp.dz = s.d_operand[current] + begin * d_pitch;
+    vjp.dz_stride = d_pitch;
+    const int norm = static_cast<int>(layer.norm);
+    (l == 0 && as_float ? fk.activate_vjp_f32 : fk.activate_vjp)[norm](vjp);
+    team.wait();
+  }
+  return current;
+}
+
+void input_vjp(const Pass& pass, const Block& block, const FormatKernels& kernels, int which, float* dx,
+               std::ptrdiff_t pitch) {
+  const int begin = kPad * pass.team.begin(block.in_padded / kPad), end = kPad * pass.team.end(block.in_padded / kPad);
+  backward_product(pass, block, kernels, begin, end, which, dx, pitch);
+}
+
+}  // namespace qpilots::cpu

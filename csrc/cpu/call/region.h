@@ -1,0 +1,69 @@
+// The parallel region of a call, and how items are dealt to its threads.
+#pragma once
+
+#include <algorithm>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "call/parallel.h"
+#include "call/sampler.h"
+
+namespace qpilots::cpu {
+
+template <class Body>
+void parallel_region(int threads, Body body) {
+#if defined(_OPENMP)
+  if (usable_threads(threads) > 1) {
+#pragma omp parallel num_threads(threads)
+    {
+      const FlushDenormals flush;
+      body(omp_get_thread_num(), omp_get_num_threads());
+    }
+    return;
+  }
+#endif
+  const FlushDenormals flush;
+  body(0, 1);
+}
+
+// Tiles of at most `most` rows such that members x tiles deals evenly to the threads where rows allow it.
+inline int tile_count(int rows, int most, int members, int threads) {
+  constexpr int kWorthwhile = 8;  // rows that keep a weight in registers long enough to hide its load
+  const int least = std::max(1, (rows + most - 1) / most);
+  for (int tiles = least; tiles < least + threads && rows / tiles >= kWorthwhile; ++tiles) {
+    if (members * tiles % threads == 0) return tiles;
+  }
+  return least;
+}
+
+inline int tile_begin(int rows, int tiles, int i) { return static_cast<int>(static_cast<long>(rows) * i / tiles); }
+
+// Items dealt in a fixed way: item i always to the same thread, or with fewer items than threads to the same team.
+// visit(item, team, leader): leader names the scratch that the team shares.
+template <class Visit>
+void for_fixed_items(int items, int thread, int threads, Barrier* barriers, Visit visit) {
+  if (items >= threads) {
+    for (int i = thread; i < items; i += threads) visit(i, Team{0, 1, nullptr}, thread);
+    return;
+  }
+  constexpr int kMaxTeam = 8;  // panels in a layer of 512
+  const int item = static_cast<int>(static_cast<long>(thread) * items / threads);
+  const int leader = static_cast<int>((static_cast<long>(item) * threads + items - 1) / items);
+  const int next = static_cast<int>((static_cast<long>(item + 1) * threads + items - 1) / items);
+  const int size = std::min(next - leader, kMaxTeam);
+  if (thread - leader < size) visit(item, Team{thread - leader, size, &barriers[leader]}, leader);
+}
+
+// Items taken from a queue where there are enough for every thread, else dealt to teams as above.
+template <class Visit>
+void for_queued_items(int items, int thread, int threads, std::atomic<int>& queue, Barrier* barriers, Visit visit) {
+  if (items < threads) {
+    for_fixed_items(items, thread, threads, barriers, visit);
+    return;
+  }
+  for (int i; (i = queue.fetch_add(1, std::memory_order_relaxed)) < items;) visit(i, Team{0, 1, nullptr}, thread);
+}
+
+}  // namespace qpilots::cpu

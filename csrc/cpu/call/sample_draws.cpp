@@ -1,0 +1,172 @@
+// Posterior draws: the meta flow map's and GLASS flows' estimates of a step, and their way back to x.
+#include <cstring>
+#include <limits>
+
+#include "call/sample_run.h"
+
+namespace qpilots::cpu {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+}  // namespace
+
+// a_n = eps_n + vhat(obs, eps_n, x, t, 0, 1); W_x x is computed once for the N draws.
+void SampleRun::estimate_mfm(int k, Tile tile, const Worker& w) {
+  const Network& map = *plan_.posterior;
+  const FormatKernels& fk = map.fk();
+  const Team& team = w.team;
+  const std::ptrdiff_t operand_pitch = w.scratch.pitch * fk.a_bytes, first = map.first_padded();
+  {
+    const int begin = team.begin(tile.rows()), end = team.end(tile.rows());
+    fk.to_operand({end - begin, pitch_, row(x_, tile.begin + begin), pitch_, -kInfinity, kInfinity,
+                   w.scratch.operand[0] + begin * operand_pitch, operand_pitch});
+    for (int r = begin; r < end; ++r) w.scratch.init[r] = map_base_ + (tile.begin + r) * first;
+    team.wait();
+    const Block& block = map.input(kX);
+    fk.forward({&block, arenas_[2] + block.offset, team.begin(block.panels), team.end(block.panels),
+                w.scratch.operand[0], operand_pitch, tile.rows(), w.scratch.init, map_time_ + k * first,
+                map_x_ + tile.begin * first, first});
+    team.wait();
+  }
+  for_draw_subtiles(tile, [&](Tile rows) {
+    const int begin = team.begin(rows.rows()), end = team.end(rows.rows());
+    for (int r = begin; r < end; ++r) {
+      const int i = rows.begin + r;
+      w.scratch.init[r] = map_x_ + (i / draws_) * first;
+      std::memset(row(a_, i), 0, sizeof(float) * pitch_);
+      std::memcpy(row(a_, i), draw_noise(k, i), sizeof(float) * plan_.action_dim);
+    }
+    fk.to_operand({end - begin, pitch_, row(a_, rows.begin + begin), pitch_, -kInfinity, kInfinity,
+                   w.scratch.operand[0] + begin * operand_pitch, operand_pitch});
+    team.wait();
+    forward_pass(pass(map, arenas_[2], w, rows.rows()), kXbar, nullptr, {map_saves_, draw_rows_, rows.begin},
+                 row(vhat_, rows.begin), pitch_);
+    team.wait();
+    for (int i = rows.begin + begin; i < rows.begin + end; ++i) {
+      for (int c = 0; c < pitch_; ++c) row(a_, i)[c] += row(vhat_, i)[c];
+    }
+  });
+}
+
+// m Euler steps of the posterior flow from eps_n: a += w / m, w = c_x x + c_xbar a + c_v flow(p_x x + p_xbar a, t*).
+void SampleRun::estimate_glass(int k, Tile tile, const Worker& w) {
+  const int m = steering_.glass_steps;
+  for_draw_subtiles(tile, [&](Tile rows) {
+    const int begin = rows.begin + w.team.begin(rows.rows()), end = rows.begin + w.team.end(rows.rows());
+    for (int i = begin; i < end; ++i) {
+      std::memset(row(a_, i), 0, sizeof(float) * pitch_);
+      std::memcpy(row(a_, i), draw_noise(k, i), sizeof(float) * plan_.action_dim);
+    }
+    for (int s = 0; s < m; ++s) {
+      const GlassCoefficients& c = plan_.glass[static_cast<std::size_t>(k) * m + s];
+      const float px = static_cast<float>(c.x_point), pa = static_cast<float>(c.xbar_point);
+      const float cx = static_cast<float>(c.x_drift / m), ca = static_cast<float>(c.xbar_drift / m);
+      const float cv = static_cast<float>(c.v_drift / m);
+      for (int i = begin; i < end; ++i) {
+        for (int d = 0; d < pitch_; ++d) row(jg_, i)[d] = px * row(x_, i / draws_)[d] + pa * row(a_, i)[d];
+      }
+      const std::size_t at = plan_.steps + static_cast<std::size_t>(k) * m + s;
+      flow_forward(rows, w, jg_, draws_, flow_time_ + at * plan_.flow->first_padded(),
+                   {flow_saves_ + plan_.flow->saves_bytes(draw_rows_) * s, draw_rows_, rows.begin}, vhat_);
+      for (int i = begin; i < end; ++i) {
+        for (int d = 0; d < pitch_; ++d) {
+          row(a_, i)[d] += cx * row(x_, i / draws_)[d] + ca * row(a_, i)[d] + cv * row(vhat_, i)[d];
+        }
+      }
+    }
+  });
+}
+
+// g_n *= p_n = softmax_n(tau Q_n / scale), and the std that the update sees, in the place of each row's first draw.
+void SampleRun::weigh_draws(Tile tile, const Worker& w) {
+  w.team.wait();
+  const int begin = tile.begin + w.team.begin(tile.rows()), end = tile.begin + w.team.end(tile.rows());
+  for (int b = begin; b < end; ++b) {
+    const int first = b * draws_;
+    table_.posterior_softmax(value_ + first, draws_, steering_.tau / q_divisor_, p_ + first);
+    float std = 0.0f;
+    for (int i = first; i < first + draws_; ++i) {
+      std += p_[i] * std_[i];
+      for (int c = 0; c < pitch_; ++c) row(g_, i)[c] *= p_[i];
+    }
+    for (int i = first; i < first + draws_; ++i) std_[i] = std;
+  }
+  w.team.wait();
+}
+
+// jg = (dX/dx)^T g_n summed over the draws: their first-layer deltas are summed, then meet the columns of x once.
+void SampleRun::pull_back_mfm(Tile tile, const Worker& w) {
+  const Network& map = *plan_.posterior;
+  const FormatKernels& fk = map.fk();
+  const Team& team = w.team;
+  const std::ptrdiff_t first = map.first_padded();
+  const int column = static_cast<int>(first) / kPad;
+  const int from = kPad * team.begin(column), to = kPad * team.end(column);
+  weigh_draws(tile, w);
+  for (int r = tile.begin; r < tile.end; ++r) {
+    std::memset(delta_sum_ + r * first + from, 0, sizeof(float) * (to - from));
+  }
+  for_draw_subtiles(tile, [&](Tile rows) {
+    const int which = backward_pass(pass(map, arenas_[2], w, rows.rows()), row(g_, rows.begin), pitch_,
+                                    {map_saves_, draw_rows_, rows.begin}, true);
+    const std::ptrdiff_t delta_pitch = w.scratch.pitch;
+    const float* delta = reinterpret_cast<const float*>(w.scratch.d_operand[which]);
+    for (int i = rows.begin; i < rows.end; ++i) {
+      float* sum = delta_sum_ + (i / draws_) * first;
+      const float* one = delta + (i - rows.begin) * delta_pitch;
+      for (int c = from; c < to; ++c) sum[c] += one[c];
+    }
+    team.wait();
+  });
+  const std::ptrdiff_t d_pitch = w.scratch.d_pitch();
+  const int begin = team.begin(tile.rows()), end = team.end(tile.rows());
+  fk.to_operand({end - begin, static_cast<int>(first), delta_sum_ + (tile.begin + begin) * first, first, -kInfinity,
+                 kInfinity, w.scratch.d_operand[0] + begin * d_pitch, d_pitch});
+  team.wait();
+  input_vjp(pass(map, arenas_[2], w, tile.rows()), map.input(kX), fk, 0, row(jg_, tile.begin), pitch_);
+  team.wait();
+}
+
+// The inner Euler steps backwards, into total; the gradient at xbar lives in g.
+void SampleRun::pull_back_glass(int k, Tile tile, const Worker& w) {
+  const Network& flow = *plan_.flow;
+  const int m = steering_.glass_steps;
+  weigh_draws(tile, w);
+  for_draw_subtiles(tile, [&](Tile rows) {
+    const int begin = rows.begin + w.team.begin(rows.rows()), end = rows.begin + w.team.end(rows.rows());
+    for (int i = begin; i < end; ++i) std::memset(row(gx_, i), 0, sizeof(float) * pitch_);
+    for (int s = m - 1; s >= 0; --s) {
+      const GlassCoefficients& c = plan_.glass[static_cast<std::size_t>(k) * m + s];
+      const float cv = static_cast<float>(c.v_drift / m), cx = static_cast<float>(c.x_drift / m);
+      const float keep = static_cast<float>(1 + c.xbar_drift / m);
+      const float px = static_cast<float>(c.x_point), pa = static_cast<float>(c.xbar_point);
+      for (int i = begin; i < end; ++i) {
+        for (int d = 0; d < pitch_; ++d) row(vhat_, i)[d] = cv * row(g_, i)[d];
+      }
+      w.team.wait();
+      const Pass p = pass(flow, arenas_[0], w, rows.rows());
+      const int which = backward_pass(p, row(vhat_, rows.begin), pitch_,
+                                      {flow_saves_ + flow.saves_bytes(draw_rows_) * s, draw_rows_, rows.begin}, false);
+      input_vjp(p, flow.input(kX), flow.fk(), which, row(jg_, rows.begin), pitch_);
+      w.team.wait();
+      for (int i = begin; i < end; ++i) {
+        for (int d = 0; d < pitch_; ++d) {
+          row(gx_, i)[d] += cx * row(g_, i)[d] + px * row(jg_, i)[d];
+          row(g_, i)[d] = keep * row(g_, i)[d] + pa * row(jg_, i)[d];
+        }
+      }
+    }
+  });
+  w.team.wait();
+  for (int b = tile.begin + w.team.begin(tile.rows()); b < tile.begin + w.team.end(tile.rows()); ++b) {
+    for (int d = 0; d < pitch_; ++d) {
+      float sum = 0.0f;
+      for (int n = 0; n < draws_; ++n) sum += row(gx_, b * draws_ + n)[d];
+      row(total_, b)[d] = sum;
+    }
+  }
+  w.team.wait();
+}
+
+}  // namespace qpilots::cpu

@@ -1,0 +1,88 @@
+// One sampling call: all K steps inside one parallel region.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "call/network.h"
+#include "live/workspace.h"
+#include "qpilots/glass.h"
+
+namespace qpilots::cpu {
+
+// A private packed copy of every network, for many calls.
+struct PackedWeights {
+  Buffer arenas[3];
+};
+
+struct SamplerPlan {
+  std::shared_ptr<const Network> flow, critic, posterior;  // the last two may be null
+  SteeringParams steering{};
+  int steps = 1;
+  int obs_dim = 0, action_dim = 0;
+  bool steers = false;
+  std::vector<unsigned char> mask;        // steered dims, or empty
+  std::vector<float> flow_times;          // [K (+ K m for glass), dim]
+  std::vector<float> posterior_times[3];  // t, s, u: [K, dim] each
+  std::vector<GlassCoefficients> glass;   // [K, m]
+
+  const Network* network(int i) const { return i == 0 ? flow.get() : i == 1 ? critic.get() : posterior.get(); }
+  bool steered(int k) const { return steers && (k > 0 || steering.steer_first_step); }
+  bool draws() const { return steering.estimate == Estimate::kMfm || steering.estimate == Estimate::kGlass; }
+};
+
+enum PhaseIndex { kPack, kPrepare, kDenoise, kGradient, kUpdate, kPhases };
+
+struct SampleArgs {
+  const LayerSource* sources[3] = {};  // live weights, where packed is null
+  LiveArena* live[3] = {};             // their packed copies between calls
+  const PackedWeights* packed = nullptr;
+  int batch = 0, threads = 1;
+  const float* obs = nullptr;              // [B, S]
+  const float* noise = nullptr;            // [B, A]
+  const float* posterior_noise = nullptr;  // [K, B, N, A]
+  float* actions = nullptr;                // outputs [B, A]
+  float* gradient_norms = nullptr;         // [K, B] or null
+  unsigned char* nonfinite = nullptr;      // [K, B] or null
+  double* phase_seconds = nullptr;         // [kPhases] or null
+};
+
+void sample(const SamplerPlan& plan, const SampleArgs& args, WorkspacePool& pool);
+void pack(const SamplerPlan& plan, const LayerSource* const (&sources)[3], int threads, PackedWeights& out);
+std::size_t workspace_bytes(const SamplerPlan& plan, int batch, int threads);
+
+// One network on its input blocks. out [E, B, out]. blocks: pointers to [B, dim] by InputKind.
+void network_forward(const Network& net, const LayerSource* sources, LiveArena& live,
+                     const float* const (&blocks)[kInputKinds], int batch, int threads, float* out,
+                     WorkspacePool& pool);
+// cotangent [E, B, out] pulled back to the input columns, summed over members: [B, input_dim].
+void network_vjp(const Network& net, const LayerSource* sources, LiveArena& live,
+                 const float* const (&blocks)[kInputKinds], const float* cotangent, int batch, int threads,
+                 int input_dim, float* dx, WorkspacePool& pool);
+
+// A live arena for the length of a call: the network's own, or where another call is using that, a spare one to be
+// packed from scratch.
+class ArenaLease {
+ public:
+  ArenaLease(const Network& net, const LayerSource* sources, LiveArena& own, LiveArena& spare);
+  char* data() const { return arena_->arena.data(); }
+  int units() const { return net_.pack_units(); }
+  // Brings one of the units up to date, from any thread.
+  void refresh(int unit);
+  // After all of them. A lease that ends without it, by an exception, leaves its arena to be read again.
+  void refreshed();
+
+ private:
+  const Network& net_;
+  const LayerSource* sources_;
+  std::unique_lock<std::mutex> lock_;
+  LiveArena* arena_;
+  bool panels_unchanged_ = false;
+  std::atomic<bool> changed_{false};
+};
+
+// How many threads a region may use: one in a forked child, whose thread pool is gone, and inside another region.
+int usable_threads(int threads);
+
+}  // namespace qpilots::cpu

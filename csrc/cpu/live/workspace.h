@@ -1,0 +1,71 @@
+// Memory of a call: taken from a pool, so that calls in a row allocate nothing and concurrent calls never share.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "live/write_watch.h"
+
+namespace qpilots::cpu {
+
+// Page-aligned memory that only grows.
+class Buffer {
+ public:
+  Buffer() = default;
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  char* reserve(std::size_t bytes);
+  char* data() const { return data_; }
+  std::size_t size() const { return size_; }
+
+ private:
+  char* data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+// A network's live weights as packed by the last call that used them.
+struct LiveArena {
+  Buffer arena;
+  std::vector<std::uint64_t> fingerprints;  // one a pack unit; 0: never packed
+  WriteWatch watch;                         // of the memory behind the fingerprints
+  std::mutex mutex;                         // held by the call that uses it
+};
+
+struct Workspace {
+  Buffer scratch;
+  LiveArena arenas[3];  // for calls that find a network's own live arena in use
+};
+
+class WorkspacePool {
+ public:
+  std::unique_ptr<Workspace> acquire();
+  void release(std::unique_ptr<Workspace> workspace);
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Workspace>> free_;
+};
+
+// Hands out aligned pieces of a buffer; with a null base it only counts.
+class Carver {
+ public:
+  explicit Carver(char* base) : base_(base) {}
+  static std::size_t rounded(std::size_t bytes) { return (bytes + 127) / 128 * 128; }
+  template <class T>
+  T* take(std::size_t count) {
+    T* piece = reinterpret_cast<T*>(base_ + used_);
+    used_ += rounded(count * sizeof(T));
+    return piece;
+  }
+  std::size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  std::size_t used_ = 0;
+};
+
+}  // namespace qpilots::cpu

@@ -1,0 +1,306 @@
+// Python's view of the CPU backend: pointers as integers, sizes checked, the GIL released while it works.
+#include "python/bindings.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <stdexcept>
+#include <string>
+
+#include "call/region.h"
+#include "dispatch.h"
+#include "python/python_types.h"
+
+namespace py = pybind11;
+
+namespace qpilots::cpu {
+namespace {
+
+// One Linear of one member: 4 sources of (pointer, row stride, column stride, dtype).
+using Table = py::array_t<std::int64_t, py::array::c_style>;
+constexpr py::ssize_t kTableColumns = 16;
+
+std::vector<LayerSource> read_table(const Network& net, const Table& table) {
+  const py::ssize_t rows = static_cast<py::ssize_t>(net.shape().members) * net.layers();
+  require(table.ndim() == 2 && table.shape(0) == rows && table.shape(1) == kTableColumns,
+          "weight table: expected [" + std::to_string(rows) + ", " + std::to_string(kTableColumns) + "] int64");
+  std::vector<LayerSource> sources(rows);
+  for (py::ssize_t i = 0; i < rows; ++i) {
+    const std::int64_t* entry = table.data(i, 0);
+    Source* parts[4] = {&sources[i].weight, &sources[i].bias, &sources[i].gamma, &sources[i].beta};
+    for (int p = 0; p < 4; ++p, entry += 4) {
+      require(entry[3] >= 0 && entry[3] <= 3, "weight table: unknown dtype code " + std::to_string(entry[3]));
+      *parts[p] = {pointer<const void>(static_cast<std::uintptr_t>(entry[0])), entry[1], entry[2],
+                   static_cast<DType>(entry[3])};
+    }
+    require(sources[i].weight.data != nullptr, "weight table: a weight pointer is null");
+  }
+  return sources;
+}
+
+template <class E>
+E choice(const py::dict& d, const char* key, const std::map<std::string, E>& names) {
+  const std::string name = d[key].cast<std::string>();
+  const auto found = names.find(name);
+  require(found != names.end(), std::string(key) + " is '" + name + "', which this backend does not know");
+  return found->second;
+}
+
+const std::map<std::string, Activation> kActivations = {
+    {"gelu_tanh", Activation::kGeluTanh}, {"gelu", Activation::kGelu}, {"relu", Activation::kRelu},
+    {"silu", Activation::kSilu},          {"mish", Activation::kMish}, {"tanh", Activation::kTanh}};
+
+std::shared_ptr<const Network> make_network(const py::dict& spec, const std::string& precision,
+                                            const std::string& isa) {
+  require(precision == "float32" || precision == "bfloat16",
+          "precision is '" + precision + "'; expected float32 or bfloat16");
+  NetworkShape shape;
+  shape.members = spec["members"].cast<int>();
+  shape.widths = spec["widths"].cast<std::vector<int>>();
+  require(shape.members >= 1 && !shape.widths.empty(), "a network needs a member and an output");
+  for (int width : shape.widths) require(width >= 1, "widths must be at least 1");
+  for (const py::handle norm : spec["norms"]) {
+    shape.norms.push_back(norm.is_none()                      ? NormPlacement::kNone
+                          : norm.cast<std::string>() == "pre" ? NormPlacement::kPre
+                                                              : NormPlacement::kPost);
+  }
+  require(shape.norms.size() + 1 == shape.widths.size(), "norms: expected one entry per hidden layer");
+  shape.activation = choice(spec, "activation", kActivations);
+  shape.eps = spec["eps"].cast<float>();
+  shape.scalar_head = spec["scalar_head"].cast<bool>();
+  int columns = 0;
+  for (const py::handle entry : spec["inputs"]) {  // (kind, first column, width)
+    const auto [kind, column, dim] = entry.cast<std::tuple<int, int, int>>();
+    require(kind >= 0 && kind < kInputKinds && column >= 0 && dim >= 0, "inputs: bad entry");
+    shape.input_dims[kind] = dim;
+    shape.input_columns[kind] = column;
+    columns += dim;
+  }
+  require(shape.input_dims[kX] > 0, "inputs: the actions are missing");
+  return std::make_shared<const Network>(std::move(shape), precision == "float32" ? Format::kF32 : Format::kBf16,
+                                         kernels(isa));
+}
+
+SteeringParams make_steering(const py::dict& d) {
+  SteeringParams s{};
+  s.estimate = choice<Estimate>(d, "estimate",
+                                {{"noisy", Estimate::kNoisy},
+                                 {"tweedie", Estimate::kTweedie},
+                                 {"mfm", Estimate::kMfm},
+                                 {"glass", Estimate::kGlass}});
+  s.clip = choice<Clip>(
+      d, "clip", {{"straight_through", Clip::kStraightThrough}, {"masked", Clip::kMasked}, {"none", Clip::kNone}});
+  s.aggregation = choice<Aggregation>(
+      d, "aggregation",
+      {{"pessimistic", Aggregation::kPessimistic}, {"mean", Aggregation::kMean}, {"min", Aggregation::kMin}});
+  s.scale = choice<Scale>(d, "scale",
+                          {{"norm_match", Scale::kNormMatch}, {"absolute", Scale::kAbsolute}, {"gaf", Scale::kGaf}});
+  const py::object q_scale = d["q_scale"];
+  if (q_scale.is_none()) {
+    s.q_scale_kind = QScale::kNone;
+  } else if (py::isinstance<py::str>(q_scale)) {
+    s.q_scale_kind = QScale::kBatchStd;
+  } else {
+    s.q_scale_kind = QScale::kNumber;
+    s.q_scale = q_scale.cast<float>();
+  }
+  s.full_jacobian = d["jacobian"].cast<std::string>() == "full";
+  s.steer_first_step = d["steer_first_step"].cast<bool>();
+  s.num_samples = d["num_samples"].cast<int>();
+  s.glass_steps = d["glass_steps"].cast<int>();
+  s.alpha = d["alpha"].cast<float>();
+  s.rho = d["rho"].cast<float>();
+  s.tau = d["tau"].cast<float>();
+  s.eps = d["eps"].cast<float>();
+  s.max_grad_norm = d["max_grad_norm"].cast<float>();
+  s.gaf_beta = d["gaf_beta"].cast<float>();
+  s.gaf_decay = d["gaf_decay"].cast<float>();
+  s.gaf_min = d["gaf_min"].cast<float>();
+  s.action_low = d["action_low"].cast<float>();
+  s.action_high = d["action_high"].cast<float>();
+  require(s.num_samples >= 1 && s.glass_steps >= 1, "num_samples and glass_steps must be at least 1");
+  return s;
+}
+
+std::vector<float> floats(const py::handle& object) {
+  const auto array = py::array_t<float, py::array::c_style | py::array::forcecast>::ensure(object);
+  return std::vector<float>(array.data(), array.data() + array.size());
+}
+
+std::shared_ptr<SamplerPlan> make_plan(const py::dict& d) {
+  auto plan = std::make_shared<SamplerPlan>();
+  const auto network = [&](const char* key) {
+    return d[key].is_none() ? nullptr : d[key].cast<std::shared_ptr<Network>>();
+  };
+  plan->flow = network("flow");
+  plan->critic = network("critic");
+  plan->posterior = network("posterior");
+  plan->steering = make_steering(d["steering"].cast<py::dict>());
+  plan->steps = d["num_steps"].cast<int>();
+  plan->obs_dim = d["obs_dim"].cast<int>();
+  plan->action_dim = d["action_dim"].cast<int>();
+  plan->steers = plan->steering.alpha > 0;
+  require(plan->flow != nullptr && plan->steps >= 1, "a sampler needs a flow and num_steps >= 1");
+  require(plan->flow->shape().members == 1, "the flow must have one member");
+  const SteeringParams& s = plan->steering;
+  require(!plan->steers || plan->critic != nullptr, "steering needs a critic");
+  require(!plan->steers || s.estimate != Estimate::kMfm || plan->posterior != nullptr,
+          "estimate 'mfm' needs a posterior");
+  for (int n = 0; n < 3; ++n) {
+    const Network* net = plan->network(n);
+    if (net == nullptr) continue;
+    require(net->shape().input_dims[kObs] == plan->obs_dim && net->shape().input_dims[kX] == plan->action_dim,
+            "obs_dim or action_dim differ between the networks");
+    require(net->shape().widths.back() == (n == 1 ? 1 : plan->action_dim), "a network's output width is wrong");
+    require(&net->table() == &plan->flow->table() && net->format() == plan->flow->format(),
+            "networks of different paths");
+  }
+  require(plan->posterior == nullptr || plan->posterior->has(kXbar), "the posterior needs an xbar input");
+  if (!d["steered_dims"].is_none()) {
+    plan->mask.assign(plan->action_dim, 0);
+    for (int dim : d["steered_dims"].cast<std::vector<int>>()) {
+      require(dim >= 0 && dim < plan->action_dim, "steered_dims: index out of range");
+      plan->mask[dim] = 1;
+    }
+  }
+  if (s.estimate == Estimate::kGlass && plan->steers) {
+    for (int k = 0; k < plan->steps; ++k) {
+      for (int i = 0; i < s.glass_steps; ++i) {
+        plan->glass.push_back(
+            glass_coefficients(static_cast<double>(i) / s.glass_steps, static_cast<double>(k) / plan->steps));
+      }
+    }
+  }
+  plan->flow_times = floats(d["flow_times"]);
+  require(plan->flow_times.size() == (plan->steps + plan->glass.size()) * plan->flow->shape().input_dims[kT],
+          "flow_times: wrong size");
+  if (plan->posterior != nullptr) {
+    const char* keys[3] = {"posterior_t", "posterior_s", "posterior_u"};
+    for (int i = 0; i < 3; ++i) {
+      plan->posterior_times[i] = floats(d[keys[i]]);
+      require(plan->posterior_times[i].size() ==
+                  static_cast<std::size_t>(plan->steps) * plan->posterior->shape().input_dims[kT + i],
+              "posterior times: wrong size");
+    }
+  }
+  return plan;
+}
+
+bool uses(const SamplerPlan& plan, int n) {
+  return n == 0 || (plan.steers && (n == 1 || plan.steering.estimate == Estimate::kMfm));
+}
+
+void check_bound(const SamplerPlan& plan, const BoundSources* const (&bound)[3]) {
+  for (int n = 0; n < 3; ++n) {
+    require(!uses(plan, n) || bound[n] != nullptr, "parameters of a network that the sampler needs are missing");
+    require(bound[n] == nullptr || bound[n]->net.get() == plan.network(n), "parameters belong to another network");
+  }
+}
+
+void sample_binding(const std::shared_ptr<SamplerPlan>& plan, const BoundSources* flow, const BoundSources* critic,
+                    const BoundSources* posterior, const PackedWeights* packed, std::uintptr_t obs,
+                    std::uintptr_t noise, std::uintptr_t posterior_noise, std::uintptr_t actions, std::uintptr_t norms,
+                    std::uintptr_t nonfinite, int batch, int threads, std::uintptr_t phase_seconds) {
+  require(batch >= 1 && threads >= 1, "batch and threads must be at least 1");
+  require((obs != 0 || plan->obs_dim == 0) && noise != 0 && actions != 0, "a null pointer was given");
+  require(!(plan->steers && plan->draws()) || posterior_noise != 0, "posterior_noise is missing");
+  SampleArgs args;
+  set_weights(*plan, flow, critic, posterior, packed, args);
+  args.batch = batch;
+  args.threads = threads;
+  args.obs = pointer<const float>(obs);
+  args.noise = pointer<const float>(noise);
+  args.posterior_noise = pointer<const float>(posterior_noise);
+  args.actions = pointer<float>(actions);
+  args.gradient_norms = pointer<float>(norms);
+  args.nonfinite = pointer<unsigned char>(nonfinite);
+  args.phase_seconds = pointer<double>(phase_seconds);
+  const py::gil_scoped_release release;
+  sample(*plan, args, pool());
+}
+
+std::unique_ptr<PackedWeights> pack_binding(const SamplerPlan& plan, const BoundSources* flow,
+                                            const BoundSources* critic, const BoundSources* posterior, int threads) {
+  const BoundSources* const bound[3] = {flow, critic, posterior};
+  check_bound(plan, bound);
+  const LayerSource* const sources[3] = {flow->sources.data(), critic == nullptr ? nullptr : critic->sources.data(),
+                                         posterior == nullptr ? nullptr : posterior->sources.data()};
+  auto packed = std::make_unique<PackedWeights>();
+  const py::gil_scoped_release release;
+  pack(plan, sources, threads, *packed);
+  return packed;
+}
+
+void network_binding(const BoundSources& bound, const std::vector<std::uintptr_t>& blocks, std::uintptr_t cotangent,
+                     std::uintptr_t out, int batch, int threads, bool vjp) {
+  const Network& net = *bound.net;
+  require(blocks.size() == kInputKinds && batch >= 1 && threads >= 1 && out != 0, "bad arguments");
+  const float* inputs[kInputKinds];
+  int input_dim = 0;
+  for (int i = 0; i < kInputKinds; ++i) {
+    require(!net.has(static_cast<InputKind>(i)) || blocks[i] != 0, "an input block is missing");
+    inputs[i] = pointer<const float>(blocks[i]);
+    input_dim += net.shape().input_dims[i];
+  }
+  require(!vjp || cotangent != 0, "the cotangent is missing");
+  const py::gil_scoped_release release;
+  if (vjp) {
+    network_vjp(net, bound.sources.data(), *bound.live, inputs, pointer<const float>(cotangent), batch, threads,
+                input_dim, pointer<float>(out), pool());
+  } else {
+    network_forward(net, bound.sources.data(), *bound.live, inputs, batch, threads, pointer<float>(out), pool());
+  }
+}
+
+}  // namespace
+
+void set_weights(const SamplerPlan& plan, const BoundSources* flow, const BoundSources* critic,
+                 const BoundSources* posterior, const PackedWeights* packed, SampleArgs& args) {
+  args.packed = packed;
+  const BoundSources* const bound[3] = {flow, critic, posterior};
+  if (packed == nullptr) check_bound(plan, bound);
+  for (int n = 0; n < 3; ++n) {
+    if (!uses(plan, n)) continue;
+    if (packed == nullptr) {
+      args.sources[n] = bound[n]->sources.data();
+      args.live[n] = bound[n]->live.get();
+    } else {
+      require(packed->arenas[n].size() >= plan.network(n)->arena_bytes(), "packed weights of another sampler");
+    }
+  }
+}
+
+void bind(py::module_& module) {
+  py::class_<Network, std::shared_ptr<Network>>(module, "CpuNetwork")
+      .def_property_readonly("isa", [](const Network& n) { return std::string(n.table().name); })
+      .def_property_readonly("arena_bytes", &Network::arena_bytes);
+  py::class_<BoundSources>(module, "CpuSources").def_property_readonly("watch_status", [](const BoundSources& bound) {
+    const std::unique_lock<std::mutex> lock(bound.live->mutex, std::try_to_lock);
+    return lock.owns_lock() ? bound.live->watch.status() : std::string("in use by another thread");
+  });
+  py::class_<PackedWeights>(module, "CpuPackedWeights");
+  py::class_<SamplerPlan, std::shared_ptr<SamplerPlan>>(module, "CpuPlan");
+  module.def("cpu_network", [](const py::dict& spec, const std::string& precision, const std::string& isa) {
+    return std::const_pointer_cast<Network>(make_network(spec, precision, isa));
+  });
+  module.def("cpu_bind", [](const std::shared_ptr<Network>& net, const Table& table, bool watch) {
+    auto bound = std::make_unique<BoundSources>();
+    bound->net = net;
+    bound->sources = read_table(*net, table);
+    if (watch) bound->live->watch = WriteWatch(net->panel_memory(bound->sources.data()));
+    return bound;
+  });
+  module.def("cpu_write_watch_unavailable", &WriteWatch::unavailable_reason);
+  module.def("cpu_plan", &make_plan);
+  bind_quick_call(module);
+  module.def("cpu_pack", &pack_binding);
+  module.def("cpu_sample", &sample_binding);
+  module.def("cpu_network_apply", &network_binding);
+  module.def("cpu_workspace_bytes", &workspace_bytes);
+  module.def("cpu_isa_paths", &available_paths);
+  module.def("cpu_isa", [](const std::string& name) { return std::string(kernels(name).name); }, py::arg("name") = "");
+  bind_limits(module);
+}
+
+}  // namespace qpilots::cpu
