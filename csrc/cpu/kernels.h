@@ -112,7 +112,8 @@ struct HeadArgs {  // q[r] = bias + h[r] . w
   float* q;
 };
 
-enum class DType : std::int64_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+#define QPILOTS_DTYPES(X) X(kFloat32, "float32") X(kFloat64, "float64") X(kBFloat16, "bfloat16") X(kFloat16, "float16")
+enum class DType : std::int64_t { QPILOTS_DTYPES(QPILOTS_ENUMERATOR) };
 
 struct Source {  // a live parameter; null data: absent
   const void* data;
@@ -157,9 +158,9 @@ struct FormatKernels {
   int tile_rows;  // rows that go through a network together, at most: the more, the less often its weights are read
   void (*forward)(const ForwardArgs&);
   void (*backward)(const BackwardArgs&);
-  void (*activate[6][3])(const ActivateArgs&);          // [Activation][NormPlacement]
-  void (*activate_vjp[3])(const ActivateVjpArgs&);      // [NormPlacement]
-  void (*activate_vjp_f32[3])(const ActivateVjpArgs&);  // dz as plain float32
+  void (*activate[kCount<Activation>][kCount<NormPlacement>])(const ActivateArgs&);
+  void (*activate_vjp[kCount<NormPlacement>])(const ActivateVjpArgs&);
+  void (*activate_vjp_f32[kCount<NormPlacement>])(const ActivateVjpArgs&);  // dz as plain float32
   void (*to_operand)(const ConvertArgs&);
   void (*head)(const HeadArgs&);
   void (*pack_panel)(const Block&, const Source&, int panel, char* arena);

@@ -1,6 +1,7 @@
-// Errors, versions and the sizes of the structs that Python mirrors.
+// Errors, versions, and what Python mirrors.
 #include "host.h"
 #include "phase.h"
+#include "qpilots/interface.h"
 
 namespace qpilots {
 namespace cuda {
@@ -52,4 +53,12 @@ QPILOTS_EXPORT int qpilots_cuda_struct_bytes(int which) {
   using namespace qpilots::cuda;
   constexpr int bytes[] = {sizeof(Phase), sizeof(SampleArgs), sizeof(PackItem), sizeof(SteerStepArgs)};
   return which >= 0 && which < 4 ? bytes[which] : -1;
+}
+
+// What Python compares with its own: the lists of qpilots/types.h, and those of phase.h.
+QPILOTS_EXPORT const char* qpilots_cuda_interface_text() {
+  using qpilots::interface_line;
+  static const std::string text = qpilots::interface_text() + interface_line("Stage", {QPILOTS_STAGES(QPILOTS_NAME)}) +
+                                  interface_line("ElementType", {QPILOTS_ELEMENT_TYPES(QPILOTS_NAME)});
+  return text.c_str();
 }

@@ -11,16 +11,16 @@ namespace qpilots {
 namespace cuda {
 
 // What the rows of a product are made of before they are staged in shared memory.
-enum class Stage : std::int32_t {
-  kRows,       // an input or a workspace plane, as it is
-  kState,      // x
-  kEstimate,   // the clipped clean-action estimate
-  kMapInput,   // (eps, x) of each posterior draw
-  kHidden,     // a hidden layer's output, from the plane that its product left
-  kCriticTop,  // d z of the critic's last hidden layer for d Q = 1; also yields Q
-  kDelta,      // d z of a hidden layer, from d h
-  kCotangent   // the critics' weighted gradient at the estimate
-};
+#define QPILOTS_STAGES(X)                                                                            \
+  X(kRows, "rows")            /* an input or a workspace plane, as it is */                          \
+  X(kState, "state")          /* x */                                                                \
+  X(kEstimate, "estimate")    /* the clipped clean-action estimate */                                \
+  X(kMapInput, "map_input")   /* (posterior noise, x) of each posterior draw */                      \
+  X(kHidden, "hidden")        /* a hidden layer's output, from the plane that its product left */    \
+  X(kCriticTop, "critic_top") /* d z of the critic's last hidden layer for d Q = 1; also yields Q */ \
+  X(kDelta, "delta")          /* d z of a hidden layer, from d h */                                  \
+  X(kCotangent, "cotangent")  /* the critics' weighted gradient at the estimate */
+enum class Stage : std::int32_t { QPILOTS_STAGES(QPILOTS_ENUMERATOR) };
 
 // One product of every member: target[m][row][n] = sum_i weight[m][n][i] staged[m][row][i] (+ addends).
 // Offsets: -1 is none; "floats" count from the workspace, "bytes" from the packed weights of member 0.
@@ -124,7 +124,9 @@ struct SteerStepArgs {
   SteeringParams steering;
 };
 
-enum class ElementType : std::int32_t { kFloat32, kBf16, kFloat16, kFloat64 };
+#define QPILOTS_ELEMENT_TYPES(X) \
+  X(kFloat32, "float32") X(kBf16, "bfloat16") X(kFloat16, "float16") X(kFloat64, "float64")
+enum class ElementType : std::int32_t { QPILOTS_ELEMENT_TYPES(QPILOTS_ENUMERATOR) };
 
 }  // namespace cuda
 }  // namespace qpilots

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
@@ -46,6 +47,7 @@ struct alignas(16) Vector16 {
 
 #if defined(__CUDACC__)
 
+__device__ __forceinline__ void trap() { __trap(); }  // ends the launch with an error
 // Written by other blocks during this launch: bypasses L1.
 __device__ __forceinline__ float load_global(const float* p) { return __ldcg(p); }
 template <class T>
@@ -95,6 +97,7 @@ __device__ __forceinline__ void store_relaxed(std::uint32_t* word, std::uint32_t
 
 #else  // the emulator
 
+inline void trap() { std::abort(); }
 template <class T>
 inline T observed(const T* p) {
   return *static_cast<const T*>(cuda_emulator::machine.read(p, sizeof(T)));

@@ -12,19 +12,14 @@ namespace cuda {
 
 __device__ __forceinline__ ValueSlope<float> activate_any(std::int32_t activation, float z) {
   switch (static_cast<Activation>(activation)) {
-    case Activation::kGeluTanh:
-      return activate<Activation::kGeluTanh>(z);
-    case Activation::kGelu:
-      return activate<Activation::kGelu>(z);
-    case Activation::kRelu:
-      return activate<Activation::kRelu>(z);
-    case Activation::kSilu:
-      return activate<Activation::kSilu>(z);
-    case Activation::kMish:
-      return activate<Activation::kMish>(z);
-    default:
-      return activate<Activation::kTanh>(z);
+#define QPILOTS_CASE(known, name) \
+  case Activation::known:         \
+    return activate<Activation::known>(z);
+    QPILOTS_ACTIVATIONS(QPILOTS_CASE)
+#undef QPILOTS_CASE
   }
+  trap();
+  return {};
 }
 
 // The tile: rows row0 .. row0 + valid - 1 of one member; rows beyond are staged as zeros.

@@ -20,19 +20,29 @@ from ..reference import glass_coefficients
 from ..spec import NetworkSpec, SamplerSpec
 from .base import Backend, BoundNetwork, BoundNetworks, Footprint, QuickCall, RawSample, Slots
 from .counts import count_flops
+from .params import interface_mismatch, steering_params
 
-_INPUT_KINDS = {"obs": 0, "noisy_actions": 1, "actions": 1, "xbar": 2, "t": 3, "s": 4, "u": 5}
-_NUM_INPUT_KINDS = 6
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_INPUT_KINDS = ("obs", "x", "xbar", "t", "s", "u")  # x: the (noisy) actions
+_DTYPES = ("float32", "float64", "bfloat16", "float16")
+_DTYPE_CODES = {getattr(torch, name): code for code, name in enumerate(_DTYPES)}
 ISA_VARIABLE = "QPILOTS_CPU_ISA"
 WATCH_VARIABLE = "QPILOTS_WRITE_WATCH"  # 0: live weights are read at every call, never watched for writes
 PHASES = ("pack", "prepare", "denoise", "gradient", "update")  # of `sample_phases`, in order
 
 
+@lru_cache(maxsize=1)
 def load_module() -> ModuleType:
-    """The compiled module. torch is imported first (see docs/performance.md): its OpenMP then serves both."""
+    """The compiled module. torch is imported first (see docs/performance.md): its OpenMP then serves both.
+
+    Raises:
+        ImportError: where it is missing, or was compiled from other sources.
+    """
     from .. import _C  # type: ignore[attr-defined]
 
+    own = {"DType": _DTYPES, "InputKind": _INPUT_KINDS, "PhaseIndex": PHASES}
+    mismatch = interface_mismatch(getattr(_C, "interface_text", str)(), own)
+    if mismatch is not None:
+        raise ImportError(f"{mismatch}; build it again, e.g. with `pip install -e .`")
     return _C
 
 
@@ -48,7 +58,7 @@ def _import_failure() -> str | None:
         load_module()
     except ImportError as error:
         recorded = build_info().get("reason")
-        return f"the compiled module is missing ({recorded or error})"
+        return f"the compiled module cannot be used ({recorded or error})"
     return None
 
 
@@ -125,9 +135,13 @@ def _isa() -> str:
     return os.environ.get(ISA_VARIABLE, "")
 
 
+def _input_kind(block: str) -> int:
+    return _INPUT_KINDS.index("x" if block in ("noisy_actions", "actions") else block)
+
+
 @lru_cache(maxsize=256)
 def _network(spec: NetworkSpec, precision: str, isa: str) -> Any:
-    inputs = [(_INPUT_KINDS[name], part.start, part.stop - part.start) for name, part in spec.block_slices.items()]
+    inputs = [(_input_kind(name), part.start, part.stop - part.start) for name, part in spec.block_slices.items()]
     shape = {
         "members": spec.num_members,
         "widths": [*spec.hidden_dims, spec.output_dim],
@@ -162,7 +176,7 @@ def _plan(spec: SamplerSpec, isa: str) -> _Plan:
         "flow": flow,
         "critic": critic,
         "posterior": posterior,
-        "steering": {**vars(steering), "action_low": spec.action_low, "action_high": spec.action_high},
+        "steering": bytes(steering_params(steering, spec.action_low, spec.action_high)),
         "num_steps": steps,
         "obs_dim": spec.flow.obs_dim,
         "action_dim": spec.flow.action_dim,
@@ -360,10 +374,10 @@ class CpuBackend(Backend):
         if batch == 0:
             return
         handle = _network(spec, precision, _isa())
-        pointers = [0] * _NUM_INPUT_KINDS
+        pointers = [0] * len(_INPUT_KINDS)
         for name, block in zip(spec.input_order, blocks):
             _check(block, (batch, spec.block_dim(name)), name)
-            pointers[_INPUT_KINDS[name]] = block.data_ptr()
+            pointers[_input_kind(name)] = block.data_ptr()
         load_module().cpu_network_apply(
             self._bind(network, handle),
             pointers,

@@ -10,7 +10,9 @@
 
 namespace qpilots::cpu {
 
-enum InputKind { kObs = 0, kX = 1, kXbar = 2, kT = 3, kS = 4, kU = 5, kInputKinds = 6 };  // x: (noisy) actions
+#define QPILOTS_INPUT_KINDS(X) \
+  X(kObs, "obs") X(kX, "x") /* (noisy) actions */ X(kXbar, "xbar") X(kT, "t") X(kS, "s") X(kU, "u")
+enum InputKind { QPILOTS_INPUT_KINDS(QPILOTS_ENUMERATOR) kInputKinds };
 
 struct NetworkShape {
   int members = 1;

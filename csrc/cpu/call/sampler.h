@@ -32,7 +32,9 @@ struct SamplerPlan {
   bool draws() const { return steering.estimate == Estimate::kMfm || steering.estimate == Estimate::kGlass; }
 };
 
-enum PhaseIndex { kPack, kPrepare, kDenoise, kGradient, kUpdate, kPhases };
+#define QPILOTS_PHASES(X) \
+  X(kPack, "pack") X(kPrepare, "prepare") X(kDenoise, "denoise") X(kGradient, "gradient") X(kUpdate, "update")
+enum PhaseIndex { QPILOTS_PHASES(QPILOTS_ENUMERATOR) kPhases };
 
 struct SampleArgs {
   const LayerSource* sources[3] = {};  // live weights, where packed is null

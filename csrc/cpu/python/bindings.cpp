@@ -4,13 +4,15 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
-#include <map>
-#include <stdexcept>
+#include <algorithm>
+#include <cstring>
 #include <string>
+#include <vector>
 
 #include "call/region.h"
 #include "dispatch.h"
 #include "python/python_types.h"
+#include "qpilots/interface.h"
 
 namespace py = pybind11;
 
@@ -39,17 +41,13 @@ std::vector<LayerSource> read_table(const Network& net, const Table& table) {
   return sources;
 }
 
-template <class E>
-E choice(const py::dict& d, const char* key, const std::map<std::string, E>& names) {
-  const std::string name = d[key].cast<std::string>();
-  const auto found = names.find(name);
-  require(found != names.end(), std::string(key) + " is '" + name + "', which this backend does not know");
-  return found->second;
+template <class Enum>
+Enum enumerator(const std::string& name, const char* what) {
+  const std::vector<std::string> names = names_of<Enum>();
+  const auto found = std::find(names.begin(), names.end(), name);
+  require(found != names.end(), std::string(what) + " is '" + name + "', which this backend does not know");
+  return static_cast<Enum>(found - names.begin());
 }
-
-const std::map<std::string, Activation> kActivations = {
-    {"gelu_tanh", Activation::kGeluTanh}, {"gelu", Activation::kGelu}, {"relu", Activation::kRelu},
-    {"silu", Activation::kSilu},          {"mish", Activation::kMish}, {"tanh", Activation::kTanh}};
 
 std::shared_ptr<const Network> make_network(const py::dict& spec, const std::string& precision,
                                             const std::string& isa) {
@@ -61,12 +59,10 @@ std::shared_ptr<const Network> make_network(const py::dict& spec, const std::str
   require(shape.members >= 1 && !shape.widths.empty(), "a network needs a member and an output");
   for (int width : shape.widths) require(width >= 1, "widths must be at least 1");
   for (const py::handle norm : spec["norms"]) {
-    shape.norms.push_back(norm.is_none()                      ? NormPlacement::kNone
-                          : norm.cast<std::string>() == "pre" ? NormPlacement::kPre
-                                                              : NormPlacement::kPost);
+    shape.norms.push_back(enumerator<NormPlacement>(norm.is_none() ? "none" : norm.cast<std::string>(), "norms"));
   }
   require(shape.norms.size() + 1 == shape.widths.size(), "norms: expected one entry per hidden layer");
-  shape.activation = choice(spec, "activation", kActivations);
+  shape.activation = enumerator<Activation>(spec["activation"].cast<std::string>(), "activation");
   shape.eps = spec["eps"].cast<float>();
   shape.scalar_head = spec["scalar_head"].cast<bool>();
   int columns = 0;
@@ -82,43 +78,14 @@ std::shared_ptr<const Network> make_network(const py::dict& spec, const std::str
                                          kernels(isa));
 }
 
-SteeringParams make_steering(const py::dict& d) {
-  SteeringParams s{};
-  s.estimate = choice<Estimate>(d, "estimate",
-                                {{"noisy", Estimate::kNoisy},
-                                 {"tweedie", Estimate::kTweedie},
-                                 {"mfm", Estimate::kMfm},
-                                 {"glass", Estimate::kGlass}});
-  s.clip = choice<Clip>(
-      d, "clip", {{"straight_through", Clip::kStraightThrough}, {"masked", Clip::kMasked}, {"none", Clip::kNone}});
-  s.aggregation = choice<Aggregation>(
-      d, "aggregation",
-      {{"pessimistic", Aggregation::kPessimistic}, {"mean", Aggregation::kMean}, {"min", Aggregation::kMin}});
-  s.scale = choice<Scale>(d, "scale",
-                          {{"norm_match", Scale::kNormMatch}, {"absolute", Scale::kAbsolute}, {"gaf", Scale::kGaf}});
-  const py::object q_scale = d["q_scale"];
-  if (q_scale.is_none()) {
-    s.q_scale_kind = QScale::kNone;
-  } else if (py::isinstance<py::str>(q_scale)) {
-    s.q_scale_kind = QScale::kBatchStd;
-  } else {
-    s.q_scale_kind = QScale::kNumber;
-    s.q_scale = q_scale.cast<float>();
-  }
-  s.full_jacobian = d["jacobian"].cast<std::string>() == "full";
-  s.steer_first_step = d["steer_first_step"].cast<bool>();
-  s.num_samples = d["num_samples"].cast<int>();
-  s.glass_steps = d["glass_steps"].cast<int>();
-  s.alpha = d["alpha"].cast<float>();
-  s.rho = d["rho"].cast<float>();
-  s.tau = d["tau"].cast<float>();
-  s.eps = d["eps"].cast<float>();
-  s.max_grad_norm = d["max_grad_norm"].cast<float>();
-  s.gaf_beta = d["gaf_beta"].cast<float>();
-  s.gaf_decay = d["gaf_decay"].cast<float>();
-  s.gaf_min = d["gaf_min"].cast<float>();
-  s.action_low = d["action_low"].cast<float>();
-  s.action_high = d["action_high"].cast<float>();
+// The bytes of the same struct; Python has compared its layout with interface_text.
+SteeringParams read_steering(const std::string& bytes) {
+  SteeringParams s;
+  require(bytes.size() == sizeof s, "steering: expected " + std::to_string(sizeof s) + " bytes");
+  std::memcpy(&s, bytes.data(), sizeof s);
+  const auto known = [](auto value) { return static_cast<unsigned>(value) < unsigned{kCount<decltype(value)>}; };
+  require(known(s.estimate) && known(s.clip) && known(s.aggregation) && known(s.scale) && known(s.q_scale_kind),
+          "steering: a value that this backend does not know");
   require(s.num_samples >= 1 && s.glass_steps >= 1, "num_samples and glass_steps must be at least 1");
   return s;
 }
@@ -136,7 +103,7 @@ std::shared_ptr<SamplerPlan> make_plan(const py::dict& d) {
   plan->flow = network("flow");
   plan->critic = network("critic");
   plan->posterior = network("posterior");
-  plan->steering = make_steering(d["steering"].cast<py::dict>());
+  plan->steering = read_steering(d["steering"].cast<std::string>());
   plan->steps = d["num_steps"].cast<int>();
   plan->obs_dim = d["obs_dim"].cast<int>();
   plan->action_dim = d["action_dim"].cast<int>();
@@ -272,6 +239,12 @@ void set_weights(const SamplerPlan& plan, const BoundSources* flow, const BoundS
 }
 
 void bind(py::module_& module) {
+  module.def("interface_text",
+             [] {  // what Python compares with its own: the lists of types.h, and those of this backend
+               return interface_text() + interface_line("DType", {QPILOTS_DTYPES(QPILOTS_NAME)}) +
+                      interface_line("InputKind", {QPILOTS_INPUT_KINDS(QPILOTS_NAME)}) +
+                      interface_line("PhaseIndex", {QPILOTS_PHASES(QPILOTS_NAME)});
+             });
   py::class_<Network, std::shared_ptr<Network>>(module, "CpuNetwork")
       .def_property_readonly("isa", [](const Network& n) { return std::string(n.table().name); })
       .def_property_readonly("arena_bytes", &Network::arena_bytes);

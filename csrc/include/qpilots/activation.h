@@ -158,8 +158,10 @@ QPILOTS_HD ValueSlope<T> activate(T x) {
     return silu<kAccuracy>(x);
   else if constexpr (kActivation == Activation::kMish)
     return mish(x);
-  else
+  else if constexpr (kActivation == Activation::kTanh)
     return hyperbolic_tangent(x);
+  else
+    static_assert(sizeof(T) == 0, "an activation without a formula");
 }
 
 }  // namespace qpilots

@@ -1,40 +1,94 @@
 // What a network and a sampling call are, as plain data: the only description that kernels read.
+//
+// Each list below makes an enum, or a struct, and its description (interface.h), which Python compares with its own
+// (qpilots_fast/backends/params.py) when a compiled library is loaded.
 #pragma once
 
 #include <cstdint>
 
 namespace qpilots {
 
-enum class Activation : std::int32_t { kGeluTanh, kGelu, kRelu, kSilu, kMish, kTanh };
-enum class NormPlacement : std::int32_t { kNone, kPre, kPost };  // pre: act(LN(z)); post: LN(act(z))
-enum class Aggregation : std::int32_t { kPessimistic, kMean, kMin };
-enum class Scale : std::int32_t { kNormMatch, kAbsolute, kGaf };
-enum class Clip : std::int32_t { kStraightThrough, kMasked, kNone };
-enum class Estimate : std::int32_t { kNoisy, kTweedie, kMfm, kGlass };
-enum class QScale : std::int32_t { kNone, kNumber, kBatchStd };
+// X(enumerator, the name in Python)
+#define QPILOTS_ACTIVATIONS(X) \
+  X(kGeluTanh, "gelu_tanh")    \
+  X(kGelu, "gelu")             \
+  X(kRelu, "relu")             \
+  X(kSilu, "silu")             \
+  X(kMish, "mish")             \
+  X(kTanh, "tanh")
+#define QPILOTS_NORM_PLACEMENTS(X)  \
+  X(kNone, "none")                  \
+  X(kPre, "pre")   /* act(LN(z)) */ \
+  X(kPost, "post") /* LN(act(z)) */
+#define QPILOTS_AGGREGATIONS(X)  \
+  X(kPessimistic, "pessimistic") \
+  X(kMean, "mean")               \
+  X(kMin, "min")
+#define QPILOTS_SCALES(X)     \
+  X(kNormMatch, "norm_match") \
+  X(kAbsolute, "absolute")    \
+  X(kGaf, "gaf")
+#define QPILOTS_CLIPS(X)                  \
+  X(kStraightThrough, "straight_through") \
+  X(kMasked, "masked")                    \
+  X(kNone, "none")
+#define QPILOTS_ESTIMATES(X) \
+  X(kNoisy, "noisy")         \
+  X(kTweedie, "tweedie")     \
+  X(kMfm, "mfm")             \
+  X(kGlass, "glass")
+#define QPILOTS_Q_SCALES(X) \
+  X(kNone, "none")          \
+  X(kNumber, "number")      \
+  X(kBatchStd, "batch_std")
 
-// How a step steers; the fields of qpilots_fast.Steering.
+// X(enum, its list)
+#define QPILOTS_ENUMS(X)                    \
+  X(Activation, QPILOTS_ACTIVATIONS)        \
+  X(NormPlacement, QPILOTS_NORM_PLACEMENTS) \
+  X(Aggregation, QPILOTS_AGGREGATIONS)      \
+  X(Scale, QPILOTS_SCALES)                  \
+  X(Clip, QPILOTS_CLIPS)                    \
+  X(Estimate, QPILOTS_ESTIMATES)            \
+  X(QScale, QPILOTS_Q_SCALES)
+
+template <class Enum>
+inline constexpr int kCount = 0;  // of enumerators
+
+#define QPILOTS_ENUMERATOR(enumerator, name) enumerator,
+#define QPILOTS_ONE_MORE(enumerator, name) +1
+#define QPILOTS_DEFINE_ENUM(Enum, LIST)                        \
+  enum class Enum : std::int32_t { LIST(QPILOTS_ENUMERATOR) }; \
+  template <>                                                  \
+  inline constexpr int kCount<Enum> = 0 LIST(QPILOTS_ONE_MORE);
+QPILOTS_ENUMS(QPILOTS_DEFINE_ENUM)
+
+// How a step steers: X(type, field) for the fields of qpilots_fast.Steering, and the bounds of the actions.
+#define QPILOTS_STEERING_FIELDS(X)                                                      \
+  X(Estimate, estimate)                                                                 \
+  X(Clip, clip)                                                                         \
+  X(Aggregation, aggregation)                                                           \
+  X(Scale, scale)                                                                       \
+  X(QScale, q_scale_kind)                                                               \
+  X(std::int32_t, full_jacobian) /* 0: the gradient at the estimate is used as it is */ \
+  X(std::int32_t, steer_first_step)                                                     \
+  X(std::int32_t, num_samples) /* N posterior draws; 1 for noisy and tweedie */         \
+  X(std::int32_t, glass_steps) /* m inner Euler steps */                                \
+  X(float, alpha)                                                                       \
+  X(float, rho)                                                                         \
+  X(float, tau)                                                                         \
+  X(float, q_scale)                                                                     \
+  X(float, eps) /* of the norm match */                                                 \
+  X(float, max_grad_norm)                                                               \
+  X(float, gaf_beta)                                                                    \
+  X(float, gaf_decay)                                                                   \
+  X(float, gaf_min)                                                                     \
+  X(float, action_low)                                                                  \
+  X(float, action_high)
+
+#define QPILOTS_FIELD(type, field) type field;
 struct SteeringParams {
-  Estimate estimate;
-  Clip clip;
-  Aggregation aggregation;
-  Scale scale;
-  QScale q_scale_kind;
-  std::int32_t full_jacobian;  // 0: the gradient at the estimate is used as it is
-  std::int32_t steer_first_step;
-  std::int32_t num_samples;  // N posterior draws; 1 for noisy and tweedie
-  std::int32_t glass_steps;  // m inner Euler steps
-  float alpha;
-  float rho;
-  float tau;
-  float q_scale;
-  float eps;
-  float max_grad_norm;
-  float gaf_beta;
-  float gaf_decay;
-  float gaf_min;
-  float action_low;
-  float action_high;
+  QPILOTS_STEERING_FIELDS(QPILOTS_FIELD)
 };
 
 }  // namespace qpilots

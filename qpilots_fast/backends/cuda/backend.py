@@ -20,12 +20,13 @@ from ...spec import NetworkSpec, SamplerSpec
 from ...steering import Steering
 from ..base import Backend, BoundNetwork, BoundNetworks, Footprint, RawSample
 from ..counts import count_flops
+from ..params import steering_params
 from .build import library_paths
 from .counts import count_barriers, count_traffic
 from .layout import NetworkLayout, Presence, pack_table, presence
 from .library import BUILD_HINT, Library, MemoryRange, Recent, memory_map, weight_regions
 from .plan import Program, plan_network, plan_sample
-from .structs import SampleArgs, SteerStepArgs, steering_params
+from .structs import SampleArgs, SteerStepArgs
 
 __all__ = ["MAX_BATCH_SIZE", "CudaBackend", "PackedWeights"]
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...spec import NetworkSpec
 from ..base import BoundNetwork
-from .structs import PackItem
+from .structs import ELEMENT_TYPES, PackItem
 
-_ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # enum class ElementType
+_ELEMENT_TYPES = {getattr(torch, name): index for index, name in enumerate(ELEMENT_TYPES)}
 _WEIGHT_ALIGNMENT = 128  # bytes
 
 

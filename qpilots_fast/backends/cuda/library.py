@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendUnavailable
+from ..params import interface_mismatch
 from .layout import NetworkLayout
-from .structs import STRUCTURES
+from .structs import ELEMENT_TYPES, STAGES, STRUCTURES
 
 BUILD_HINT = "`qpilots-fast build-cuda` compiles it where nvcc is installed"
 _T = TypeVar("_T")
@@ -41,6 +42,11 @@ class Library:
         compiled = [self._functions.qpilots_cuda_struct_bytes(i) for i in range(len(STRUCTURES))]
         if compiled != [ctypes.sizeof(structure) for structure in STRUCTURES]:
             raise RuntimeError(f"{path} was built from another version of the sources; {BUILD_HINT}")
+        self._functions.qpilots_cuda_interface_text.restype = ctypes.c_char_p
+        text = self._functions.qpilots_cuda_interface_text().decode()
+        mismatch = interface_mismatch(text, {"Stage": STAGES, "ElementType": ELEMENT_TYPES})
+        if mismatch is not None:
+            raise RuntimeError(f"{path}: {mismatch}; {BUILD_HINT}")
 
     def call(self, name: str, *arguments: Any, memory: MemoryMap | None = None) -> None:
         """Calls qpilots_cuda_<name>; a failure becomes an exception with the message of CUDA."""

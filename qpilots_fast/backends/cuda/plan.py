@@ -10,10 +10,10 @@ from torch import Tensor
 from ...networks import time_features
 from ...spec import ACTIVATIONS, NetworkSpec, SamplerSpec
 from ...steering import Steering
+from ..params import NORM_PLACEMENTS, steering_params
 from .layout import NetworkLayout, Presence, Region, round_up
-from .structs import STAGES, Phase, SampleArgs, steering_params
+from .structs import STAGES, Phase, SampleArgs
 
-_NORMS = (None, "pre", "post")  # enum class NormPlacement
 _PLANE_ALIGNMENT = 32  # floats
 
 
@@ -91,7 +91,7 @@ class NetworkPhases:
             "source": self._values[layer],
             "source_slope": self._slopes[layer],
             "source_delta": self._deltas[layer],
-            "staged_norm": _NORMS.index(self.spec.layer_norm[layer]),
+            "staged_norm": NORM_PLACEMENTS.index(self.spec.layer_norm[layer]),
             "gamma": self.layout.gamma[layer],
             "beta": self.layout.beta[layer],
         }

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import ctypes
 
-from ...steering import AGGREGATIONS, CLIPS, ESTIMATES, SCALES, Steering
+from ..params import SteeringParams
 
 STAGES = ("rows", "state", "estimate", "map_input", "hidden", "critic_top", "delta", "cotangent")
+ELEMENT_TYPES = ("float32", "bfloat16", "float16", "float64")
 _I32, _I64, _F32, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-
-
-class SteeringParams(ctypes.Structure):
-    _fields_ = [
-        *((name, _I32) for name in ("estimate", "clip", "aggregation", "scale", "q_scale_kind", "full_jacobian")),
-        *((name, _I32) for name in ("steer_first_step", "num_samples", "glass_steps")),
-        *((name, _F32) for name in ("alpha", "rho", "tau", "q_scale", "eps", "max_grad_norm")),
-        *((name, _F32) for name in ("gaf_beta", "gaf_decay", "gaf_min", "action_low", "action_high")),
-    ]
 
 
 class Phase(ctypes.Structure):
@@ -66,24 +58,3 @@ class SteerStepArgs(ctypes.Structure):
 
 
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (Phase, SampleArgs, PackItem, SteerStepArgs)
-
-
-def steering_params(steering: Steering, low: float, high: float) -> SteeringParams:
-    """The steering as kernels read it."""
-    batch_std = steering.q_scale == "batch_std"
-    return SteeringParams(
-        estimate=ESTIMATES.index(steering.estimate),
-        clip=CLIPS.index(steering.clip),
-        aggregation=AGGREGATIONS.index(steering.aggregation),
-        scale=SCALES.index(steering.scale),
-        q_scale_kind=2 if batch_std else 0 if steering.q_scale is None else 1,
-        full_jacobian=steering.jacobian == "full",
-        steer_first_step=steering.steer_first_step,
-        num_samples=steering.num_samples,
-        glass_steps=steering.glass_steps,
-        q_scale=1.0 if batch_std or steering.q_scale is None else steering.q_scale,
-        action_low=low,
-        action_high=high,
-        **{name: getattr(steering, name) for name in ("alpha", "rho", "tau", "eps", "max_grad_norm")},
-        **{name: getattr(steering, name) for name in ("gaf_beta", "gaf_decay", "gaf_min")},
-    )

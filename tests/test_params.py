@@ -1,0 +1,90 @@
+"""The lists and structs that Python and C++ both write: equal, and what one side does not know is refused."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+
+from qpilots_fast import Steering
+from qpilots_fast.backends import cpu, params
+from qpilots_fast.backends.params import SteeringParams, interface_lines, interface_mismatch, steering_params
+
+needs_module = pytest.mark.skipif(cpu._import_failure() is not None, reason=str(cpu._import_failure()))
+MLP = {
+    "members": 1, "widths": [8, 4], "norms": [None], "activation": "tanh", "eps": 1e-6, "scalar_head": False,
+    "inputs": [(1, 0, 4)],
+}  # fmt: skip
+
+
+def text(own: dict[str, tuple[str, ...]]) -> str:
+    return "\n".join(interface_lines(own)) + "\n"
+
+
+def test_text_of_the_same_lists_matches():
+    own = {"Stage": ("rows", "state")}
+    assert interface_mismatch(text(own), own) is None
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("gelu_tanh gelu", "gelu gelu_tanh"),  # another order
+        (" mish tanh", " mish tanh elu"),  # a value more
+        ("norm_match absolute", "norm_match"),
+        ("rho:float32@40", "tau:float32@40"),  # another field
+        ("num_samples:int32", "num_samples:float32"),
+        ("Stage rows state\n", ""),
+    ],
+)
+def test_other_lists_are_refused(old: str, new: str):
+    own = {"Stage": ("rows", "state")}
+    assert old in text(own)
+    assert "other sources" in str(interface_mismatch(text(own).replace(old, new), own))
+
+
+@needs_module
+def test_compiled_module_of_other_sources_does_not_load(monkeypatch: pytest.MonkeyPatch):
+    cpu.load_module.cache_clear()
+    monkeypatch.setitem(params.ENUMS, "Activation", (*params.ENUMS["Activation"], "another"))
+    try:
+        with pytest.raises(ImportError, match="another"):
+            cpu.load_module()
+        assert "another" in str(cpu.CpuBackend().unavailable_reason())
+    finally:
+        cpu.load_module.cache_clear()
+
+
+@needs_module
+@pytest.mark.parametrize(
+    "changed", [{"activation": "another"}, {"norms": ["another"]}], ids=["activation", "norm placement"]
+)
+def test_network_with_an_unknown_value_is_refused(changed: dict):
+    module = cpu.load_module()
+    assert module.cpu_network(MLP, "float32", "") is not None
+    with pytest.raises(ValueError, match="another"):
+        module.cpu_network({**MLP, **changed}, "float32", "")
+
+
+@needs_module
+@pytest.mark.parametrize("field", ["estimate", "clip", "aggregation", "scale", "q_scale_kind"])
+def test_steering_with_an_unknown_value_is_refused(field: str):
+    module = cpu.load_module()
+    steering = steering_params(Steering.unsteered(), -1.0, 1.0)
+    plan = {"flow": module.cpu_network(MLP, "float32", ""), "critic": None, "posterior": None}
+    for bytes_of in (lambda: bytes(steering), lambda: bytes(steering)[:-4]):
+        setattr(steering, field, 99)
+        with pytest.raises(ValueError, match="steering"):
+            module.cpu_plan({**plan, "steering": bytes_of()})
+
+
+def test_steering_params_hold_every_number_of_a_steering():
+    steering = Steering(
+        alpha=0.3, rho=0.25, tau=2.0, eps=0.5, max_grad_norm=4.0, gaf_beta=5.0, gaf_decay=6.0, gaf_min=7.0
+    )
+    made = steering_params(steering, -2.0, 3.0)
+    for name, kind in params.FIELDS:
+        if kind is ctypes.c_float and hasattr(steering, name) and name != "q_scale":
+            assert getattr(made, name) == pytest.approx(getattr(steering, name))
+    assert (made.action_low, made.action_high, made.q_scale) == (-2.0, 3.0, 1.0)
+    assert ctypes.sizeof(SteeringParams) == 4 * len(params.FIELDS)
