@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..networks import time_features
-from ..reference import glass_coefficients
+from ..reference import GlassCoefficients, glass_coefficients
 from ..spec import NetworkSpec, SamplerSpec
 from .base import Backend, BoundNetwork, BoundNetworks, Footprint, QuickCall, RawSample, Slots
 from .counts import count_flops
@@ -169,15 +169,19 @@ def _plan(spec: SamplerSpec, isa: str) -> _Plan:
     critic = _network(spec.critic, spec.precision, isa) if steering.steers and spec.critic is not None else None
     posterior = _network(spec.posterior, spec.precision, isa) if uses_map and spec.posterior is not None else None
     flow_times = list(times)
+    glass: list[GlassCoefficients[float]] = []
     if steering.steers and steering.estimate == "glass":
         m = steering.glass_steps
-        flow_times += [glass_coefficients(t, i / m).t_star for t in times for i in range(m)]
+        glass = [glass_coefficients(t, i / m) for t in times for i in range(m)]
+        flow_times += [c.t_star for c in glass]
     fields = {
         "flow": flow,
         "critic": critic,
         "posterior": posterior,
         "steering": bytes(steering_params(steering, spec.action_low, spec.action_high)),
         "num_steps": steps,
+        "steered_steps": [k for k in range(steps) if steering.steers and (k > 0 or steering.steer_first_step)],
+        "glass": [(c.p_x, c.p_xbar, c.c_x, c.c_xbar, c.c_v) for c in glass],
         "obs_dim": spec.flow.obs_dim,
         "action_dim": spec.flow.action_dim,
         "steered_dims": None if steering.steered_dims is None else list(steering.steered_dims),

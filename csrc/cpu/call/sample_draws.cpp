@@ -59,10 +59,10 @@ void SampleRun::estimate_glass(int k, Tile tile, const Worker& w) {
       std::memcpy(row(a_, i), draw_noise(k, i), sizeof(float) * plan_.action_dim);
     }
     for (int s = 0; s < m; ++s) {
-      const GlassCoefficients& c = plan_.glass[static_cast<std::size_t>(k) * m + s];
-      const float px = static_cast<float>(c.x_point), pa = static_cast<float>(c.xbar_point);
-      const float cx = static_cast<float>(c.x_drift / m), ca = static_cast<float>(c.xbar_drift / m);
-      const float cv = static_cast<float>(c.v_drift / m);
+      const GlassStep& c = plan_.glass[static_cast<std::size_t>(k) * m + s];
+      const float px = static_cast<float>(c.p_x), pa = static_cast<float>(c.p_xbar);
+      const float cx = static_cast<float>(c.c_x / m), ca = static_cast<float>(c.c_xbar / m);
+      const float cv = static_cast<float>(c.c_v / m);
       for (int i = begin; i < end; ++i) {
         for (int d = 0; d < pitch_; ++d) row(jg_, i)[d] = px * row(x_, i / draws_)[d] + pa * row(a_, i)[d];
       }
@@ -137,10 +137,10 @@ void SampleRun::pull_back_glass(int k, Tile tile, const Worker& w) {
     const int begin = rows.begin + w.team.begin(rows.rows()), end = rows.begin + w.team.end(rows.rows());
     for (int i = begin; i < end; ++i) std::memset(row(gx_, i), 0, sizeof(float) * pitch_);
     for (int s = m - 1; s >= 0; --s) {
-      const GlassCoefficients& c = plan_.glass[static_cast<std::size_t>(k) * m + s];
-      const float cv = static_cast<float>(c.v_drift / m), cx = static_cast<float>(c.x_drift / m);
-      const float keep = static_cast<float>(1 + c.xbar_drift / m);
-      const float px = static_cast<float>(c.x_point), pa = static_cast<float>(c.xbar_point);
+      const GlassStep& c = plan_.glass[static_cast<std::size_t>(k) * m + s];
+      const float cv = static_cast<float>(c.c_v / m), cx = static_cast<float>(c.c_x / m);
+      const float keep = static_cast<float>(1 + c.c_xbar / m);
+      const float px = static_cast<float>(c.p_x), pa = static_cast<float>(c.p_xbar);
       for (int i = begin; i < end; ++i) {
         for (int d = 0; d < pitch_; ++d) row(vhat_, i)[d] = cv * row(g_, i)[d];
       }

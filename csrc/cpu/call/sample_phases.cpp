@@ -103,7 +103,7 @@ void SampleRun::flow_forward(Tile tile, const Worker& w, const float* src, int g
 }
 
 void SampleRun::denoise(int k, Tile tile, const Worker& w) {
-  const bool steered = plan_.steered(k);
+  const bool steered = plan_.steered[k];
   const Saves saves{steered && keep_flow_ ? flow_saves_ : nullptr, batch_, tile.begin};
   flow_forward(tile, w, x_, 1, flow_time_ + static_cast<std::size_t>(k) * plan_.flow->first_padded(), saves, v_);
   const int begin = tile.begin + w.team.begin(tile.rows()), end = tile.begin + w.team.end(tile.rows());

@@ -23,7 +23,7 @@ SampleRun::SampleRun(const SamplerPlan& plan, const SampleArgs& args, int thread
       pitch_(padded(plan.action_dim)),
       threads_(threads),
       tile_rows_(plan.flow->fk().tile_rows) {
-  for (int k = 0; k < plan.steps; ++k) any_steered_ = any_steered_ || plan.steered(k);
+  for (int k = 0; k < plan.steps; ++k) any_steered_ = any_steered_ || plan.steered[k];
   keep_flow_ = any_steered_ && steering_.estimate == Estimate::kTweedie && steering_.full_jacobian;
   flow_tiles_ = tile_count(batch_, tile_rows_, 1, threads_);
   critic_tiles_ = any_steered_ ? tile_count(draw_rows_, tile_rows_, plan.critic->shape().members, threads_) : 0;
@@ -149,7 +149,7 @@ void SampleRun::run(int thread, int threads) {
   for (int k = 0; k < plan_.steps; ++k) {
     for_flow_tiles(thread, threads, [&](Tile tile, const Worker& w) { denoise(k, tile, w); });
     lap(kDenoise);
-    if (!plan_.steered(k)) continue;
+    if (!plan_.steered[k]) continue;
     all_->wait(threads);
     const int items = plan_.critic->shape().members * critic_tiles_;
     for_queued_items(items, thread, threads, queues_[2 + k], barriers_, [&](int i, const Team& team, int leader) {

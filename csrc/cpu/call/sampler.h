@@ -7,7 +7,6 @@
 
 #include "call/network.h"
 #include "live/workspace.h"
-#include "qpilots/glass.h"
 
 namespace qpilots::cpu {
 
@@ -16,20 +15,26 @@ struct PackedWeights {
   Buffer arenas[3];
 };
 
+// One of the m inner steps of a GLASS draw, a += (c_x x + c_xbar a + c_v flow(p_x x + p_xbar a, t*)) / m.
+struct GlassStep {
+  double p_x, p_xbar, c_x, c_xbar, c_v;
+};
+
 struct SamplerPlan {
-  std::shared_ptr<const Network> flow, critic, posterior;  // the last two may be null
+  std::shared_ptr<const Network> flow, critic, posterior;  // null: takes no part in a call
   SteeringParams steering{};
   int steps = 1;
   int obs_dim = 0, action_dim = 0;
-  bool steers = false;
+  std::vector<unsigned char> steered;     // [K] 1 where the critic is asked
   std::vector<unsigned char> mask;        // steered dims, or empty
   std::vector<float> flow_times;          // [K (+ K m for glass), dim]
   std::vector<float> posterior_times[3];  // t, s, u: [K, dim] each
-  std::vector<GlassCoefficients> glass;   // [K, m]
+  std::vector<GlassStep> glass;           // [K, m], or empty
 
   const Network* network(int i) const { return i == 0 ? flow.get() : i == 1 ? critic.get() : posterior.get(); }
-  bool steered(int k) const { return steers && (k > 0 || steering.steer_first_step); }
-  bool draws() const { return steering.estimate == Estimate::kMfm || steering.estimate == Estimate::kGlass; }
+  bool draws() const {  // posterior noise is needed
+    return critic != nullptr && (steering.estimate == Estimate::kMfm || steering.estimate == Estimate::kGlass);
+  }
 };
 
 #define QPILOTS_PHASES(X) \

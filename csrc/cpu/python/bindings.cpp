@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -107,13 +108,16 @@ std::shared_ptr<SamplerPlan> make_plan(const py::dict& d) {
   plan->steps = d["num_steps"].cast<int>();
   plan->obs_dim = d["obs_dim"].cast<int>();
   plan->action_dim = d["action_dim"].cast<int>();
-  plan->steers = plan->steering.alpha > 0;
   require(plan->flow != nullptr && plan->steps >= 1, "a sampler needs a flow and num_steps >= 1");
   require(plan->flow->shape().members == 1, "the flow must have one member");
   const SteeringParams& s = plan->steering;
-  require(!plan->steers || plan->critic != nullptr, "steering needs a critic");
-  require(!plan->steers || s.estimate != Estimate::kMfm || plan->posterior != nullptr,
-          "estimate 'mfm' needs a posterior");
+  plan->steered.assign(plan->steps, 0);
+  for (int k : d["steered_steps"].cast<std::vector<int>>()) {
+    require(k >= 0 && k < plan->steps, "steered_steps: index out of range");
+    require(plan->critic != nullptr, "a steered step needs a critic");
+    require(s.estimate != Estimate::kMfm || plan->posterior != nullptr, "estimate 'mfm' needs a posterior");
+    plan->steered[k] = 1;
+  }
   for (int n = 0; n < 3; ++n) {
     const Network* net = plan->network(n);
     if (net == nullptr) continue;
@@ -131,14 +135,10 @@ std::shared_ptr<SamplerPlan> make_plan(const py::dict& d) {
       plan->mask[dim] = 1;
     }
   }
-  if (s.estimate == Estimate::kGlass && plan->steers) {
-    for (int k = 0; k < plan->steps; ++k) {
-      for (int i = 0; i < s.glass_steps; ++i) {
-        plan->glass.push_back(
-            glass_coefficients(static_cast<double>(i) / s.glass_steps, static_cast<double>(k) / plan->steps));
-      }
-    }
-  }
+  const auto glass = d["glass"].cast<std::vector<std::array<double, 5>>>();
+  const std::size_t inner = static_cast<std::size_t>(plan->steps) * s.glass_steps;
+  require(glass.size() == (s.estimate == Estimate::kGlass && plan->critic != nullptr ? inner : 0), "glass: wrong size");
+  for (const auto& [p_x, p_xbar, c_x, c_xbar, c_v] : glass) plan->glass.push_back({p_x, p_xbar, c_x, c_xbar, c_v});
   plan->flow_times = floats(d["flow_times"]);
   require(plan->flow_times.size() == (plan->steps + plan->glass.size()) * plan->flow->shape().input_dims[kT],
           "flow_times: wrong size");
@@ -154,13 +154,9 @@ std::shared_ptr<SamplerPlan> make_plan(const py::dict& d) {
   return plan;
 }
 
-bool uses(const SamplerPlan& plan, int n) {
-  return n == 0 || (plan.steers && (n == 1 || plan.steering.estimate == Estimate::kMfm));
-}
-
 void check_bound(const SamplerPlan& plan, const BoundSources* const (&bound)[3]) {
   for (int n = 0; n < 3; ++n) {
-    require(!uses(plan, n) || bound[n] != nullptr, "parameters of a network that the sampler needs are missing");
+    require(plan.network(n) == nullptr || bound[n] != nullptr, "parameters of a network are missing");
     require(bound[n] == nullptr || bound[n]->net.get() == plan.network(n), "parameters belong to another network");
   }
 }
@@ -171,7 +167,7 @@ void sample_binding(const std::shared_ptr<SamplerPlan>& plan, const BoundSources
                     std::uintptr_t nonfinite, int batch, int threads, std::uintptr_t phase_seconds) {
   require(batch >= 1 && threads >= 1, "batch and threads must be at least 1");
   require((obs != 0 || plan->obs_dim == 0) && noise != 0 && actions != 0, "a null pointer was given");
-  require(!(plan->steers && plan->draws()) || posterior_noise != 0, "posterior_noise is missing");
+  require(!plan->draws() || posterior_noise != 0, "posterior_noise is missing");
   SampleArgs args;
   set_weights(*plan, flow, critic, posterior, packed, args);
   args.batch = batch;
@@ -228,7 +224,7 @@ void set_weights(const SamplerPlan& plan, const BoundSources* flow, const BoundS
   const BoundSources* const bound[3] = {flow, critic, posterior};
   if (packed == nullptr) check_bound(plan, bound);
   for (int n = 0; n < 3; ++n) {
-    if (!uses(plan, n)) continue;
+    if (plan.network(n) == nullptr) continue;
     if (packed == nullptr) {
       args.sources[n] = bound[n]->sources.data();
       args.live[n] = bound[n]->live.get();

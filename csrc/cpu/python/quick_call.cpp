@@ -81,7 +81,7 @@ class QuickCall {
     args.obs = read(obs, {&rows, plan_->obs_dim});
     if (args.obs == nullptr || rows < 1 || rows > std::numeric_limits<int>::max() / 64) return py::none();
     const Py_ssize_t action_dim = plan_->action_dim, draws = plan_->steering.num_samples;
-    const bool takes_draws = plan_->steers && plan_->draws();
+    const bool takes_draws = plan_->draws();
     // what was given first: nothing is drawn for a call that the general path, which draws too, must make
     if (!noise.is_none() && (args.noise = read(noise, {&rows, action_dim})) == nullptr) return py::none();
     if (takes_draws && !posterior_noise.is_none()) {
