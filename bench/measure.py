@@ -166,10 +166,9 @@ def count_cost(workload: Workload, precisions: Sequence[str]) -> tuple[int, dict
     """
     footprint = workload.sampler("reference").explain(workload.batch_size).footprint
     assert footprint is not None
-    steering, steps = workload.steering, workload.num_steps
-    steered = steps - (0 if steering.steer_first_step else 1)
-    pulled_back = steered if steering.estimate == "tweedie" and steering.jacobian == "full" else 0
-    networks = [(workload.flow.spec, steps + pulled_back), (workload.critic.spec, 2 * steered)]
+    steered = len(workload.steering.steered_steps(workload.num_steps))
+    pulled_back = steered if workload.steering.pulls_flow else 0
+    networks = [(workload.flow.spec, workload.num_steps + pulled_back), (workload.critic.spec, 2 * steered)]
     if workload.posterior is not None:
         networks.append((workload.posterior.spec, 2 * steered))
     elements = [network_macs(spec) * spec.num_members for spec, _ in networks]

@@ -19,8 +19,8 @@ from rich.table import Table
 from torch import Tensor
 
 from qpilots_fast import BackendUnavailable, backends, reference
-from qpilots_fast.backends.reference import evaluators as reference_evaluators
-from qpilots_fast.composite import composite_evaluators
+from qpilots_fast.backends import Call
+from qpilots_fast.evaluators import evaluators, reference_evaluators
 from qpilots_fast.reference import Evaluators, Pullback
 from qpilots_fast.spec import PRECISIONS
 
@@ -114,9 +114,9 @@ def record_loop(workload: Workload, backend: str, precision: str, record: Record
         if backend == "reference":
             spec, networks = sampler._spec, sampler._networks()
             assert spec is not None
-            net = reference_evaluators(spec, networks, workload.obs, torch.float32, precision)
+            net = reference_evaluators(networks, workload.obs, torch.float32, precision)
         else:
-            net = composite_evaluators(
+            net = evaluators(
                 workload.flow, workload.critic, workload.posterior, workload.steering, engine, precision, workload.obs
             )
 
@@ -166,10 +166,12 @@ def fused_phases(workload: Workload, backend: str, precision: str, calls: int) -
     if sample_phases is None:
         return None
     sampler = workload.sampler(backend, precision)
-    networks = sampler._networks()
+    spec, networks = sampler._spec, sampler._networks()
+    assert spec is not None
+    call = Call(spec, networks, workload.obs, workload.noise, workload.posterior_noise)
 
     def once() -> dict[str, float]:
-        return sample_phases(sampler._spec, networks, workload.obs, workload.noise, workload.posterior_noise)[1]
+        return sample_phases(call)[1]
 
     once()
     measured = [once() for _ in range(calls)]

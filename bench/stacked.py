@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qpilots_fast.backends.base import BoundNetwork
-from qpilots_fast.networks import time_features
-from qpilots_fast.spec import NetworkSpec
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "silu": F.silu,
-    "mish": F.mish,
-    "tanh": torch.tanh,
-}
-
-
-def time_rows(spec: NetworkSpec, times: list[float]) -> Tensor:
-    """Time features of each step, [K, dim], float64."""
-    t = torch.tensor(times, dtype=torch.float64).unsqueeze(-1)
-    return time_features(t, spec.time_embedding, spec.time_embedding_dim)
+from qpilots_fast.activations import ACTIVATIONS
+from qpilots_fast.spec import BoundNetwork
 
 
 class StackedNetwork:
@@ -73,13 +55,9 @@ class StackedNetwork:
         if "t" not in spec.block_slices:
             return None
         first = network.layers[0].weight[0]
-        steps = [k / num_steps for k in range(num_steps)]
-        blocks = {"t": steps, "s": [0.0] * num_steps, "u": [1.0] * num_steps}
         table = first.new_zeros(num_steps, spec.hidden_dims[0], dtype=torch.float64)
-        for block, times in blocks.items():
-            if block in spec.block_slices:
-                features = time_rows(spec, times).to(first.device)
-                table = table + features @ first[:, spec.block_slices[block]].double().T
+        for block, features in spec.time_rows([k / num_steps for k in range(num_steps)]).items():
+            table = table + features.to(first.device) @ first[:, spec.block_slices[block]].double().T
         return table.unsqueeze(1).to(self.dtype)
 
     def linear(self, bias: Tensor, h: Tensor, weight: Tensor) -> Tensor:
@@ -95,7 +73,7 @@ class StackedNetwork:
     def rest(self, z: Tensor) -> Tensor:
         """Everything after the first layer's product z [.., B, H]; returns [.., B, out]."""
         spec = self.spec
-        activation = ACTIVATIONS[spec.activation]
+        activation = ACTIVATIONS[spec.activation].function
         for index, placement in enumerate(spec.layer_norm):
             if placement == "pre":
                 z = self._normalise(z, index)

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .candidates import rotated_starts
 from .networks import PackableNetwork
 from .steering import Steering
-
-
-@lru_cache(maxsize=64)
-def _candidate_rotations(count: int, dim: int) -> Tensor:
-    """[count, dim, dim] fixed orthogonal matrices, the first the identity: R e ~ N(0, I) when e is."""
-    generator = torch.Generator().manual_seed(0x9E3779B9)
-    rotations = torch.linalg.qr(torch.randn(count, dim, dim, generator=generator, dtype=torch.float64, device="cpu")).Q
-    rotations[0] = torch.eye(dim, dtype=torch.float64, device="cpu")
-    return rotations
 
 
 def check_bound(name: str, value: object) -> float:
@@ -53,6 +44,14 @@ def check_finite(name: str, value: Tensor | None) -> None:
     if not bool(torch.isfinite(value).all()):
         bad = (~torch.isfinite(value)).sum().item()
         raise ValueError(f"{name} has {bad} non-finite values; expected finite numbers (check your normalisation).")
+
+
+def check_all_finite(obs: Any, noise: Tensor, posterior_noise: Tensor | None) -> None:
+    """Raises ValueError where anything that a call starts from is not finite."""
+    check_finite("noise", noise)
+    check_finite("posterior_noise", posterior_noise)
+    if isinstance(obs, Tensor) and obs.is_floating_point():
+        check_finite("obs", obs)
 
 
 def check_actions(actions: Tensor) -> None:
@@ -116,11 +115,7 @@ def start_noise(
     if noise is None:
         return torch.randn(batch_size, count, action_dim, device=device, dtype=dtype, generator=generator)
     if tuple(noise.shape) == (batch_size, action_dim):
-        noise = noise.to(dtype)
-        if count == 1:
-            return noise.unsqueeze(1)
-        rotations = _candidate_rotations(count, action_dim).to(device)
-        return torch.einsum("nij,bj->bni", rotations, noise.double()).to(dtype)
+        return rotated_starts(noise.to(dtype), count)
     if count > 1 and tuple(noise.shape) == (batch_size, count, action_dim):
         return noise.to(dtype)
     also = f" or [{batch_size}, {count}, {action_dim}]" if count > 1 else ""
@@ -138,7 +133,7 @@ def start_posterior_noise(
     generator: torch.Generator | None,
 ) -> Tensor | None:
     """The draws' noise [K, B, N, A], or None where no draw is taken."""
-    if not (steering.steers and steering.uses_posterior):
+    if not steering.draws_posterior:
         return None
     shape = (num_steps, batch_size, steering.num_samples, action_dim)
     if eps is None:

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .reference import glass_coefficients
 from .steering import check_choice, check_number
+from .times import glass_coefficients
 
 CONSISTENCIES: tuple[str, ...] = ("eulerian", "semigroup")
 

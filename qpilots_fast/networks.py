@@ -12,39 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backends.base import BoundNetwork
-from .spec import ACTIVATIONS, TIME_EMBEDDINGS, LayerParameters, NetworkSpec, NormPlacement
-
-_ACTIVATION_FUNCTIONS = {
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "silu": F.silu,
-    "mish": F.mish,
-    "tanh": torch.tanh,
-}
-
-
-def time_features(t: Tensor, embedding: str, dim: int) -> Tensor:
-    """Embeds flow times: raw [t]; sinusoidal cos, sin of 1e4 t 1e4^(-i/half); fourier cos, sin of t i.
-
-    Computed in float64, since 1e4 t in float32 already moves an action by 1e-4 (see docs/method.md).
-
-    Args:
-        t: [..., 1], in [0, 1].
-        embedding: "raw", "sinusoidal" (QGF) or "fourier" (QAM).
-        dim: width of the result; 1 for raw, else even.
-
-    Returns:
-        [..., dim], float64.
-    """
-    t = t.to(torch.float64)
-    if embedding == "raw":
-        return t
-    half = dim // 2
-    index = torch.arange(half, dtype=torch.float64, device=t.device)
-    angles = t * (1e4 * 1e4 ** (-index / half)) if embedding == "sinusoidal" else t * index
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+from .activations import ACTIVATIONS
+from .spec import TIME_EMBEDDINGS, BoundNetwork, LayerParameters, NetworkSpec, NormPlacement
+from .times import time_features
 
 
 def bind(spec: NetworkSpec, flat: Sequence[Tensor]) -> BoundNetwork:
@@ -200,7 +170,7 @@ class _TimedMLP(PackableNetwork):
         return features.to(like.dtype).expand(*like.shape[:-1], -1)
 
     def _mlp(self, blocks: Sequence[Tensor]) -> Tensor:
-        act = _ACTIVATION_FUNCTIONS[self.spec.activation]
+        act = ACTIVATIONS[self.spec.activation].function
         h = torch.cat(list(blocks), dim=-1)
         for linear, norm, placement in zip(self.hidden, self.norms, self.spec.layer_norm):
             h = act(norm(linear(h))) if placement != "post" else norm(act(linear(h)))
@@ -343,7 +313,7 @@ class CriticEnsemble(PackableNetwork):
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         """Returns q_values [E, B] at obs [B, S], actions [B, A]."""
-        act = _ACTIVATION_FUNCTIONS[self.spec.activation]
+        act = ACTIVATIONS[self.spec.activation].function
         h = torch.cat([obs, actions], dim=-1).expand(self.spec.num_members, -1, -1)
         norms = iter(zip(self.norm_weights, self.norm_biases))
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases)):

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .backends.base import Backend, BoundNetwork, BoundNetworks
-from .backends.reference import compute_dtype, evaluators
+from .backends import Backend, Call, Request
+from .evaluators import NetworkCall, backend_call, compute_dtype, packed_critic, reference_call, reference_evaluators
 from .inputs import check_actions
 from .networks import bind
-from .spec import NetworkSpec, SamplerSpec, network_spec_from_json
+from .spec import BoundNetworks, NetworkSpec, SamplerSpec, network_spec_from_json
 from .steering import Steering
 
 # ---------------------------------------------------------------- differentiable references, by operator name
@@ -22,30 +22,25 @@ from .steering import Steering
 
 
 def _network_forward(
-    spec: NetworkSpec, parameters: Sequence[Tensor], precision: str, named: dict[str, Tensor]
-) -> Tensor:
-    blocks = reference.ordered_blocks(spec, named)
-    return reference.ReferenceNetwork(bind(spec, parameters), compute_dtype(precision, *blocks[:2]), precision)(blocks)[
-        0
-    ]
+    tensors: Sequence[Tensor], parameters: Sequence[Tensor], spec_json: str, precision: str
+) -> tuple[NetworkSpec, Tensor]:
+    spec = network_spec_from_json(spec_json)
+    blocks = spec.ordered(_named_inputs(spec, tensors))
+    dtype = compute_dtype(precision, *tensors[:2])
+    return spec, reference.ReferenceNetwork(bind(spec, parameters), dtype, precision)(blocks)[0]
 
 
 def _velocity_reference(
     tensors: Sequence[Tensor], parameters: Sequence[Tensor], spec_json: str, precision: str, backend: str
 ) -> Tensor:
-    obs, noisy_actions, t = tensors
-    spec = network_spec_from_json(spec_json)
-    times = reference.time_block(spec, t, len(noisy_actions), noisy_actions.device)
-    named = {"obs": obs, "noisy_actions": noisy_actions, "t": times}
-    return _network_forward(spec, parameters, precision, named)[0]
+    return _network_forward(tensors, parameters, spec_json, precision)[1][0]
 
 
 def _critic_values_reference(
     tensors: Sequence[Tensor], parameters: Sequence[Tensor], spec_json: str, precision: str, backend: str
 ) -> Tensor:
-    obs, actions = tensors
-    named = {"obs": obs, "actions": actions}
-    return _network_forward(network_spec_from_json(spec_json), parameters, precision, named).squeeze(-1)
+    spec, output = _network_forward(tensors, parameters, spec_json, precision)
+    return spec.head(output)[0]
 
 
 def _pessimistic_q_reference(
@@ -86,19 +81,15 @@ def _posterior_weights_reference(
 
 
 def _steer_step_reference(tensors: Sequence[Tensor], parameters: Sequence[Tensor], *args: Any) -> Tensor:
-    def network(spec: NetworkSpec, precision: str, backend: str) -> _NetworkCall:
-        dtype = compute_dtype(precision, tensors[1])
-        return reference.ReferenceNetwork(bind(spec, parameters), dtype, precision)
+    def place(spec: NetworkSpec, precision: str, backend: str) -> NetworkCall:
+        return reference_call(bind(spec, parameters), compute_dtype(precision, tensors[1]), precision)
 
-    return _steer_step(tensors, network, *args)
-
-
-_NetworkCall = Callable[[Sequence[Tensor]], tuple[Tensor, reference.Pullback]]  # as ReferenceNetwork is called
+    return _steer_step(tensors, place, *args)
 
 
 def _steer_step(
     tensors: Sequence[Tensor],
-    network: Callable[[NetworkSpec, str, str], _NetworkCall],
+    place: Callable[[NetworkSpec, str, str], NetworkCall],
     dt: float,
     spec_json: str,
     steering_json: str,
@@ -109,13 +100,7 @@ def _steer_step(
 ) -> Tensor:
     obs, noisy_actions, v, t = tensors
     steering, spec = Steering.from_json(steering_json), network_spec_from_json(spec_json)
-    columns = spec.block_slices["actions"]
-    call = network(spec, precision, backend)
-
-    def critic(a: Tensor) -> tuple[Tensor, reference.Pullback]:
-        q, pullback = call(reference.ordered_blocks(spec, {"obs": obs, "actions": a}))
-        return q.squeeze(-1).to(a.dtype), lambda weights: pullback(weights.unsqueeze(-1))[..., columns].sum(0)
-
+    critic = packed_critic(spec, place(spec, precision, backend), obs)
     net = reference.Evaluators(flow=lambda *_: (v, lambda d: d), critic=critic)
     g, std = reference.steering_gradient(net, steering, noisy_actions, v, lambda d: d, t, None, (low, high))
     return noisy_actions + dt * reference.steer_velocity(v, g, steering, std)[0]
@@ -127,29 +112,21 @@ def _sample_reference(
     obs, noise, *rest = tensors
     spec = SamplerSpec.from_json(spec_json)
     dtype = compute_dtype(spec.precision, obs, noise)
-    net = evaluators(spec, _bind_sampler(spec, parameters), obs.to(dtype), dtype, spec.precision)
+    net = reference_evaluators(_bind_sampler(spec, parameters), obs.to(dtype), dtype, spec.precision)
     eps = rest[0].to(dtype) if rest else None
-    raw = reference.sample(
-        net, spec.steering, spec.num_steps, noise.to(dtype), eps, (spec.action_low, spec.action_high)
-    )
+    raw = reference.sample(net, spec.steering, spec.num_steps, noise.to(dtype), eps, spec.bounds)
     assert raw.gradient_norms is not None and raw.nonfinite is not None
     return raw.actions, raw.gradient_norms, raw.nonfinite
 
 
 def _bind_sampler(spec: SamplerSpec, parameters: Sequence[Tensor]) -> BoundNetworks:
     """Splits the flat list of flow, critic and posterior parameters."""
-    bound: list[BoundNetwork | None] = []
-    start = 0
-    for network in (spec.flow, spec.critic, spec.posterior):
-        if network is None:
-            bound.append(None)
-            continue
+    bound, start = {}, 0
+    for name, network in spec.networks.items():
         count = _parameter_count(network)
-        bound.append(bind(network, parameters[start : start + count]))
+        bound[name] = bind(network, parameters[start : start + count])
         start += count
-    flow, critic, posterior = bound
-    assert flow is not None
-    return BoundNetworks(flow, critic, posterior)
+    return BoundNetworks(**bound)
 
 
 def _parameter_count(spec: NetworkSpec) -> int:
@@ -163,19 +140,19 @@ def _parameter_count(spec: NetworkSpec) -> int:
 
 
 def _network_backend(name: str, precision: str, like: Tensor) -> Backend:
-    return backends.for_networks(name, precision, like.device, like.dtype)
+    return backends.choose(Request(name, precision, like.device, like.dtype)).backend
 
 
 def _blocks(spec: NetworkSpec, named: dict[str, Tensor], like: Tensor) -> list[Tensor]:
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return [block.detach().to(dtype).contiguous() for block in reference.ordered_blocks(spec, named)]
+    dtype = compute_dtype("float32", like)
+    return [block.detach().to(dtype).contiguous() for block in spec.ordered(named)]
 
 
 def _named_inputs(spec: NetworkSpec, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
     if spec.kind == "critic":
         return {"obs": tensors[0], "actions": tensors[1]}
-    times = reference.time_block(spec, tensors[2], len(tensors[1]), tensors[1].device)
-    return {"obs": tensors[0], "noisy_actions": tensors[1], "t": times}
+    times = spec.time_inputs(tensors[2], len(tensors[1]), tensors[1].device)
+    return {"obs": tensors[0], "noisy_actions": tensors[1], **times}
 
 
 def _run_network(
@@ -192,7 +169,7 @@ def _velocity_forward(tensors: Sequence[Tensor], parameters: Sequence[Tensor], *
 
 
 def _critic_values_forward(tensors: Sequence[Tensor], parameters: Sequence[Tensor], *args: Any) -> Tensor:
-    return _run_network(tensors, parameters, *args).squeeze(-1).clone()
+    return network_spec_from_json(args[0]).head(_run_network(tensors, parameters, *args))[0].clone()
 
 
 def _pessimistic_q_forward(
@@ -204,25 +181,16 @@ def _pessimistic_q_forward(
     precision: str,
     backend: str,
 ) -> Tensor:
-    q_values = _run_network(tensors, parameters, spec_json, precision, backend).squeeze(-1)
+    q_values = _critic_values_forward(tensors, parameters, spec_json, precision, backend)
     return reference.aggregate(q_values, aggregation, rho)
 
 
 def _steer_step_forward(tensors: Sequence[Tensor], parameters: Sequence[Tensor], *args: Any) -> Tensor:
-    def network(spec: NetworkSpec, precision: str, backend: str) -> _NetworkCall:
+    def place(spec: NetworkSpec, precision: str, backend: str) -> NetworkCall:
         chosen = _network_backend(backend, precision, tensors[1])
-        handle = chosen.prepare(bind(spec, [p.detach() for p in parameters]), precision)
+        return backend_call(chosen, bind(spec, [p.detach() for p in parameters]), precision)
 
-        def call(blocks: Sequence[Tensor]) -> tuple[Tensor, reference.Pullback]:
-            named = dict(zip(spec.input_order, blocks))
-            ready = _blocks(spec, named, tensors[1])
-            return chosen.forward(handle, ready, precision), lambda d: chosen.vjp(
-                handle, ready, d.contiguous(), precision
-            ).unsqueeze(0)  # already summed over the members
-
-        return call
-
-    return _steer_step(tensors, network, *args)
+    return _steer_step(tensors, place, *args)
 
 
 def _sample_forward(
@@ -230,16 +198,17 @@ def _sample_forward(
 ) -> tuple[Tensor, ...]:
     obs, noise, *rest = tensors
     spec = SamplerSpec.from_json(spec_json)
-    dtype = torch.float64 if torch.float64 in (obs.dtype, noise.dtype) else torch.float32
-    name = "reference" if dtype == torch.float64 and backend == "auto" else backend
-    chosen, _ = backends.choose(name, spec, noise.device, noise.shape[0])
+    dtype = compute_dtype("float32", obs, noise)
+    chosen = backends.choose(Request(backend, spec.precision, noise.device, dtype, spec, noise.shape[0])).backend
     raw = chosen.sample(
-        spec,
-        _bind_sampler(spec, [p.detach() for p in parameters]),
-        obs.to(dtype).contiguous(),
-        noise.to(dtype).contiguous(),
-        rest[0].to(dtype).contiguous() if rest else None,
-        return_info=True,
+        Call(
+            spec,
+            _bind_sampler(spec, [p.detach() for p in parameters]),
+            obs.to(dtype).contiguous(),
+            noise.to(dtype).contiguous(),
+            rest[0].to(dtype).contiguous() if rest else None,
+            return_info=True,
+        )
     )
     check_actions(raw.actions)
     assert raw.gradient_norms is not None and raw.nonfinite is not None
@@ -273,15 +242,17 @@ def _backend_vjp(
     chosen = _network_backend(backend, precision, tensors[1])
     handle = chosen.prepare(bind(spec, [p.detach() for p in parameters]), precision)
     blocks = _blocks(spec, _named_inputs(spec, tensors), tensors[1])
-    if name == "pessimistic_q":
-        q_values = chosen.forward(handle, blocks, precision).squeeze(-1)
-        cotangent = (reference.member_weights(q_values, args[2], args[1]) * grad).unsqueeze(-1)
+    if name == "velocity":
+        cotangent = grad.unsqueeze(0)
     else:
-        cotangent = grad.unsqueeze(0) if name == "velocity" else grad.unsqueeze(-1)
+        # a head of one output is the identity: its pullback needs no forward pass
+        output = chosen.forward(handle, blocks, precision) if name == "pessimistic_q" else grad.unsqueeze(-1)
+        q_values, head_back = spec.head(output)
+        weights = reference.member_weights(q_values, args[2], args[1]) if name == "pessimistic_q" else 1
+        cotangent = head_back(weights * grad)
     d_input = chosen.vjp(handle, blocks, cotangent.to(blocks[0].dtype).contiguous(), precision)
-    moving = "actions" if spec.kind == "critic" else "noisy_actions"
     grads = []
-    for tensor, block, need in zip(tensors, ("obs", moving), needs):
+    for tensor, block, need in zip(tensors, ("obs", spec.moving_block), needs):
         if need:
             grads.append(d_input[:, spec.block_slices[block]].to(tensor.dtype).clone())
     return grads

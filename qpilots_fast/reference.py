@@ -10,31 +10,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from .backends.base import RawSample
 from .reference_mlp import (
-    Pullback,
     ReferenceNetwork,
-    activation,
-    activation_derivative,
     layer_norm,
     layer_norm_vjp,
-    ordered_blocks,
-    time_block,
 )
+from .spec import Pullback, RawSample
 from .steering import Steering
+from .times import GlassCoefficients, glass_coefficients
 
 __all__ = [
     "Evaluators",
     "GlassCoefficients",
     "Pullback",
     "ReferenceNetwork",
-    "activation",
-    "activation_derivative",
     "aggregate",
     "clean_actions",
     "ensemble_std",
@@ -43,16 +36,13 @@ __all__ = [
     "layer_norm",
     "layer_norm_vjp",
     "member_weights",
-    "ordered_blocks",
     "posterior_weights",
     "row_norm",
     "sample",
     "steer_velocity",
     "steered_mask",
     "steering_gradient",
-    "time_block",
 ]
-Time = TypeVar("Time", float, Tensor)
 
 # ---------------------------------------------------------------- one step, row by row
 
@@ -196,50 +186,6 @@ def glass_draw(
     return xbar, pull_back
 
 
-@dataclass(frozen=True)
-class GlassCoefficients(Generic[Time]):
-    """w = c_x x + c_xbar xbar + c_v v(p_x x + p_xbar xbar, t_star)."""
-
-    p_x: Time
-    p_xbar: Time
-    t_star: Time
-    c_x: Time
-    c_xbar: Time
-    c_v: Time
-
-
-def glass_coefficients(t: Time, s: Time) -> GlassCoefficients[Time]:
-    """Coefficients of the GLASS posterior velocity at outer time t and inner time s, in its non-singular form.
-
-    Two noisy looks at x1, x = t x1 + (1-t) e and xbar = s x1 + (1-s) e0, combine by precision into one look at
-    time t* = h/(h+g) with h = sqrt(p^2+q^2), p = t(1-s), q = s(1-t), g = (1-t)(1-s).
-
-    t and s are two numbers, or two tensors of one shape; both are held at or below 1 - 1e-4.
-    """
-    latest = 1 - 1e-4
-    if isinstance(t, Tensor):
-        t, s = t.clamp(max=latest), s.clamp(max=latest)
-    else:
-        t, s = min(t, latest), min(s, latest)
-    p, q, g = t * (1 - s), s * (1 - t), (1 - t) * (1 - s)
-    if isinstance(p, Tensor):
-        h = torch.hypot(p, q)
-        positive = torch.where(h > 0, h, torch.ones_like(h))
-        a, b = p / positive, torch.where(h > 0, q / positive, torch.ones_like(h))
-    else:
-        h = math.hypot(p, q)
-        a, b = (p / h, q / h) if h > 0 else (0.0, 1.0)
-    total = h + g
-    return GlassCoefficients(
-        p_x=a * (1 - s) / total,
-        p_xbar=b * (1 - t) / total,
-        t_star=h / total,
-        c_x=a / total,
-        c_xbar=((1 - t) * (b - 1) - t * a) / total,
-        c_v=(1 - t) / total,
-    )
-
-
 def _critic_gradient(
     critic: Callable[[Tensor], tuple[Tensor, Pullback]], a: Tensor, steering: Steering, low: float, high: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,7 +218,7 @@ def steering_gradient(
     if not steering.uses_posterior:
         a = x if steering.estimate == "noisy" else clean_actions(x, v, t)
         d_a, q_bar, std = _critic_gradient(net.critic, a, steering, *bounds)
-        if steering.estimate == "tweedie" and steering.jacobian == "full":
+        if steering.pulls_flow:
             d_a = d_a + (1 - t) * flow_pullback(d_a)
         return d_a * steering.tau / _q_scale(q_bar, steering), std
     assert eps is not None and isinstance(t, float)
@@ -314,10 +260,11 @@ def sample(
     no_norm = noise.new_zeros(noise.shape[0])
     all_finite = torch.zeros(noise.shape[0], dtype=torch.bool, device=noise.device)
     norms, nonfinite = [no_norm] * num_steps, [all_finite] * num_steps
+    steered = steering.steered_steps(num_steps)
     for k in range(num_steps):
         t = k / num_steps
         v, flow_pullback = net.flow(x, t)
-        if steering.steers and (k > 0 or steering.steer_first_step):
+        if k in steered:
             eps = None if posterior_noise is None else posterior_noise[k]
             g, std = steering_gradient(net, steering, x, v, flow_pullback, t, eps, bounds)
             v, norms[k], nonfinite[k] = steer_velocity(v, g, steering, std)

@@ -1,73 +1,15 @@
-"""The reference's networks: activations, LayerNorm and MLP ensembles with explicit vector-Jacobian products."""
+"""The reference's networks: LayerNorm and MLP ensembles with explicit vector-Jacobian products."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .backends.base import BoundNetwork
-from .networks import time_features
-from .spec import NetworkSpec
-
-Pullback = Callable[[Tensor], Tensor]
-
-# ---------------------------------------------------------------- activations and LayerNorm
-
-_SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
-_GELU_CUBIC = 0.044715
-
-
-def activation(z: Tensor, kind: str) -> Tensor:
-    """act(z); kind is one of spec.ACTIVATIONS."""
-    if kind == "gelu_tanh":
-        return 0.5 * z * (1 + _gelu_tanh(z)[0])
-    if kind == "gelu":
-        return 0.5 * z * (1 + torch.erf(z / math.sqrt(2)))
-    if kind == "relu":
-        return z.clamp(min=0)
-    if kind == "silu":
-        return z * torch.sigmoid(z)
-    if kind == "mish":
-        return z * torch.tanh(_softplus(z))
-    return torch.tanh(z)
-
-
-def activation_derivative(z: Tensor, kind: str) -> Tensor:
-    """d act / dz; at relu's kink, 0 as in PyTorch."""
-    if kind == "gelu_tanh":
-        tanh, slope = _gelu_tanh(z)
-        return 0.5 * (1 + tanh) + 0.5 * z.clamp(-_FLAT, _FLAT) * slope
-    if kind == "gelu":
-        density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-        return 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * density
-    if kind == "relu":
-        return (z > 0).to(z.dtype)
-    if kind == "silu":
-        sigmoid = torch.sigmoid(z)
-        return sigmoid * (1 + z * (1 - sigmoid))
-    if kind == "mish":
-        tanh = torch.tanh(_softplus(z))
-        return tanh + z * (1 - tanh * tanh) * torch.sigmoid(z)
-    tanh = torch.tanh(z)
-    return 1 - tanh * tanh
-
-
-_FLAT = 100.0  # tanh is 1 in float64 long before: beyond, the derivative would only be infinity times zero
-
-
-def _gelu_tanh(z: Tensor) -> tuple[Tensor, Tensor]:
-    """tanh(u) and d tanh(u) / dz for u = sqrt(2/pi) (z + 0.044715 z^3)."""
-    z = z.clamp(-_FLAT, _FLAT)
-    tanh = torch.tanh(_SQRT_2_OVER_PI * (z + _GELU_CUBIC * z * z * z))
-    return tanh, (1 - tanh * tanh) * _SQRT_2_OVER_PI * (1 + 3 * _GELU_CUBIC * z * z)
-
-
-def _softplus(z: Tensor) -> Tensor:
-    return z.clamp(min=0) + torch.log1p(torch.exp(-z.abs()))
+from .activations import ACTIVATIONS
+from .spec import BoundNetwork, NetworkSpec, Pullback
 
 
 @dataclass(frozen=True)
@@ -140,7 +82,7 @@ class ReferenceNetwork:
 
     def __call__(self, blocks: Sequence[Tensor]) -> tuple[Tensor, Pullback]:
         """Output [E, B, out], and the pullback of [E, B, out] to all input columns per member, [E, B, in]."""
-        spec = self.spec
+        spec, act = self.spec, ACTIVATIONS[self.spec.activation]
         h = torch.cat([block.to(self._dtype) for block in blocks], dim=-1)
         h = h.expand(spec.num_members, *h.shape)
         tape: list[tuple[Tensor, _Norm | None]] = []
@@ -149,7 +91,7 @@ class ReferenceNetwork:
             norm = None
             if placement == "pre":
                 z, norm = layer_norm(z, layer.norm_weight, layer.norm_bias, spec.layer_norm_eps)
-            h = activation(z, spec.activation)
+            h = act.value(z)
             if placement == "post":
                 h, norm = layer_norm(h, layer.norm_weight, layer.norm_bias, spec.layer_norm_eps)
             tape.append((z, norm))
@@ -160,27 +102,15 @@ class ReferenceNetwork:
         return z if layer.bias is None else z + layer.bias
 
     def _pull_back(self, d_output: Tensor, tape: list[tuple[Tensor, _Norm | None]]) -> Tensor:
-        d_h = self._round(d_output) @ self._layers[-1].weight
+        d_h, act = self._round(d_output) @ self._layers[-1].weight, ACTIVATIONS[self.spec.activation]
         rows = zip(reversed(self._layers[:-1]), reversed(self.spec.layer_norm), reversed(tape))
         for layer, placement, (z, norm) in rows:
             if placement == "post":
                 assert norm is not None
                 d_h = layer_norm_vjp(d_h, norm)
-            d_z = d_h * activation_derivative(z, self.spec.activation)
+            d_z = d_h * act.derivative(z)
             if placement == "pre":
                 assert norm is not None
                 d_z = layer_norm_vjp(d_z, norm)
             d_h = self._round(d_z) @ layer.weight
         return d_h
-
-
-def time_block(spec: NetworkSpec, t: float | Tensor, batch_size: int, device: torch.device) -> Tensor:
-    """Time features [B, time_embedding_dim], float64; t is a number or [B, 1]."""
-    t = torch.as_tensor(t, dtype=torch.float64, device=device)
-    features = time_features(t.reshape(-1, 1), spec.time_embedding, spec.time_embedding_dim)
-    return features.expand(batch_size, -1)
-
-
-def ordered_blocks(spec: NetworkSpec, named: dict[str, Tensor]) -> list[Tensor]:
-    """The input blocks in the order of the first layer's columns."""
-    return [named[block] for block in spec.input_order]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,15 +11,16 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from . import backends, reference
-from .backends import Backend, BoundNetworks, QuickCall, RawSample, Slots
-from .composite import composite_evaluators
+from . import backends, ops, reference
+from .backends import Backend, Call, Choice, QuickCall, Request, Slots
+from .candidates import as_rows, keep_best, side_by_side
 from .errors import BackendUnavailable
+from .evaluators import evaluators
 from .info import Explanation, SampleInfo
 from .inputs import (
     check_actions,
+    check_all_finite,
     check_bound,
-    check_finite,
     check_network,
     read_action_dim,
     read_inputs,
@@ -28,7 +28,7 @@ from .inputs import (
     start_posterior_noise,
 )
 from .networks import PackableNetwork
-from .spec import PRECISIONS, SamplerSpec
+from .spec import PRECISIONS, BoundNetworks, RawSample, SamplerSpec
 from .steering import Steering
 
 _log = logging.getLogger("qpilots_fast")
@@ -155,34 +155,37 @@ class SteeredSampler(nn.Module):
         Raises:
             ValueError, TypeError: wrong shapes, dtypes, devices, or non-finite obs or noise.
         """
-        if (
-            not torch.compiler.is_compiling()
-            and self._quick is not None
-            and self.backend == self._quick_for[0]
-            and generator is None
-            and not return_info
-        ):
-            actions = self._quick(obs, noise, posterior_noise)
+        if torch.compiler.is_compiling() or generator is not None or return_info:  # asked first: no guard on _quick
+            quick = None
+        else:
+            quick = self._quick_call
+        if quick is not None:
+            actions = quick(obs, noise, posterior_noise)
             if actions is not None:
                 return actions
         with torch.no_grad():
-            packed = next((n for n in (self.flow, self.critic, self.posterior) if isinstance(n, PackableNetwork)), None)
+            steering, packed = self.steering, self._a_packed_network()
             networks = None if self._spec is None or torch.compiler.is_compiling() else self._networks()
-            at = self._device() if networks is None else networks.flow.layers[0].weight[0].device
-            batch_size, device, dtype = read_inputs(obs, noise, packed, at)
+            device = self._device() if networks is None else networks.flow.device
+            batch_size, device, dtype = read_inputs(obs, noise, packed, device)
             action_dim = read_action_dim(noise, packed)
-            candidates = self.steering.num_candidates
-            noise = start_noise(noise, candidates, batch_size, action_dim, device, dtype, generator)
+            count = steering.num_candidates
+            noise = start_noise(noise, count, batch_size, action_dim, device, dtype, generator)
             eps = start_posterior_noise(
-                posterior_noise, self.steering, self.num_steps, batch_size, action_dim, device, dtype, generator
+                posterior_noise, steering, self.num_steps, batch_size, action_dim, device, dtype, generator
             )
             if batch_size == 0:
-                return self._empty(action_dim, device, dtype, return_info)
-            if candidates == 1:
-                raw = self._run(networks, obs, noise[:, 0], eps, return_info)
-                q_values = self._q_values(obs, raw.actions) if return_info else None
+                raw, q_values = self._empty(action_dim, device, dtype)
             else:
-                raw, q_values = self._best_candidate(networks, obs, noise, eps, return_info)
+                if self._spec is not None:  # candidates are rows of one larger batch
+                    rows, wide_eps = noise.reshape(-1, action_dim), as_rows(eps, count, dim=1)
+                    raw = self._run_packed(networks, as_rows(obs, count), rows, wide_eps, return_info)
+                else:
+                    raw = side_by_side([self._run_callables(obs, noise[:, n], eps) for n in range(count)])
+                q_values = self._q_values(obs, raw.actions, count) if return_info or count > 1 else None
+                if count > 1:
+                    assert q_values is not None
+                    raw, q_values = keep_best(raw, q_values, steering)
             if not return_info:
                 return raw.actions
             assert raw.gradient_norms is not None and raw.nonfinite is not None
@@ -214,10 +217,11 @@ class SteeredSampler(nn.Module):
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}; expected an integer >= 1.")
         if self._spec is None:
-            chosen = backends.for_networks(self.backend, self.precision, self._device(), torch.float32)
-            return Explanation("reference loop, packed networks on " + chosen.name, {}, batch_size, None)
+            choice = self._choose(None, self._device(), torch.float32)
+            return Explanation("reference loop, packed networks on " + choice.backend.name, {}, batch_size, None)
         rows = batch_size * self.steering.num_candidates
-        chosen, passed = backends.choose(self.backend, self._spec, self._device(), rows)
+        choice = self._choose(self._spec, self._device(), torch.float32, rows)
+        chosen = choice.backend
         others = {
             name: backends.unavailable_reason(name) or "not asked for, or slower here"
             for name in backends.BACKENDS
@@ -227,7 +231,7 @@ class SteeredSampler(nn.Module):
         live = None if self.frozen else chosen.live_weights(self._spec, self._networks())
         if live is not None:
             cost = replace(cost, notes=(*cost.notes, f"live weights: {live}"))
-        return Explanation(chosen.name, {**others, **passed}, batch_size, cost)
+        return Explanation(chosen.name, {**others, **choice.passed}, batch_size, cost)
 
     def capture(self, batch_size: int) -> Callable[..., Tensor]:
         """A CUDA graph of the whole call at a fixed batch size: returns f(obs, noise, posterior_noise=None) -> actions.
@@ -237,102 +241,63 @@ class SteeredSampler(nn.Module):
         """
         if self._spec is None:
             raise BackendUnavailable("capture needs packed networks; flow or critic is your own callable.")
-        chosen, _ = backends.choose(self.backend, self._spec, self._device(), batch_size)
-        return chosen.capture(self._spec, self._networks(), batch_size)
+        choice = self._choose(self._spec, self._device(), torch.float32, batch_size)
+        return choice.backend.capture(self._spec, self._networks(), batch_size)
 
     # ------------------------------------------------------------ checks and inputs
 
     def _make_spec(self) -> SamplerSpec | None:
         """The whole call as data, or None where a network that it needs is a callable."""
-        needed: list[Any] = [self.flow]
-        if self.steering.steers:
-            needed.append(self.critic)
-            if self.steering.estimate == "mfm":
-                needed.append(self.posterior)
-        if not all(isinstance(network, PackableNetwork) for network in needed):
+        named = {"flow": self.flow, "critic": self.critic, "posterior": self.posterior}
+        if not all(isinstance(net, PackableNetwork) for name, net in named.items() if self.steering.asks(name)):
             return None
-        flow, critic, posterior = (
-            network.spec if isinstance(network, PackableNetwork) else None
-            for network in (self.flow, self.critic, self.posterior)
-        )
-        assert flow is not None
-        for name, other in (("critic", critic), ("posterior", posterior)):
-            if other is not None and (other.obs_dim, other.action_dim) != (flow.obs_dim, flow.action_dim):
-                raise ValueError(
-                    f"{name} has obs_dim={other.obs_dim}, action_dim={other.action_dim}, but flow has "
-                    f"obs_dim={flow.obs_dim}, action_dim={flow.action_dim}; expected the same."
-                )
-        dims = self.steering.steered_dims
-        if dims is not None and dims[-1] >= flow.action_dim:
-            raise ValueError(
-                f"Steering.steered_dims has {dims[-1]}; expected indices below action_dim={flow.action_dim}."
-            )
-        if not self.steering.steers:
-            critic = None
-        if critic is None or self.steering.estimate != "mfm":
-            posterior = None
+        specs = {name: net.spec if isinstance(net, PackableNetwork) else None for name, net in named.items()}
         return SamplerSpec(
-            flow, critic, posterior, self.steering, self.num_steps, self.precision, self.action_low, self.action_high
+            **specs,  # type: ignore[arg-type]
+            steering=self.steering,
+            num_steps=self.num_steps,
+            precision=self.precision,
+            action_low=self.action_low,
+            action_high=self.action_high,
         )
+
+    def _packables(self) -> dict[str, PackableNetwork]:
+        """The networks that take part in a call, by name, in the order of the spec."""
+        assert self._spec is not None
+        return {name: self._modules[name] for name in self._spec.networks}  # type: ignore[misc]
+
+    def _a_packed_network(self) -> PackableNetwork | None:
+        """Any network that tells S and A."""
+        return next((n for n in (self.flow, self.critic, self.posterior) if isinstance(n, PackableNetwork)), None)
 
     def _networks(self) -> BoundNetworks:
         """Views of the parameters that a call reads: the current ones, or those that were packed."""
         if self._packs:
             return next(iter(self._packs.values()))[0]
-        assert self._spec is not None and isinstance(self.flow, PackableNetwork)
-        critic = self.critic.bound() if self._spec.critic is not None else None  # type: ignore[union-attr]
-        posterior = self.posterior.bound() if self._spec.posterior is not None else None  # type: ignore[union-attr]
-        return BoundNetworks(self.flow.bound(), critic, posterior)
+        return BoundNetworks(**{name: network.bound() for name, network in self._packables().items()})
 
     def _device(self) -> torch.device:
         parameter = next(self.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
-    def _empty(
-        self, action_dim: int, device: torch.device, dtype: torch.dtype, return_info: bool
-    ) -> Tensor | tuple[Tensor, SampleInfo]:
-        actions = torch.empty(0, action_dim, device=device, dtype=dtype)
-        if not return_info:
-            return actions
+    def _empty(self, action_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[RawSample, Tensor | None]:
         members = self.critic.spec.num_members if isinstance(self.critic, PackableNetwork) else 1
         q_values = None if self.critic is None else torch.empty(members, 0, device=device, dtype=dtype)
         norms = torch.empty(self.num_steps, 0, device=device, dtype=dtype)
-        return actions, SampleInfo(q_values, norms, torch.empty(self.num_steps, 0, device=device, dtype=torch.bool))
+        return RawSample(torch.empty(0, action_dim, device=device, dtype=dtype), norms, norms > 0), q_values
 
     # ------------------------------------------------------------ running
 
-    def _run(
-        self, networks: BoundNetworks | None, obs: Any, noise: Tensor, eps: Tensor | None, return_info: bool
-    ) -> RawSample:
-        if torch.compiler.is_compiling() and self._spec is not None:
-            return self._run_traced(obs, noise, eps)
-        check_finite("noise", noise)
-        check_finite("posterior_noise", eps)
-        if isinstance(obs, Tensor) and obs.is_floating_point():
-            check_finite("obs", obs)
-        if networks is None:
-            raw = self._run_mixed(obs, noise, eps)
-        else:
-            raw = self._run_packed(networks, obs, noise, eps, return_info)
-        check_actions(raw.actions)
-        return raw
-
-    def _run_traced(self, obs: Tensor, noise: Tensor, eps: Tensor | None) -> RawSample:
-        from . import ops
-
-        assert self._spec is not None
-        used = (self._spec.flow, self._spec.critic, self._spec.posterior)
-        flat: list[Tensor] = []
-        for network, spec in zip((self.flow, self.critic, self.posterior), used):
-            if spec is not None:
-                flat += network.flat_parameters()  # type: ignore[union-attr]
-        return RawSample(*ops.sample(obs, noise, eps, flat, self._spec, self.backend))
-
     def _run_packed(
-        self, networks: BoundNetworks, obs: Tensor, noise: Tensor, eps: Tensor | None, return_info: bool
+        self, networks: BoundNetworks | None, obs: Tensor, noise: Tensor, eps: Tensor | None, return_info: bool
     ) -> RawSample:
+        """The loop on one backend; networks is None under torch.compile, which traces the operator."""
         assert self._spec is not None
-        chosen = self._backend(self._spec, noise)
+        if networks is None:
+            flat = [parameter for network in self._packables().values() for parameter in network.flat_parameters()]
+            return RawSample(*ops.sample(obs, noise, eps, flat, self._spec, self.backend))
+        check_all_finite(obs, noise, eps)
+        chosen = self._backend(noise)
         packed = None
         if self._frozen:
             if chosen.name not in self._packs:
@@ -340,9 +305,9 @@ class SteeredSampler(nn.Module):
             packed = self._packs[chosen.name][1]
         eps = None if eps is None else eps.contiguous()
         raw = chosen.sample(
-            self._spec, networks, obs.to(noise.dtype).contiguous(), noise.contiguous(), eps,
-            packed=packed, return_info=return_info,
-        )  # fmt: skip
+            Call(self._spec, networks, obs.to(noise.dtype).contiguous(), noise.contiguous(), eps, packed, return_info)
+        )
+        check_actions(raw.actions)
         if self.steering.num_candidates == 1:
             self._make_quick(chosen, networks, packed)
         return raw
@@ -355,102 +320,54 @@ class SteeredSampler(nn.Module):
         assert self._spec is not None
         slots: Slots | None = []
         if packed is None:
-            for name, spec in (
-                ("flow", self._spec.flow), ("critic", self._spec.critic), ("posterior", self._spec.posterior)
-            ):  # fmt: skip
-                network = self._modules.get(name)
-                if spec is None or slots is None:
-                    continue
-                assert isinstance(network, PackableNetwork)
+            for name, network in self._packables().items():
                 more = network.slots()
-                slots = None if more is None else [*slots, (self._modules, name, network), *more]
+                slots = None if more is None or slots is None else [*slots, (self._modules, name, network), *more]
         self._quick = None if slots is None else chosen.quick_call(self._spec, networks, packed, slots)
         self._quick_for = made_for
 
-    def _run_mixed(self, obs: Any, noise: Tensor, eps: Tensor | None) -> RawSample:
-        chosen = backends.for_networks(self.backend, self.precision, noise.device, noise.dtype)
-        net = composite_evaluators(self.flow, self.critic, self.posterior, self.steering, chosen, self.precision, obs)
-        bounds = (self.action_low, self.action_high)
-        return reference.sample(net, self.steering, self.num_steps, noise, eps, bounds)
+    @property
+    def _quick_call(self) -> QuickCall | None:
+        return self._quick if self._quick is not None and self.backend == self._quick_for[0] else None
 
-    def _backend(self, spec: SamplerSpec, noise: Tensor) -> Backend:
+    def _run_callables(self, obs: Any, noise: Tensor, eps: Tensor | None) -> RawSample:
+        """The reference loop: callables in PyTorch, packed networks on a backend."""
+        check_all_finite(obs, noise, eps)
+        chosen = self._choose(None, noise.device, noise.dtype).backend
+        net = evaluators(self.flow, self.critic, self.posterior, self.steering, chosen, self.precision, obs)
+        bounds = (self.action_low, self.action_high)
+        raw = reference.sample(net, self.steering, self.num_steps, noise, eps, bounds)
+        check_actions(raw.actions)
+        return raw
+
+    def _backend(self, noise: Tensor) -> Backend:
         # only on GPUs does the choice depend on the batch size
         key = (self.backend, noise.device, noise.dtype, noise.shape[0] if noise.device.type == "cuda" else None)
         if key not in self._choices:
-            self._choices[key] = self._choose(spec, noise)
+            choice = self._choose(self._spec, noise.device, noise.dtype, noise.shape[0])
+            if choice.fallback is not None and not self._warned:
+                self._warned = True  # once a sampler, whatever it is called with
+                warnings.warn(
+                    f"qpilots_fast falls back to the unfused reference backend ({choice.fallback}).", stacklevel=5
+                )
+            self._choices[key] = choice.backend
         return self._choices[key]
 
-    def _choose(self, spec: SamplerSpec, noise: Tensor) -> Backend:
-        if noise.dtype == torch.float64 and spec.precision != "float64":
-            if self.backend not in ("auto", "reference"):
-                raise TypeError(
-                    f"obs or noise is float64, but backend {self.backend!r} computes in float32; expected float32 "
-                    "inputs (.float()), or backend='reference'."
-                )
-            return backends.get("reference")
-        chosen, passed = backends.choose(self.backend, spec, noise.device, noise.shape[0])
-        if chosen.name == "reference" and self.backend == "auto" and not self._warned:
-            self._warned = True  # once a sampler, whatever it is called with
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in passed.items())
-            warnings.warn(f"qpilots_fast falls back to the unfused reference backend ({reasons}).", stacklevel=4)
-        return chosen
+    def _choose(
+        self, spec: SamplerSpec | None, device: torch.device, dtype: torch.dtype, batch_size: int | None = None
+    ) -> Choice:
+        return backends.choose(Request(self.backend, self.precision, device, dtype, spec, batch_size))
 
-    def _q_values(self, obs: Any, actions: Tensor) -> Tensor | None:
-        if self.critic is None:
+    def _q_values(self, obs: Any, actions: Tensor, count: int) -> Tensor | None:
+        """q_values [E, B n] of finished actions [B n, A], count = n of them for each row of obs."""
+        critic = self.critic
+        if critic is None:
             return None
-        if not isinstance(self.critic, PackableNetwork):
-            return self.critic(obs, actions).detach().to(actions.dtype)
-        if torch.compiler.is_compiling():
-            from . import ops
-
-            return ops.critic_values(obs, actions, self.critic, backend=self.backend)
-        chosen = backends.for_networks(self.backend, self.precision, actions.device, actions.dtype)
-        precision = self.precision
-        handle = chosen.prepare(self.critic.bound(), precision)
-        named = {"obs": obs.to(actions.dtype).contiguous(), "actions": actions.contiguous()}
-        blocks = reference.ordered_blocks(self.critic.spec, named)
-        return chosen.forward(handle, blocks, precision).squeeze(-1)
-
-    def _best_candidate(
-        self, networks: BoundNetworks | None, obs: Any, noise: Tensor, eps: Tensor | None, return_info: bool
-    ) -> tuple[RawSample, Tensor | None]:
-        """Runs [B, n, A] candidates and keeps, per row, the one that the critics value most."""
-        batch_size, count, action_dim = noise.shape
-        steering = self.steering
-        if self._spec is not None:  # candidates are rows of one larger batch
-            wide_eps = None if eps is None else eps.repeat_interleave(count, dim=1)
-            wide_obs = obs.repeat_interleave(count, dim=0)
-            raw = self._run(networks, wide_obs, noise.reshape(-1, action_dim), wide_eps, return_info)
-            actions = raw.actions.view(batch_size, count, action_dim)
-            raws = [raw]
-        else:
-            raws = [self._run(None, obs, noise[:, n], eps, return_info) for n in range(count)]
-            actions = torch.stack([raw.actions for raw in raws], dim=1)
-        if isinstance(obs, Tensor) and isinstance(self.critic, PackableNetwork):
-            q = self._q_values(obs.repeat_interleave(count, dim=0), actions.reshape(-1, action_dim))
-            assert q is not None
-            q = q.view(q.shape[0], batch_size, count)
-        else:
-            values = [self._q_values(obs, actions[:, n]) for n in range(count)]
-            q = torch.stack([value for value in values if value is not None], dim=-1)
-        rank = reference.aggregate(q, steering.candidate_aggregation, steering.rho)
-        best = torch.where(rank.isfinite(), rank, torch.full_like(rank, -math.inf)).argmax(-1)
-        rows = torch.arange(batch_size, device=best.device)
-
-        def chosen(per_step: list[Tensor | None]) -> Tensor | None:
-            if any(value is None for value in per_step):
-                return None
-            columns = [value for value in per_step if value is not None]
-            if len(columns) == 1:
-                return columns[0].view(-1, batch_size, count)[:, rows, best]
-            return torch.stack(columns, dim=-1)[:, rows, best]
-
-        return (
-            RawSample(
-                actions[rows, best], chosen([r.gradient_norms for r in raws]), chosen([r.nonfinite for r in raws])
-            ),
-            q[:, rows, best],
-        )
+        if isinstance(critic, PackableNetwork) and isinstance(obs, Tensor):
+            wide = as_rows(obs, count)
+            return ops.critic_values(wide, actions, critic, precision=self.precision, backend=self.backend)
+        of_each = [critic(obs, actions[n::count]).detach().to(actions.dtype) for n in range(count)]
+        return torch.stack(of_each, dim=-1).flatten(1)
 
     # ------------------------------------------------------------ nn.Module plumbing
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from .steering import Steering
+from .times import GlassCoefficients, glass_coefficients, time_features
+
+Pullback = Callable[[Tensor], Tensor]
 
 Kind = Literal["flow", "critic", "meta_flow_map"]
 NormPlacement = Literal["pre", "post"] | None
 TimeEmbedding = Literal["raw", "sinusoidal", "fourier"]
 
 KINDS: tuple[str, ...] = ("flow", "critic", "meta_flow_map")
-ACTIVATIONS: tuple[str, ...] = ("gelu_tanh", "gelu", "relu", "silu", "mish", "tanh")
 TIME_EMBEDDINGS: dict[str, int] = {"raw": 1, "sinusoidal": 16, "fourier": 64}  # name -> default width
 PRECISIONS: tuple[str, ...] = ("float32", "bfloat16", "float16", "tf32", "float64")
 
@@ -27,6 +31,9 @@ INPUT_ORDER: dict[str, tuple[str, ...]] = {
     "critic": ("obs", "actions"),
     "meta_flow_map": ("obs", "xbar", "noisy_actions", "t", "s", "u"),
 }
+# the input columns that move while a call runs, and so are differentiated
+MOVING_BLOCK: dict[str, str] = {"flow": "noisy_actions", "critic": "actions", "meta_flow_map": "noisy_actions"}
+POSTERIOR_DRAW = {"s": 0.0, "u": 1.0}  # a posterior draw is X_{0,1}(eps; t, x): one call of the map
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,38 @@ class NetworkSpec:
         widths = (self.input_dim, *self.hidden_dims, self.output_dim)
         return tuple(pairwise(widths))
 
+    @property
+    def moving_block(self) -> str:
+        return MOVING_BLOCK[self.kind]
+
+    @property
+    def moving_columns(self) -> slice:
+        """The first layer's columns of the actions that move while a call runs."""
+        return self.block_slices[self.moving_block]
+
+    def embed_time(self, t: float | Tensor, batch_size: int, device: torch.device) -> Tensor:
+        """One embedded time block [B, time_embedding_dim], float64; t is a number or [B, 1]."""
+        at = torch.as_tensor(t, dtype=torch.float64, device=device).reshape(-1, 1)
+        return time_features(at, self.time_embedding, self.time_embedding_dim).expand(batch_size, -1)
+
+    def time_inputs(self, t: float | Tensor, batch_size: int, device: torch.device) -> dict[str, Tensor]:
+        """Every embedded time block at flow time t, by name, as `embed_time` gives them."""
+        at = {"t": t, **POSTERIOR_DRAW}
+        return {name: self.embed_time(at[name], batch_size, device) for name in self.input_order if name in at}
+
+    def time_rows(self, times: Sequence[float]) -> dict[str, Tensor]:
+        """The embedded time blocks at each of these flow times: [len(times), time_embedding_dim], float64, CPU."""
+        device = torch.device("cpu")
+        return self.time_inputs(torch.tensor(times, dtype=torch.float64, device=device), len(times), device)
+
+    def ordered(self, named: dict[str, Tensor]) -> list[Tensor]:
+        """The input blocks in the order of the first layer's columns."""
+        return [named[block] for block in self.input_order]
+
+    def head(self, output: Tensor) -> tuple[Tensor, Pullback]:
+        """q_values [E, B] of a critic's output [E, B, out], and the pullback of [E, B] to the output."""
+        return output.squeeze(-1), lambda d_values: d_values.unsqueeze(-1)
+
 
 @dataclass(frozen=True)
 class LayerParameters:
@@ -110,8 +149,44 @@ class LayerParameters:
 
 
 @dataclass(frozen=True)
+class BoundNetwork:
+    """A network's spec with views of its live parameters (one LayerParameters per Linear)."""
+
+    spec: NetworkSpec
+    layers: tuple[LayerParameters, ...]
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].weight[0].device
+
+
+@dataclass(frozen=True)
+class BoundNetworks:
+    """The networks that take part in a sampler's calls, as SamplerSpec.networks says."""
+
+    flow: BoundNetwork
+    critic: BoundNetwork | None = None
+    posterior: BoundNetwork | None = None
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """What a backend's inner loop returns. gradient_norms and nonfinite are None unless asked for."""
+
+    actions: Tensor  # [B, A]
+    gradient_norms: Tensor | None = None  # [K, B], norm of g over the steered dims; 0 at unsteered steps
+    nonfinite: Tensor | None = None  # [K, B] bool, rows that fell back to the unsteered flow
+
+
+@dataclass(frozen=True)
 class SamplerSpec:
-    """Everything about a sampling call that is not a tensor. Hashable; converts to and from JSON."""
+    """Everything about a sampling call that is not a tensor. Hashable; converts to and from JSON.
+
+    Networks that the steering never asks are dropped: `critic` and `posterior` are None where they take no part.
+
+    Raises:
+        ValueError: where the networks, or steered_dims, do not fit each other; where one that takes part is missing.
+    """
 
     flow: NetworkSpec
     critic: NetworkSpec | None
@@ -125,7 +200,77 @@ class SamplerSpec:
     json: ClassVar[str]  # this spec as text, ready before torch.compile traces through
 
     def __post_init__(self) -> None:
+        flow, steering = self.flow, self.steering
+        for name, other in (("critic", self.critic), ("posterior", self.posterior)):
+            if other is not None and (other.obs_dim, other.action_dim) != (flow.obs_dim, flow.action_dim):
+                raise ValueError(
+                    f"{name} has obs_dim={other.obs_dim}, action_dim={other.action_dim}, but flow has "
+                    f"obs_dim={flow.obs_dim}, action_dim={flow.action_dim}; expected the same."
+                )
+        dims = steering.steered_dims
+        if dims is not None and dims[-1] >= flow.action_dim:
+            raise ValueError(
+                f"Steering.steered_dims has {dims[-1]}; expected indices below action_dim={flow.action_dim}."
+            )
+        for name in ("critic", "posterior"):
+            if not steering.asks(name):
+                object.__setattr__(self, name, None)
+            elif getattr(self, name) is None:
+                raise ValueError(f"{name} is None, but this steering needs one; give a network or a callable.")
         object.__setattr__(self, "json", json.dumps(asdict(self), sort_keys=True))
+
+    @property
+    def networks(self) -> dict[str, NetworkSpec]:
+        """The networks that take part in a call, by name: flow, critic, posterior, in this order."""
+        named = {"flow": self.flow, "critic": self.critic, "posterior": self.posterior}
+        return {name: network for name, network in named.items() if network is not None}
+
+    def taking_part(self, networks: BoundNetworks) -> list[BoundNetwork]:
+        """Those of the networks that a call reads, in the order of `networks`."""
+        return [getattr(networks, name) for name in self.networks]
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return self.action_low, self.action_high
+
+    @cached_property
+    def times(self) -> tuple[float, ...]:
+        """t_k = k / K of every step."""
+        return tuple(k / self.num_steps for k in range(self.num_steps))
+
+    @cached_property
+    def steered_steps(self) -> tuple[int, ...]:
+        """The steps at which the critic is asked."""
+        return self.steering.steered_steps(self.num_steps)
+
+    @property
+    def pulls_flow(self) -> bool:
+        """Whether a steered step pulls the gradient back through the flow at its own (x, t)."""
+        return self.steering.pulls_flow
+
+    @property
+    def num_draws(self) -> int:
+        """Estimates of the clean action a steered step and row: N posterior draws, or one point."""
+        return self.steering.num_samples if self.steering.draws_posterior else 1
+
+    def posterior_noise_shape(self, batch_size: int) -> tuple[int, int, int, int] | None:
+        """[K, B, N, A], or None where no posterior draw is taken."""
+        if not self.steering.draws_posterior:
+            return None
+        return self.num_steps, batch_size, self.num_draws, self.flow.action_dim
+
+    @cached_property
+    def glass_table(self) -> tuple[tuple[GlassCoefficients[float], ...], ...]:
+        """[K][m]: the coefficients of every inner step; empty unless the estimate is "glass"."""
+        if not (self.steering.steers and self.steering.estimate == "glass"):
+            return ()
+        m = self.steering.glass_steps
+        return tuple(tuple(glass_coefficients(t, i / m) for i in range(m)) for t in self.times)
+
+    @cached_property
+    def flow_times(self) -> tuple[float, ...]:
+        """Every time at which the flow is asked: the K steps', then the inner steps' of GLASS draws."""
+        return self.times + tuple(c.t_star for row in self.glass_table for c in row)
 
     @staticmethod
     def from_json(text: str) -> SamplerSpec:

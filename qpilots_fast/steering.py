@@ -159,6 +159,24 @@ class Steering:
         """Whether the critic moves the velocity at all."""
         return self.alpha > 0
 
+    @property
+    def draws_posterior(self) -> bool:
+        """Whether steered steps take posterior draws."""
+        return self.steers and self.uses_posterior
+
+    @property
+    def pulls_flow(self) -> bool:
+        """Whether steered steps pull the gradient back through the flow at its own (x, t)."""
+        return self.steers and self.estimate == "tweedie" and self.jacobian == "full"
+
+    def asks(self, network: str) -> bool:
+        """Whether the loop's steps ask the "flow", the "critic" or the "posterior" network."""
+        return network == "flow" or (self.steers and (network == "critic" or self.estimate == "mfm"))
+
+    def steered_steps(self, num_steps: int) -> tuple[int, ...]:
+        """The steps, of num_steps, at which the critic is asked."""
+        return tuple(range(0 if self.steer_first_step else 1, num_steps)) if self.steers else ()
+
     @classmethod
     def qpilots_u(cls, alpha: float = 0.2, rho: float = 0.5, jacobian: Jacobian = "full") -> Steering:
         """QPILOTS-U: one posterior-mean estimate a step, pessimistic ensemble, norm match (arXiv 2606.14801)."""

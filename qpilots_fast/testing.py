@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .activations import ACTIVATIONS
 from .networks import CriticEnsemble, FlowMLP, MetaFlowMap
 from .sampler import SteeredSampler
-from .spec import ACTIVATIONS
 from .steering import Steering
 
 
@@ -151,7 +151,7 @@ def random_case(seed: int, *, batch_size: int | None = None) -> Case:
         num_critics=pick(1, 5),
         # LayerNorm over a few units is close to a sign function, which float32 cannot follow whoever computes it
         hidden_dims=tuple(pick(12, 90) for _ in range(depth)),
-        activation=ACTIVATIONS[pick(0, len(ACTIVATIONS) - 1)],
+        activation=tuple(ACTIVATIONS)[pick(0, len(ACTIVATIONS) - 1)],
         layer_norm=tuple(norms[pick(0, 2)] for _ in range(depth)),
         critic_layer_norm=tuple(norms[pick(0, 2)] for _ in range(depth)),
         time_embedding=("raw", "sinusoidal", "fourier")[pick(0, 2)],

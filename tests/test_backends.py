@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qpilots_fast import Steering, backends
-from qpilots_fast.spec import ACTIVATIONS
+from qpilots_fast.activations import ACTIVATIONS
 from qpilots_fast.testing import PRESETS, assert_close, make_case, random_case
 
 BATCHES = (1, 3, 17, 257)  # single row, below and above every row tile, not multiples of any

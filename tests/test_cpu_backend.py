@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from qpilots_fast import networks
-from qpilots_fast.backends.base import BoundNetworks
+from qpilots_fast.activations import ACTIVATIONS
+from qpilots_fast.backends import Call
 from qpilots_fast.backends.reference import ReferenceBackend
-from qpilots_fast.spec import ACTIVATIONS, SamplerSpec
+from qpilots_fast.spec import BoundNetworks, SamplerSpec
 from qpilots_fast.steering import Steering
 
 cpu_module = pytest.importorskip("qpilots_fast.backends.cpu")
@@ -66,7 +67,7 @@ def build(name: str, batch: int, precision: str = "float32", obs_dim: int = 11, 
 def reference(spec, bound, obs, noise, draws):
     exact = replace(spec, precision="float64")
     draws = None if draws is None else draws.double()
-    return ReferenceBackend().sample(exact, bound, obs.double(), noise.double(), draws, return_info=True)
+    return ReferenceBackend().sample(Call(exact, bound, obs.double(), noise.double(), draws, return_info=True))
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_every_path_matches_float64(backend, monkeypatch, path, name):
     monkeypatch.setenv(cpu_module.ISA_VARIABLE, path)
     for batch in (1, 17, 70):
         args = build(name, batch)
-        raw, exact = backend.sample(*args, return_info=True), reference(*args)
+        raw, exact = backend.sample(Call(*args, return_info=True)), reference(*args)
         assert (raw.actions - exact.actions).abs().max() <= FLOAT32_MAX
         torch.testing.assert_close(raw.gradient_norms.double(), exact.gradient_norms, rtol=1e-3, atol=1e-6)
         assert not raw.nonfinite.any()
@@ -92,8 +93,8 @@ def test_bfloat16_is_as_accurate_as_torch(backend, monkeypatch, path, name):
     monkeypatch.setenv(cpu_module.ISA_VARIABLE, path)
     args = build(name, 64, "bfloat16")
     exact = reference(*args).actions
-    error = (backend.sample(*args).actions - exact).abs().mean().item()
-    torch_error = (ReferenceBackend().sample(*args).actions - exact).abs().mean().item()
+    error = (backend.sample(Call(*args)).actions - exact).abs().mean().item()
+    torch_error = (ReferenceBackend().sample(Call(*args)).actions - exact).abs().mean().item()
     assert error <= BFLOAT16_MEAN and error <= BFLOAT16_RATIO * torch_error
 
 
@@ -103,14 +104,14 @@ def test_bfloat16_is_as_accurate_as_torch(backend, monkeypatch, path, name):
 def test_rows_do_not_depend_on_batch_or_threads(backend, monkeypatch, path, precision, name):
     monkeypatch.setenv(cpu_module.ISA_VARIABLE, path)
     spec, bound, obs, noise, draws = build(name, 75, precision)
-    whole = backend.sample(spec, bound, obs, noise, draws).actions
+    whole = backend.sample(Call(spec, bound, obs, noise, draws)).actions
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3, 5, 12):
             torch.set_num_threads(count)
             for begin, end in ((0, 1), (31, 33), (5, 8), (70, 74), (3, 10), (60, 75), (0, 75)):
                 part = None if draws is None else draws[:, begin:end].contiguous()
-                got = backend.sample(spec, bound, obs[begin:end].clone(), noise[begin:end].clone(), part).actions
+                got = backend.sample(Call(spec, bound, obs[begin:end].clone(), noise[begin:end].clone(), part)).actions
                 assert torch.equal(got, whole[begin:end])
     finally:
         torch.set_num_threads(threads)
@@ -123,9 +124,9 @@ def test_every_number_of_rows_sums_in_one_order(backend, monkeypatch, path, prec
     """Register tiles and row blocks change with the number of rows; the bits of a row must not."""
     monkeypatch.setenv(cpu_module.ISA_VARIABLE, path)
     spec, bound, obs, noise, _ = build(name, 64, precision)
-    alone = [backend.sample(spec, bound, obs[i : i + 1], noise[i : i + 1], None).actions for i in range(len(obs))]
+    alone = [backend.sample(Call(spec, bound, obs[i : i + 1], noise[i : i + 1], None)).actions for i in range(len(obs))]
     for rows in (*range(2, 42), 64):
-        got = backend.sample(spec, bound, obs[:rows], noise[:rows], None).actions
+        got = backend.sample(Call(spec, bound, obs[:rows], noise[:rows], None)).actions
         assert torch.equal(got, torch.cat(alone[:rows])), rows
 
 
@@ -193,9 +194,9 @@ def test_live_weights_are_seen_however_they_change(backend, precision):
 
     def unchanged() -> torch.Tensor:
         """What a backend without any memory of earlier calls gives."""
-        return cpu_module.CpuBackend().sample(spec, bound, obs, noise, draws).actions
+        return cpu_module.CpuBackend().sample(Call(spec, bound, obs, noise, draws)).actions
 
-    before = backend.sample(spec, bound, obs, noise, draws).actions
+    before = backend.sample(Call(spec, bound, obs, noise, draws)).actions
     packed = backend.pack(spec, bound)
     edits = [
         lambda w: w.neg_(),
@@ -209,11 +210,11 @@ def test_live_weights_are_seen_however_they_change(backend, precision):
     with torch.no_grad():
         for edit in edits:
             edit(weight)
-            assert torch.equal(backend.sample(spec, bound, obs, noise, draws).actions, unchanged())
-            assert torch.equal(backend.sample(spec, bound, obs, noise, draws, packed=packed).actions, before)
+            assert torch.equal(backend.sample(Call(spec, bound, obs, noise, draws)).actions, unchanged())
+            assert torch.equal(backend.sample(Call(spec, bound, obs, noise, draws, packed=packed)).actions, before)
         bound.critic.layers[0].bias[1].add_(0.3)
         bound.flow.layers[-1].weight[0].mul_(1.1)
-        assert torch.equal(backend.sample(spec, bound, obs, noise, draws).actions, unchanged())
+        assert torch.equal(backend.sample(Call(spec, bound, obs, noise, draws)).actions, unchanged())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -224,16 +225,16 @@ def test_parameter_dtypes_and_strides(backend, dtype):
         weight = tuple(w.t().contiguous().t().to(dtype) for w in layer.weight)  # column-major
         layers.append(replace(layer, weight=weight, bias=tuple(b.to(dtype) for b in layer.bias)))
     other = replace(bound, critic=replace(bound.critic, layers=tuple(layers)))
-    got = backend.sample(spec, other, obs, noise, draws).actions
+    got = backend.sample(Call(spec, other, obs, noise, draws)).actions
     assert (got - reference(spec, other, obs, noise, draws).actions).abs().max() <= FLOAT32_MAX
 
 
 def test_bad_rows_stay_alone(backend):
     spec, bound, obs, noise, draws = build("u", 40)
-    clean = backend.sample(spec, bound, obs, noise, draws).actions
+    clean = backend.sample(Call(spec, bound, obs, noise, draws)).actions
     obs, noise = obs.clone(), noise.clone()
     noise[7, 2], noise[20, 0], obs[33, 1] = float("nan"), float("inf"), float("nan")
-    got = backend.sample(spec, bound, obs, noise, draws).actions
+    got = backend.sample(Call(spec, bound, obs, noise, draws)).actions
     good = [i for i in range(40) if i not in (7, 20, 33)]
     assert torch.equal(got[good], clean[good])
 
@@ -242,30 +243,30 @@ def test_rows_without_a_finite_critic_follow_the_flow(backend):
     spec, bound, obs, noise, draws = build("u", 6)
     with torch.no_grad():
         bound.critic.layers[-1].bias[1].fill_(float("nan"))
-    raw = backend.sample(spec, bound, obs, noise, draws, return_info=True)
-    plain = backend.sample(replace(spec, steering=Steering.unsteered()), bound, obs, noise, None)
+    raw = backend.sample(Call(spec, bound, obs, noise, draws, return_info=True))
+    plain = backend.sample(Call(replace(spec, steering=Steering.unsteered()), bound, obs, noise, None))
     torch.testing.assert_close(raw.actions, plain.actions, rtol=0, atol=1e-6)
     assert raw.nonfinite[1:].all() and not raw.nonfinite[0].any() and not raw.gradient_norms.any()
 
 
 def test_concurrent_calls(backend):
     spec, bound, obs, noise, draws = build("m", 23)
-    want = backend.sample(spec, bound, obs, noise, draws).actions
+    want = backend.sample(Call(spec, bound, obs, noise, draws)).actions
     with ThreadPoolExecutor(8) as pool:
-        results = pool.map(lambda _: backend.sample(spec, bound, obs, noise, draws).actions, range(64))
+        results = pool.map(lambda _: backend.sample(Call(spec, bound, obs, noise, draws)).actions, range(64))
     assert all(torch.equal(result, want) for result in results)
 
 
 def test_works_after_fork():
     code = """
     import os, torch
-    from tests.test_cpu_backend import build, cpu_module
+    from tests.test_cpu_backend import Call, build, cpu_module
     args, backend = build("u", 33), cpu_module.CpuBackend()
     torch.set_num_threads(2)
-    want = backend.sample(*args).actions
+    want = backend.sample(Call(*args)).actions
     child = os.fork()
     if child == 0:
-        os._exit(0 if torch.equal(backend.sample(*args).actions, want) else 1)
+        os._exit(0 if torch.equal(backend.sample(Call(*args)).actions, want) else 1)
     assert os.waitpid(child, 0)[1] == 0
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120, cwd=os.getcwd())
@@ -273,7 +274,7 @@ def test_works_after_fork():
 
 def test_denormal_mode_is_restored(backend):
     tiny = torch.tensor([1e-40])
-    backend.sample(*build("u", 3))
+    backend.sample(Call(*build("u", 3)))
     assert (tiny * 1.0).item() != 0
 
 
@@ -285,9 +286,9 @@ def test_unknown_path_is_refused(backend, monkeypatch):
 def test_wrong_inputs_raise(backend):
     spec, bound, obs, noise, draws = build("u", 4)
     with pytest.raises(ValueError, match="noise"):
-        backend.sample(spec, bound, obs, noise.double(), draws)
+        backend.sample(Call(spec, bound, obs, noise.double(), draws))
     with pytest.raises(ValueError, match="obs"):
-        backend.sample(spec, bound, obs[:3], noise, draws)
+        backend.sample(Call(spec, bound, obs[:3], noise, draws))
 
 
 def test_footprint(backend):

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from qpilots_fast import BackendUnavailable, Steering
-from qpilots_fast.backends import BoundNetwork, BoundNetworks, RawSample
+from qpilots_fast.activations import ACTIVATIONS
+from qpilots_fast.backends import Call
 from qpilots_fast.backends.cuda import CudaBackend
 from qpilots_fast.backends.cuda.counts import count_barriers
 from qpilots_fast.backends.cuda.layout import presence
@@ -21,7 +22,7 @@ from qpilots_fast.backends.cuda.library import Library
 from qpilots_fast.backends.cuda.plan import plan_sample
 from qpilots_fast.backends.reference import ReferenceBackend
 from qpilots_fast.reference import clean_actions, steer_velocity
-from qpilots_fast.spec import ACTIVATIONS, LayerParameters, SamplerSpec
+from qpilots_fast.spec import BoundNetwork, BoundNetworks, LayerParameters, RawSample, SamplerSpec
 from qpilots_fast.testing import PRESETS, Case, assert_close, make_case, random_case
 
 cuda_emulator = pytest.importorskip("cuda_emulator")
@@ -62,7 +63,7 @@ def call(case: Case, precision: str) -> tuple:
 
 
 def sample(backend, case: Case, precision: str = "float32", **arguments) -> RawSample:
-    return backend.sample(*call(case, precision), return_info=True, **arguments)
+    return backend.sample(Call(*call(case, precision), return_info=True, **arguments))
 
 
 def check(cuda: CudaBackend, case: Case, precision: str = "float32") -> RawSample:
@@ -205,15 +206,15 @@ def test_live_weights_are_read_at_each_call_and_packed_ones_are_not(cuda):
     case = make_case(batch_size=2, num_steps=2)
     spec, networks, *inputs = call(case, "float32")
     packed = cuda.pack(spec, networks)
-    before = cuda.sample(spec, networks, *inputs).actions
+    before = cuda.sample(Call(spec, networks, *inputs)).actions
     with torch.no_grad():
         for parameter in case.flow.parameters():
             parameter.mul_(1.1)
-    assert torch.equal(cuda.sample(spec, networks, *inputs, packed=packed).actions, before)
+    assert torch.equal(cuda.sample(Call(spec, networks, *inputs, packed=packed)).actions, before)
     check(cuda, case)
     with pytest.raises(ValueError, match="another sampler"):
         other = make_case(Steering.qgf(0.1), batch_size=2)
-        cuda.sample(*call(other, "float32"), packed=packed)
+        cuda.sample(Call(*call(other, "float32"), packed=packed))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -238,8 +239,8 @@ def test_parameters_of_any_type_and_stride(cuda, dtype):
 
     spec, networks, *inputs = call(case, "float32")
     networks = BoundNetworks(convert(networks.flow), convert(networks.critic))
-    expected = ReferenceBackend().sample(spec, networks, *inputs).actions
-    assert_close(cuda.sample(spec, networks, *inputs).actions, expected)
+    expected = ReferenceBackend().sample(Call(spec, networks, *inputs)).actions
+    assert_close(cuda.sample(Call(spec, networks, *inputs)).actions, expected)
 
 
 def test_input_blocks_in_any_order(cuda):
@@ -258,12 +259,12 @@ def test_input_blocks_in_any_order(cuda):
         return BoundNetwork(dataclasses.replace(spec, input_order=order), layers)
 
     spec, networks, *inputs = call(case, "float32")
-    expected = cuda.sample(spec, networks, *inputs).actions
+    expected = cuda.sample(Call(spec, networks, *inputs)).actions
     networks = BoundNetworks(*(permute(n) for n in (networks.flow, networks.critic, networks.posterior)))
     spec = dataclasses.replace(
         spec, flow=networks.flow.spec, critic=networks.critic.spec, posterior=networks.posterior.spec
     )
-    assert_close(cuda.sample(spec, networks, *inputs).actions, expected, scale=0.01)
+    assert_close(cuda.sample(Call(spec, networks, *inputs)).actions, expected, scale=0.01)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

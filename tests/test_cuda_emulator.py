@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from qpilots_fast.backends import BoundNetworks
+from qpilots_fast.backends import Call
 from qpilots_fast.backends.cuda import CudaBackend
 from qpilots_fast.backends.cuda.build import SOURCES
-from qpilots_fast.spec import SamplerSpec
+from qpilots_fast.spec import BoundNetworks, SamplerSpec
 from qpilots_fast.testing import make_case
 
 cuda_emulator = pytest.importorskip("cuda_emulator")
@@ -121,7 +121,7 @@ def test_broken_kernel_is_caught(name, tmp_path):
     with pytest.raises(RuntimeError, match=message):
         for seed in range(3):
             library.emulator.configure(seed=seed, num_sms=3)
-            CudaBackend(library).sample(spec, networks, case.obs, case.noise, None)
+            CudaBackend(library).sample(Call(spec, networks, case.obs, case.noise, None))
 
 
 def compile_mutant(folder: Path, target: Path) -> Path:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering, ops
 from qpilots_fast.backends import unavailable_reason
 from qpilots_fast.from_module import from_module
-from qpilots_fast.networks import time_features
 from qpilots_fast.objectives import td_loss
+from qpilots_fast.times import time_features
 
 S, A, H = 5, 3, 9  # obs, action and hidden widths
 B = 4

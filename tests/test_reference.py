@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from qpilots_fast import CriticEnsemble, FlowMLP, MetaFlowMap, Steering, reference
-from qpilots_fast.backends import BoundNetworks
-from qpilots_fast.backends.reference import evaluators
-from qpilots_fast.networks import time_features
-from qpilots_fast.spec import ACTIVATIONS, SamplerSpec
+from qpilots_fast.activations import ACTIVATIONS
+from qpilots_fast.evaluators import reference_evaluators
+from qpilots_fast.spec import BoundNetworks
+from qpilots_fast.times import time_features
 
 S, A, B = 7, 5, 4
 EXACT = 1e-12  # float64 against float64: a few hundred roundings
@@ -25,9 +25,8 @@ def test_networks_match_autograd(activation, norm):
     posterior = MetaFlowMap(S, A, (11, 8), activation, norm, "fourier", 8).double()
     obs, x = torch.randn(B, S).double(), torch.randn(B, A).double().requires_grad_()
     eps, d, t = torch.randn_like(x), torch.randn_like(x), 0.3
-    spec = SamplerSpec(flow.spec, critic.spec, posterior.spec)
     bound = BoundNetworks(flow.bound(), critic.bound(), posterior.bound())
-    net = evaluators(spec, bound, obs, torch.float64, "float64")
+    net = reference_evaluators(bound, obs, torch.float64, "float64")
     weights = torch.randn(3, B).double()
     for (value, pullback), expected, cotangent in (
         (net.flow(x, t), flow(obs, x, torch.full((B, 1), t, dtype=torch.float64)), d),
@@ -42,13 +41,13 @@ def test_networks_match_autograd(activation, norm):
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_activation_derivative(kind):
     z = torch.cat([torch.linspace(-8, 8, 101), torch.tensor([-60.0, 60.0])]).double().requires_grad_()
-    y = reference.activation(z, kind)
+    y = ACTIVATIONS[kind].value(z)
     (slope,) = torch.autograd.grad(y.sum(), z)
     inside = z.detach().abs() > 1e-9  # relu's kink
-    assert (reference.activation_derivative(z, kind) - slope).abs()[inside].max() < EXACT
+    assert (ACTIVATIONS[kind].derivative(z) - slope).abs()[inside].max() < EXACT
     extreme = torch.tensor([-1e30, -1e4, 1e4, 1e30])
-    assert torch.isfinite(reference.activation(extreme, kind)).all()
-    assert torch.isfinite(reference.activation_derivative(extreme, kind)).all()
+    assert torch.isfinite(ACTIVATIONS[kind].value(extreme)).all()
+    assert torch.isfinite(ACTIVATIONS[kind].derivative(extreme)).all()
 
 
 def test_pessimistic_weights_are_the_gradient_and_sum_to_one():
@@ -119,7 +118,7 @@ def test_glass_with_one_step_is_tweedie_in_the_mean():
     """At s = 0 the posterior velocity is x + (1 - t) v - xbar, so one Euler step lands on Tweedie's estimate."""
     flow = FlowMLP(S, A, (16,)).double()
     obs, x, eps = torch.randn(B, S).double(), torch.randn(B, A).double(), torch.randn(B, A).double()
-    net = evaluators(SamplerSpec(flow.spec, None, None), BoundNetworks(flow.bound()), obs, torch.float64, "float64")
+    net = reference_evaluators(BoundNetworks(flow.bound()), obs, torch.float64, "float64")
     v, _ = net.flow(x, 0.4)
     draw, _ = reference.glass_draw(net.flow, eps, x, 0.4, 1)
     assert (draw - reference.clean_actions(x, v, 0.4)).abs().max() < EXACT
@@ -129,7 +128,7 @@ def test_glass_pullback_matches_autograd():
     flow = FlowMLP(S, A, (16, 8), "silu", "post").double()
     obs, eps, d = torch.randn(B, S).double(), torch.randn(B, A).double(), torch.randn(B, A).double()
     x = torch.randn(B, A).double().requires_grad_()
-    net = evaluators(SamplerSpec(flow.spec, None, None), BoundNetworks(flow.bound()), obs, torch.float64, "float64")
+    net = reference_evaluators(BoundNetworks(flow.bound()), obs, torch.float64, "float64")
 
     def differentiable(at, t):
         return flow(obs, at, torch.full((B, 1), t, dtype=torch.float64)), None

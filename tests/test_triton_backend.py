@@ -62,9 +62,10 @@ def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     coupled = replace(spec, steering=replace(spec.steering, q_scale="batch_std"))
     assert "couples all rows" in (backend.refusal(coupled, CPU) or "")
     assert "precision 'float64'" in (backend.refusal(replace(spec, precision="float64"), CPU) or "")
-    wide = replace(spec, flow=replace(spec.flow, action_dim=257, input_order=()))
+    plain = replace(spec, steering=Steering.unsteered())
+    wide = replace(plain, flow=replace(spec.flow, action_dim=257, input_order=()))
     assert "at most 256" in (backend.refusal(wide, CPU) or "")
-    flat = replace(spec, flow=NetworkSpec("flow", 40, 25, ()))
+    flat = replace(plain, flow=NetworkSpec("flow", 40, 25, ()))
     assert "no hidden layer" in (backend.refusal(flat, CPU) or "")
 
 
@@ -148,7 +149,7 @@ def test_static_check_refuses_spills_and_missing_tensor_cores() -> None:
 
 def test_capture_needs_a_gpu() -> None:
     from qpilots_fast import BackendUnavailable
-    from qpilots_fast.backends.base import BoundNetworks
+    from qpilots_fast.spec import BoundNetworks
 
     case = make_case(batch_size=2)
     spec = SamplerSpec(case.flow.spec, case.critic.spec, None, case.steering, 10)

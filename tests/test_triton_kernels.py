@@ -23,10 +23,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qpilots_fast.backends.base import BoundNetworks
+from qpilots_fast.backends import Call
 from qpilots_fast.backends.reference import ReferenceBackend
 from qpilots_fast.backends.triton import LaunchRow, LaunchTable, Tile, TritonBackend, launcher, launches
-from qpilots_fast.spec import SamplerSpec
+from qpilots_fast.spec import BoundNetworks, SamplerSpec
 from qpilots_fast.steering import Steering
 from qpilots_fast.testing import Case, assert_close, make_case
 from tests import triton_interpreter
@@ -77,11 +77,18 @@ def networks_of(case: Case) -> BoundNetworks:
 
 def check(case: Case, rows: LaunchTable = ONE_TILE, precision: str = "float32") -> None:
     got = backend(rows).sample(
-        spec_of(case, precision), networks_of(case), case.obs, case.noise, case.posterior_noise, return_info=True
+        Call(spec_of(case, precision), networks_of(case), case.obs, case.noise, case.posterior_noise, return_info=True)
     )
     exact = case.double()
     want = REFERENCE.sample(
-        spec_of(exact, "float64"), networks_of(exact), exact.obs, exact.noise, exact.posterior_noise, return_info=True
+        Call(
+            spec_of(exact, "float64"),
+            networks_of(exact),
+            exact.obs,
+            exact.noise,
+            exact.posterior_noise,
+            return_info=True,
+        )
     )
     assert got.gradient_norms is not None and want.gradient_norms is not None
     assert got.nonfinite is not None and want.nonfinite is not None
@@ -185,8 +192,8 @@ def test_bfloat16_follows_the_reference_that_rounds_the_same_operands() -> None:
     """Rounding the same operands leaves only the order of float32 sums and the cotangents' scaling."""
     case = small(replace(U, alpha=0.5), batch_size=5)
     args = (networks_of(case), case.obs, case.noise, None)
-    got = backend().sample(spec_of(case, "bfloat16"), *args).actions
-    want = REFERENCE.sample(spec_of(case, "bfloat16"), *args).actions
+    got = backend().sample(Call(spec_of(case, "bfloat16"), *args)).actions
+    want = REFERENCE.sample(Call(spec_of(case, "bfloat16"), *args)).actions
     assert (got - want).abs().max() < 2e-3
 
 
@@ -199,10 +206,9 @@ def test_a_row_without_a_finite_gradient_follows_the_flow(steering: Steering) ->
             network.bound().layers[0].weight[0][:, obs_columns] = 0.0
     case.obs[1] = 3e38
     spec, nets = spec_of(case), networks_of(case)
-    got = backend().sample(spec, nets, case.obs, case.noise, case.posterior_noise, return_info=True)
-    plain = backend().sample(
-        replace(spec, steering=Steering.unsteered(), critic=None, posterior=None), nets, case.obs, case.noise, None
-    )
+    got = backend().sample(Call(spec, nets, case.obs, case.noise, case.posterior_noise, return_info=True))
+    unsteered = replace(spec, steering=Steering.unsteered(), critic=None, posterior=None)
+    plain = backend().sample(Call(unsteered, nets, case.obs, case.noise, None))
     assert got.nonfinite is not None and got.gradient_norms is not None
     assert got.nonfinite.tolist() == [[False] * 3, [False, True, False]]
     assert got.gradient_norms[1, 1] == 0 and got.gradient_norms[1, 0] > 0
@@ -220,7 +226,7 @@ def test_a_row_does_not_depend_on_its_batch(steering: Steering, monkeypatch: pyt
 
     def run(rows: slice) -> Tensor:
         eps = None if case.posterior_noise is None else case.posterior_noise[:, rows].contiguous()
-        return backend().sample(spec, nets, case.obs[rows], case.noise[rows], eps).actions
+        return backend().sample(Call(spec, nets, case.obs[rows], case.noise[rows], eps)).actions
 
     whole = run(slice(None))
     for rows in (slice(0, 1), slice(20, 37), slice(30, 33)):
@@ -265,11 +271,11 @@ def test_launches_and_allocations_of_a_call(steering: Steering, monkeypatch: pyt
     case = small(steering, hidden_dims=(9,), num_critics=1, num_steps=3, batch_size=2)
     triton, spec, nets = backend(), spec_of(case), networks_of(case)
     args = (spec, nets, case.obs, case.noise, case.posterior_noise)
-    first = triton.sample(*args).actions
+    first = triton.sample(Call(*args)).actions
     spaces = list(triton._workspaces.values())
     launches.reset()
     with Allocations(monkeypatch) as made:
-        second = triton.sample(*args).actions
+        second = triton.sample(Call(*args)).actions
     steered = 3 if steering.steer_first_step else 2
     assert launches.by_name == {"pack": 1, "critic": steered, "step": steered + 1}
     assert launches.total <= 2 * case.num_steps + 2
@@ -283,12 +289,12 @@ def test_live_weights_are_read_at_every_call_and_frozen_ones_are_not() -> None:
     case = small(U, hidden_dims=(9,))
     triton, spec, nets = backend(), spec_of(case), networks_of(case)
     packed = triton.pack(spec, nets)
-    before = triton.sample(spec, nets, case.obs, case.noise, None).actions
+    before = triton.sample(Call(spec, nets, case.obs, case.noise, None)).actions
     for network in (case.flow, case.critic):
         for parameter in network.parameters():
             parameter.data.copy_(parameter.data * 1.1 + 0.01)
-    frozen = triton.sample(spec, nets, case.obs, case.noise, None, packed=packed).actions
-    live = triton.sample(spec, nets, case.obs, case.noise, None).actions
+    frozen = triton.sample(Call(spec, nets, case.obs, case.noise, None, packed=packed)).actions
+    live = triton.sample(Call(spec, nets, case.obs, case.noise, None)).actions
     assert torch.equal(frozen, before)
     assert not torch.equal(live, before)
     check(case)
@@ -306,8 +312,8 @@ def test_parameters_of_any_stride_dtype_and_without_bias() -> None:
         replace(layer, weight=tuple(w.detach().bfloat16() for w in layer.weight)) for layer in nets.critic.layers
     )
     mixed = BoundNetworks(flow, replace(nets.critic, layers=critic_layers))
-    got = backend().sample(spec_of(case), mixed, case.obs, case.noise, None).actions
-    want = REFERENCE.sample(spec_of(case, "float64"), mixed, case.obs.double(), case.noise.double(), None).actions
+    got = backend().sample(Call(spec_of(case), mixed, case.obs, case.noise, None)).actions
+    want = REFERENCE.sample(Call(spec_of(case, "float64"), mixed, case.obs.double(), case.noise.double(), None)).actions
     torch.testing.assert_close(got.double(), want, atol=FLOAT32_ERROR, rtol=0)
 
 
@@ -329,8 +335,8 @@ def test_input_blocks_in_any_order() -> None:
         )
     reordered = replace(spec, **{name: network.spec for name, network in bound.items()})
     args = (case.obs, case.noise, case.posterior_noise)
-    got = backend().sample(reordered, BoundNetworks(**bound), *args).actions
-    torch.testing.assert_close(got, backend().sample(spec, nets, *args).actions, atol=FLOAT32_ERROR, rtol=0)
+    got = backend().sample(Call(reordered, BoundNetworks(**bound), *args)).actions
+    torch.testing.assert_close(got, backend().sample(Call(spec, nets, *args)).actions, atol=FLOAT32_ERROR, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["flow", "critic", "posterior"])
@@ -356,7 +362,7 @@ def test_two_samplers_of_one_spec_keep_their_own_weights() -> None:
     first, second = small(U, hidden_dims=(9,)), small(U, hidden_dims=(9,), seed=1)
     triton = backend()
     results = [
-        triton.sample(spec_of(case), networks_of(case), case.obs, case.noise, None).actions
+        triton.sample(Call(spec_of(case), networks_of(case), case.obs, case.noise, None)).actions
         for case in (first, second, first)
     ]
     assert torch.equal(results[0], results[2]) and not torch.equal(results[0], results[1])

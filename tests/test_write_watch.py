@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering, backends
+from qpilots_fast.backends import Call
 from qpilots_fast.backends import cpu as cpu_backend
 
 if cpu_backend._import_failure() is not None:
@@ -50,7 +51,7 @@ class Setup:
     def fresh(self) -> Tensor:
         """What a sampler without any memory of earlier calls gives."""
         spec, networks = self.sampler._spec, self.sampler._networks()
-        return cpu_backend.CpuBackend().sample(spec, networks, *self.inputs, None).actions
+        return cpu_backend.CpuBackend().sample(Call(spec, networks, *self.inputs, None)).actions
 
     def watched(self, calls: int = CALLS_UNTIL_WATCHED) -> Setup:
         for _ in range(calls):

@@ -13,8 +13,7 @@ import torch
 from rich.console import Console
 
 from qpilots_fast import BackendUnavailable, backends
-from qpilots_fast.reference import ordered_blocks, time_block
-from qpilots_fast.spec import ACTIVATIONS
+from qpilots_fast.activations import ACTIVATIONS
 from qpilots_fast.testing import PRESETS, TOLERANCES, Case, make_case
 
 from .. import plots, records, report
@@ -84,8 +83,8 @@ def check_networks(backend: str, precision: str) -> list[KernelCheck]:
             for kind in ("flow", "critic", "posterior"):
                 exact, bound = getattr(case.double(), kind).bound(), getattr(there, kind).bound()
                 named = {"obs": case.obs, "actions": case.noise, "noisy_actions": case.noise, "xbar": case.noise}
-                times = {t: time_block(exact.spec, value, 33, case.obs.device) for t, value in zip("tsu", (0.3, 0, 1))}
-                blocks = ordered_blocks(exact.spec, {**named, **times})
+                times = exact.spec.time_inputs(0.3, 33, case.obs.device)
+                blocks = exact.spec.ordered({**named, **times})
                 wide = [block.double() for block in blocks]
                 here = [block.float().cuda() for block in blocks]
                 expected = oracle.forward(exact, wide, "float64")

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qpilots_fast.backends.base import BoundNetworks
+from qpilots_fast.backends import Call
 from qpilots_fast.backends.reference import ReferenceBackend
 from qpilots_fast.backends.triton.backend import TritonBackend
-from qpilots_fast.spec import SamplerSpec
+from qpilots_fast.spec import BoundNetworks, SamplerSpec
 from qpilots_fast.steering import Steering
 from qpilots_fast.testing import TOLERANCES, Case, make_case
 
@@ -86,12 +86,10 @@ def self_check(
             for batch_size in batches:
                 case = make_case(steering, batch_size=batch_size, **shape)  # type: ignore[arg-type]
                 exact, here = case.double(), case.to(device)
-                want = reference.sample(
-                    _spec(exact, "float64"), _bound(exact), exact.obs, exact.noise, exact.posterior_noise
-                ).actions
-                got = triton.sample(
-                    _spec(here, precision), _bound(here), here.obs, here.noise, here.posterior_noise
-                ).actions
+                want, got = (
+                    backend.sample(Call(_spec(at, accuracy), _bound(at), at.obs, at.noise, at.posterior_noise)).actions
+                    for backend, at, accuracy in ((reference, exact, "float64"), (triton, here, precision))
+                )
                 results.append(_result(f"sample {name}, B={batch_size}", precision, got, want, 1.0))
         results += _network_checks(triton, make_case(batch_size=batches[-1], **shape), device, precision)  # type: ignore[arg-type]
     return results

@@ -14,11 +14,11 @@ from itertools import product
 
 import torch
 
-from qpilots_fast.backends.base import BoundNetworks
+from qpilots_fast.backends import Call
 from qpilots_fast.backends.triton.backend import TritonBackend
 from qpilots_fast.backends.triton.launch_table import LaunchRow, LaunchTable, Tile, tuned_path
 from qpilots_fast.backends.triton.plan import capability
-from qpilots_fast.spec import SamplerSpec
+from qpilots_fast.spec import BoundNetworks, SamplerSpec
 from qpilots_fast.steering import Steering
 from qpilots_fast.testing import TOLERANCES, make_case
 
@@ -45,10 +45,10 @@ def measure(
 ) -> tuple[float, torch.Tensor]:
     """Median milliseconds of a graph replay's worth of kernels, by CUDA events, and the actions."""
     packed = backend.pack(spec, networks)
-    actions = backend.sample(spec, networks, *inputs, packed=packed).actions
+    actions = backend.sample(Call(spec, networks, *inputs, packed=packed)).actions
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        backend.sample(spec, networks, *inputs, packed=packed)
+        backend.sample(Call(spec, networks, *inputs, packed=packed))
     times = []
     for _ in range(_ROUNDS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

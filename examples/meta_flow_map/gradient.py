@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qpilots_fast import MetaFlowMap, SteeredSampler, Steering, backends
-from qpilots_fast.composite import composite_evaluators
+from qpilots_fast.evaluators import evaluators
 from qpilots_fast.reference import steer_velocity, steering_gradient
 
 from .posterior import RESULTS, stored_map, write_table
@@ -45,7 +45,7 @@ def estimators() -> dict[str, Steering]:
 def estimate(steering: Steering, critic: Critic, network: MetaFlowMap, x: Tensor, t: float, seed: int) -> Tensor:
     """The library's gradient [B, 2] at x [B, 2]."""
     obs = x[:, :0]
-    net = composite_evaluators(
+    net = evaluators(
         BASE.velocity, lambda obs, a: critic(a).unsqueeze(0), network, steering, backends.get("reference"), "float64",
         obs,
     )  # fmt: skip

@@ -22,8 +22,8 @@ from train import Log, warmup_cosine
 from qpilots_fast import FlowMLP, MetaFlowMap
 from qpilots_fast.demo.ogbench_cube import ACTION_DIM, OBS_DIM, STATE_DIM, CubePolicy
 from qpilots_fast.meta_flow_map import CONSISTENCIES
-from qpilots_fast.networks import time_features
 from qpilots_fast.objectives import meta_flow_map_loss, polyak_update
+from qpilots_fast.times import time_features
 
 CHECKPOINT_EVERY = 2000
 TIME_DIM = 16

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 
 from ..errors import BackendUnavailable
 from ..spec import SamplerSpec
-from .base import Backend, BoundNetwork, BoundNetworks, Footprint, QuickCall, RawSample, Slots
+from .base import Backend, Call, Footprint, QuickCall, Slots
 
 __all__ = [
     "BACKENDS",
     "Backend",
-    "BoundNetwork",
-    "BoundNetworks",
+    "Call",
+    "Choice",
     "Footprint",
     "QuickCall",
-    "RawSample",
+    "Request",
     "Slots",
     "choose",
-    "for_networks",
     "get",
     "unavailable_reason",
 ]
 
-# name -> (module, class), in the order that "auto" prefers on their own device
+# name -> (module, class), in the order that "auto" prefers on their own device; the last runs anything
 _TABLE = {
     "cuda": ("cuda", "CudaBackend"),
     "triton": ("triton", "TritonBackend"),
@@ -75,56 +75,81 @@ def get(name: str) -> Backend:
     return backend
 
 
-def for_networks(name: str, precision: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend that runs single networks: for operators, and beside networks that are the user's own callables.
+@dataclass(frozen=True)
+class Request:
+    """What is to run: a whole sampler, or (spec None) single networks.
+
+    Args:
+        name: "auto" or a backend's name. dtype: of obs and actions.
+        batch_size: where given, "auto" leaves batches over a backend's max_batch_size to the next one.
+    """
+
+    name: str
+    precision: str
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    spec: SamplerSpec | None = None
+    batch_size: int | None = None
+
+    def refusal(self, backend: Backend) -> str | None:
+        if self.spec is None:
+            return backend.network_refusal(self.precision, self.device)
+        return backend.refusal(self.spec, self.device)
+
+    def automatic_refusal(self, backend: Backend) -> str | None:
+        """Why "auto" passes a backend over."""
+        limit = backend.max_batch_size
+        if self.spec is None and not backend.auto_for_networks:
+            return "single networks gain nothing from it"
+        if limit is not None and self.batch_size is not None and self.batch_size > limit:
+            return f"it is for batches up to {limit}, this one has {self.batch_size}"
+        return self.refusal(backend)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that runs a request, and why each better one does not."""
+
+    backend: Backend
+    passed: dict[str, str]
+
+    @property
+    def fallback(self) -> str | None:
+        """Why nothing faster than the reference runs, where "auto" fell back to it."""
+        if not self.passed or self.backend.name != BACKENDS[-1]:
+            return None
+        return "; ".join(f"{name}: {reason}" for name, reason in self.passed.items())
+
+
+def choose(request: Request) -> Choice:
+    """The backend for a sampler or for single networks.
 
     Raises:
         TypeError: float64 inputs on a backend, asked for by name, that computes in float32.
-        BackendUnavailable: where a named backend cannot run, or lacks the precision.
+        BackendUnavailable: where a backend asked for by name cannot run this, or none can.
     """
-    if dtype == torch.float64 and name not in ("auto", "reference"):
-        raise TypeError(
-            f"inputs are float64, but backend {name!r} computes in float32; expected float32 inputs (.float()), or "
-            "backend='reference'."
-        )
-    if name == "auto":
-        native = "cpu" if device.type == "cpu" else "triton"
-        usable = unavailable_reason(native) is None and precision in get(native).precisions
-        name = native if usable and dtype != torch.float64 else "reference"
-    backend = get(name)
-    if precision not in backend.precisions:
-        raise BackendUnavailable(
-            f"backend {name!r} has no precision {precision!r}; it has {', '.join(backend.precisions)}."
-        )
-    return backend
-
-
-def choose(
-    name: str, spec: SamplerSpec, device: torch.device, batch_size: int | None = None
-) -> tuple[Backend, dict[str, str]]:
-    """The backend that runs a sampler on a device, and why each better one does not.
-
-    Args:
-        name: "auto" or a name; a named backend that cannot run raises.
-        batch_size: where given, "auto" leaves batches over a backend's max_batch_size to the next one.
-    """
+    name, exact, what = request.name, BACKENDS[-1], "this sampler" if request.spec else "these networks"
+    if request.dtype == torch.float64 and request.precision != "float64":
+        if name not in ("auto", exact):
+            raise TypeError(
+                f"inputs are float64, but backend {name!r} computes in float32; expected float32 inputs (.float()), or "
+                f"backend={exact!r}."
+            )
+        return Choice(get(exact), {})
     if name != "auto":
         backend = get(name)
-        reason = backend.refusal(spec, device)
+        reason = request.refusal(backend)
         if reason is not None:
-            raise BackendUnavailable(f"backend {name!r} cannot run this sampler: {reason}.")
-        return backend, {}
+            raise BackendUnavailable(f"backend {name!r} cannot run {what}: {reason}.")
+        return Choice(backend, {})
     passed: dict[str, str] = {}
     for candidate in BACKENDS:
         reason = unavailable_reason(candidate)
         if reason is None:
             backend = get(candidate)
-            reason = backend.refusal(spec, device)
-            limit = backend.max_batch_size
-            if reason is None and limit is not None and batch_size is not None and batch_size > limit:
-                reason = f"it is for batches up to {limit}, this one has {batch_size}"
+            reason = request.automatic_refusal(backend)
             if reason is None:
-                return backend, passed
+                return Choice(backend, passed)
         passed[candidate] = reason
     reasons = "; ".join(f"{backend}: {reason}" for backend, reason in passed.items())
-    raise BackendUnavailable(f"no backend can run this sampler on {device}: {reasons}.")
+    raise BackendUnavailable(f"no backend can run {what} on {request.device}: {reasons}.")

@@ -11,33 +11,32 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailable
-from ..spec import LayerParameters, NetworkSpec, SamplerSpec
+from ..spec import BoundNetwork, BoundNetworks, RawSample, SamplerSpec
 
 
 @dataclass(frozen=True)
-class BoundNetwork:
-    """A network's spec with views of its live parameters (one LayerParameters per Linear)."""
+class Call:
+    """One call of a sampler's inner loop.
 
-    spec: NetworkSpec
-    layers: tuple[LayerParameters, ...]
+    Args:
+        networks: those that take part. packed: what `pack` returned for them; None reads their live parameters.
+        obs: [B, S], contiguous, float32 (float64 where the backend's precisions allow), B >= 1, finite.
+        noise: [B, A], same dtype; not modified.
+        posterior_noise: [K, B, N, A] where spec.posterior_noise_shape says so, else None.
+    Candidates (best-of-n) are drawn and ranked by the sampler: here they are rows of the batch.
+    """
 
+    spec: SamplerSpec
+    networks: BoundNetworks
+    obs: Tensor
+    noise: Tensor
+    posterior_noise: Tensor | None = None
+    packed: Any = None
+    return_info: bool = False
 
-@dataclass(frozen=True)
-class BoundNetworks:
-    """The networks of one sampler. The critic is None where nothing asks it; the posterior, unless estimate="mfm"."""
-
-    flow: BoundNetwork
-    critic: BoundNetwork | None = None
-    posterior: BoundNetwork | None = None
-
-
-@dataclass(frozen=True)
-class RawSample:
-    """What a backend's inner loop returns. gradient_norms and nonfinite are None unless asked for."""
-
-    actions: Tensor  # [B, A]
-    gradient_norms: Tensor | None = None  # [K, B], norm of g over the steered dims; 0 at unsteered steps
-    nonfinite: Tensor | None = None  # [K, B] bool, rows that fell back to the unsteered flow
+    @property
+    def batch_size(self) -> int:
+        return self.noise.shape[0]
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,7 @@ class Backend(ABC):
     name: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]]
     max_batch_size: ClassVar[int | None] = None  # "auto" takes the next backend for larger batches
+    auto_for_networks: ClassVar[bool] = True  # whether "auto" may take it to run single networks
 
     @abstractmethod
     def unavailable_reason(self) -> str | None:
@@ -73,31 +73,19 @@ class Backend(ABC):
     def refusal(self, spec: SamplerSpec, device: torch.device) -> str | None:
         """Why this backend cannot run this sampler on tensors of this device, or None where it can."""
 
+    def network_refusal(self, precision: str, device: torch.device) -> str | None:
+        """Why this backend cannot run single networks on tensors of this device, or None where it can."""
+        if precision not in self.precisions:
+            return f"precision {precision!r} is not one of {', '.join(self.precisions)}"
+        return None
+
     @abstractmethod
     def pack(self, spec: SamplerSpec, networks: BoundNetworks) -> Any:
         """A private copy of the weights in this backend's layout, for reuse over many calls (frozen samplers)."""
 
     @abstractmethod
-    def sample(
-        self,
-        spec: SamplerSpec,
-        networks: BoundNetworks,
-        obs: Tensor,
-        noise: Tensor,
-        posterior_noise: Tensor | None,
-        *,
-        packed: Any = None,
-        return_info: bool = False,
-    ) -> RawSample:
-        """The whole K-step loop for the batch. Never tracked by autograd.
-
-        Args:
-            obs: [B, S], contiguous, float32 (float64 where the backend's precisions allow), B >= 1, finite.
-            noise: [B, A], same dtype; not modified.
-            posterior_noise: [K, B, N, A] for mfm and glass, else None.
-            packed: what `pack` returned; None reads the live parameters of `networks` in this call.
-        Candidates (best-of-n) are drawn and ranked by the sampler: here they are rows of the batch.
-        """
+    def sample(self, call: Call) -> RawSample:
+        """The whole K-step loop for the batch. Never tracked by autograd."""
 
     def quick_call(self, spec: SamplerSpec, networks: BoundNetworks, packed: Any, slots: Slots) -> QuickCall | None:
         """Something that makes the plainest calls of `sample`, checks included, with less overhead; None: nothing can.

@@ -12,12 +12,7 @@ def network_macs(spec: NetworkSpec) -> int:
 
 def count_weights(spec: SamplerSpec) -> int:
     """Matrix elements of the networks that the call reads."""
-    networks = [spec.flow]
-    if spec.steering.steers and spec.critic is not None:
-        networks.append(spec.critic)
-        if spec.steering.estimate == "mfm" and spec.posterior is not None:
-            networks.append(spec.posterior)
-    return sum(network_macs(n) * n.num_members for n in networks)
+    return sum(network_macs(n) * n.num_members for n in spec.networks.values())
 
 
 def count_flops(spec: SamplerSpec, batch_size: int) -> int:
@@ -27,20 +22,18 @@ def count_flops(spec: SamplerSpec, batch_size: int) -> int:
     computed once a call; the columns of x are shared by the draws; time columns are shared by all rows; input
     gradients touch the action columns alone.
     """
-    steering, steps = spec.steering, spec.num_steps
-    steered = 0 if not steering.steers else steps - (0 if steering.steer_first_step else 1)
-    draws = steering.num_samples if steering.uses_posterior else 1
-    forward, backward = _per_row(spec.flow, "noisy_actions")
-    macs = _obs_macs(spec.flow) + steps * forward
+    steering, steered, draws = spec.steering, len(spec.steered_steps), spec.num_draws
+    forward, backward = _per_row(spec.flow)
+    macs = _obs_macs(spec.flow) + spec.num_steps * forward
     if steered and spec.critic is not None:
-        critic_forward, critic_backward = _per_row(spec.critic, "actions")
+        critic_forward, critic_backward = _per_row(spec.critic)
         members = spec.critic.num_members
         macs += members * (_obs_macs(spec.critic) + steered * draws * (critic_forward + critic_backward))
-        if steering.estimate == "tweedie" and steering.jacobian == "full":
+        if spec.pulls_flow:
             macs += steered * backward
         elif steering.estimate == "glass":
             macs += steered * draws * steering.glass_steps * (forward + backward)
-        elif steering.estimate == "mfm" and spec.posterior is not None:
+        elif spec.posterior is not None:
             post = spec.posterior
             action_columns = post.action_dim * post.hidden_dims[0]
             body = network_macs(post) - post.input_dim * post.hidden_dims[0]
@@ -54,8 +47,8 @@ def _obs_macs(spec: NetworkSpec) -> int:
     return spec.obs_dim * spec.hidden_dims[0]
 
 
-def _per_row(spec: NetworkSpec, moving_block: str) -> tuple[int, int]:
+def _per_row(spec: NetworkSpec) -> tuple[int, int]:
     """(forward, input-gradient) multiply-accumulates a step of one member: the moving columns and the body."""
-    first = spec.block_dim(moving_block) * spec.hidden_dims[0]
+    first = spec.block_dim(spec.moving_block) * spec.hidden_dims[0]
     body = network_macs(spec) - spec.input_dim * spec.hidden_dims[0]
     return first + body, first + body

@@ -15,10 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..networks import time_features
-from ..reference import GlassCoefficients, glass_coefficients
-from ..spec import NetworkSpec, SamplerSpec
-from .base import Backend, BoundNetwork, BoundNetworks, Footprint, QuickCall, RawSample, Slots
+from ..spec import BoundNetwork, BoundNetworks, NetworkSpec, RawSample, SamplerSpec
+from .base import Backend, Call, Footprint, QuickCall, Slots
 from .counts import count_flops
 from .params import interface_mismatch, steering_params
 
@@ -154,44 +152,30 @@ def _network(spec: NetworkSpec, precision: str, isa: str) -> Any:
     return load_module().cpu_network(shape, precision, isa)
 
 
-def _times(spec: NetworkSpec, times: Sequence[float]) -> np.ndarray:
-    t = torch.tensor(times, dtype=torch.float64, device="cpu").unsqueeze(-1)
-    features = time_features(t, spec.time_embedding, spec.time_embedding_dim)
-    return features.to(torch.float32).numpy()
+def _time_rows(spec: NetworkSpec, times: Sequence[float]) -> dict[str, np.ndarray]:
+    return {block: rows.to(torch.float32).numpy() for block, rows in spec.time_rows(times).items()}
 
 
 @lru_cache(maxsize=64)
 def _plan(spec: SamplerSpec, isa: str) -> _Plan:
-    steering, steps = spec.steering, spec.num_steps
-    times = [k / steps for k in range(steps)]
-    uses_map = steering.steers and steering.estimate == "mfm"
-    flow = _network(spec.flow, spec.precision, isa)
-    critic = _network(spec.critic, spec.precision, isa) if steering.steers and spec.critic is not None else None
-    posterior = _network(spec.posterior, spec.precision, isa) if uses_map and spec.posterior is not None else None
-    flow_times = list(times)
-    glass: list[GlassCoefficients[float]] = []
-    if steering.steers and steering.estimate == "glass":
-        m = steering.glass_steps
-        glass = [glass_coefficients(t, i / m) for t in times for i in range(m)]
-        flow_times += [c.t_star for c in glass]
+    steering = spec.steering
+    made = {name: _network(network, spec.precision, isa) for name, network in spec.networks.items()}
+    flow, critic, posterior = (made.get(name) for name in ("flow", "critic", "posterior"))
     fields = {
         "flow": flow,
         "critic": critic,
         "posterior": posterior,
         "steering": bytes(steering_params(steering, spec.action_low, spec.action_high)),
-        "num_steps": steps,
-        "steered_steps": [k for k in range(steps) if steering.steers and (k > 0 or steering.steer_first_step)],
-        "glass": [(c.p_x, c.p_xbar, c.c_x, c.c_xbar, c.c_v) for c in glass],
+        "num_steps": spec.num_steps,
+        "steered_steps": list(spec.steered_steps),
+        "glass": [(c.p_x, c.p_xbar, c.c_x, c.c_xbar, c.c_v) for row in spec.glass_table for c in row],
         "obs_dim": spec.flow.obs_dim,
         "action_dim": spec.flow.action_dim,
         "steered_dims": None if steering.steered_dims is None else list(steering.steered_dims),
-        "flow_times": _times(spec.flow, flow_times),
+        "flow_times": _time_rows(spec.flow, spec.flow_times)["t"],
     }
-    if posterior is not None:
-        assert spec.posterior is not None
-        fields["posterior_t"] = _times(spec.posterior, times)
-        fields["posterior_s"] = _times(spec.posterior, [0.0] * steps)
-        fields["posterior_u"] = _times(spec.posterior, [1.0] * steps)
+    if spec.posterior is not None:
+        fields |= {f"posterior_{block}": rows for block, rows in _time_rows(spec.posterior, spec.times).items()}
     return _Plan(load_module().cpu_plan(fields), (flow, critic, posterior))
 
 
@@ -255,11 +239,12 @@ class CpuBackend(Backend):
         return None
 
     def refusal(self, spec: SamplerSpec, device: torch.device) -> str | None:
+        return self.network_refusal(spec.precision, device)
+
+    def network_refusal(self, precision: str, device: torch.device) -> str | None:
         if device.type != "cpu":
             return f"the tensors are on {device}, not on the CPU"
-        if spec.precision not in self.precisions:
-            return f"precision {spec.precision!r} is not one of {', '.join(self.precisions)}"
-        return None
+        return super().network_refusal(precision, device)
 
     def _get_plan(self, spec: SamplerSpec) -> _Plan:
         isa = _isa()
@@ -280,18 +265,8 @@ class CpuBackend(Backend):
         packed = load_module().cpu_pack(plan.handle, *self._get_sources(plan, networks), torch.get_num_threads())
         return plan, packed
 
-    def sample(
-        self,
-        spec: SamplerSpec,
-        networks: BoundNetworks,
-        obs: Tensor,
-        noise: Tensor,
-        posterior_noise: Tensor | None,
-        *,
-        packed: Any = None,
-        return_info: bool = False,
-    ) -> RawSample:
-        return self._sample(spec, networks, obs, noise, posterior_noise, packed, return_info, 0)
+    def sample(self, call: Call) -> RawSample:
+        return self._sample(call, 0)
 
     def quick_call(self, spec: SamplerSpec, networks: BoundNetworks, packed: Any, slots: Slots) -> QuickCall | None:
         if packed is None:
@@ -301,57 +276,39 @@ class CpuBackend(Backend):
             (plan, weights), sources = packed, [None, None, None]
         return load_module().CpuQuickCall(slots, plan.handle, *sources, weights, _torch_names())
 
-    def sample_phases(
-        self,
-        spec: SamplerSpec,
-        networks: BoundNetworks,
-        obs: Tensor,
-        noise: Tensor,
-        posterior_noise: Tensor | None,
-        packed: Any = None,
-    ) -> tuple[RawSample, dict[str, float]]:
+    def sample_phases(self, call: Call) -> tuple[RawSample, dict[str, float]]:
         """`sample`, and the seconds that its first thread spent in each of PHASES."""
         seconds = np.zeros(len(PHASES))
-        raw = self._sample(spec, networks, obs, noise, posterior_noise, packed, False, seconds.ctypes.data)
+        raw = self._sample(call, seconds.ctypes.data)
         return raw, dict(zip(PHASES, seconds.tolist()))
 
-    def _sample(
-        self,
-        spec: SamplerSpec,
-        networks: BoundNetworks,
-        obs: Tensor,
-        noise: Tensor,
-        posterior_noise: Tensor | None,
-        packed: Any,
-        return_info: bool,
-        phases: int,
-    ) -> RawSample:
-        if packed is None:
+    def _sample(self, call: Call, phases: int) -> RawSample:
+        spec, noise, eps, batch = call.spec, call.noise, call.posterior_noise, call.batch_size
+        if call.packed is None:
             plan, weights = self._get_plan(spec), None
-            sources = self._get_sources(plan, networks)
+            sources = self._get_sources(plan, call.networks)
         else:
-            (plan, weights), sources = packed, [None, None, None]
-        batch = noise.shape[0]
-        _check(obs, (batch, spec.flow.obs_dim), "obs")
+            (plan, weights), sources = call.packed, [None, None, None]
+        _check(call.obs, (batch, spec.flow.obs_dim), "obs")
         _check(noise, (batch, spec.flow.action_dim), "noise")
-        if posterior_noise is not None:
-            shape = (spec.num_steps, batch, spec.steering.num_samples, spec.flow.action_dim)
-            _check(posterior_noise, shape, "posterior_noise")
+        shape = spec.posterior_noise_shape(batch)
+        if shape is not None and eps is not None:
+            _check(eps, shape, "posterior_noise")
         actions = torch.empty_like(noise)
         norms = nonfinite = None
-        if return_info:
+        if call.return_info:
             norms = noise.new_zeros(spec.num_steps, batch)
             nonfinite = noise.new_zeros(spec.num_steps, batch, dtype=torch.bool)
         load_module().cpu_sample(
             plan.handle,
             *sources,
             weights,
-            obs.data_ptr(),
+            call.obs.data_ptr(),
             noise.data_ptr(),
-            0 if posterior_noise is None else posterior_noise.data_ptr(),
+            _pointer(eps),
             actions.data_ptr(),
-            0 if norms is None else norms.data_ptr(),
-            0 if nonfinite is None else nonfinite.data_ptr(),
+            _pointer(norms),
+            _pointer(nonfinite),
             batch,
             torch.get_num_threads(),
             phases,
@@ -385,7 +342,7 @@ class CpuBackend(Backend):
         load_module().cpu_network_apply(
             self._bind(network, handle),
             pointers,
-            0 if cotangent is None else cotangent.data_ptr(),
+            _pointer(cotangent),
             out.data_ptr(),
             batch,
             torch.get_num_threads(),
@@ -404,14 +361,10 @@ class CpuBackend(Backend):
 
     def footprint(self, spec: SamplerSpec, batch_size: int) -> Footprint:
         plan, threads = self._get_plan(spec), torch.get_num_threads()
-        steering, steps = spec.steering, spec.num_steps
-        steered = 0 if not steering.steers else steps - (0 if steering.steer_first_step else 1)
+        steered = len(spec.steered_steps)
         flow, critic, posterior = (0 if n is None else n.arena_bytes for n in plan.networks)
-        flow_visits = steps
-        if steering.estimate == "tweedie" and steering.jacobian == "full":
-            flow_visits += steered
-        elif steering.estimate == "glass":
-            flow_visits += 2 * steering.glass_steps * steered
+        inner = 2 * spec.steering.glass_steps if spec.glass_table else 0
+        flow_visits = spec.num_steps + steered * (inner + spec.pulls_flow)
         traffic = flow * flow_visits + 2 * steered * (critic + posterior)
         flops = count_flops(spec, batch_size)
         limits = machine_limits(threads)
@@ -434,6 +387,10 @@ class CpuBackend(Backend):
                 f"{usual * 1e3:.2f} in the middle",
             ),
         )
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _check(tensor: Tensor, shape: tuple[int, ...], name: str) -> None:

@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
-from ..spec import ACTIVATIONS
+from ..activations import ACTIVATIONS
 from ..steering import AGGREGATIONS, CLIPS, ESTIMATES, SCALES, Steering
 
 NORM_PLACEMENTS = (None, "pre", "post")

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..activations import ACTIVATIONS
 from ..networks import PackableNetwork
-from ..spec import ACTIVATIONS, INPUT_ORDER, KINDS, TIME_EMBEDDINGS, NetworkSpec
+from ..spec import INPUT_ORDER, KINDS, TIME_EMBEDDINGS, NetworkSpec
 from . import layers, stacked
 from .calling import OutputLayout, UserCall, check_argument_order, critic_layout, describe
 from .modules import ModuleNetwork, network_class
@@ -87,7 +88,7 @@ def _check_hints(kind: str, hints: dict[str, Any]) -> None:
     unknown = [name for name in hints if name not in _HINTS]
     if unknown:
         raise TypeError(f"from_module: unknown hint {unknown[0]!r}; expected some of {', '.join(_HINTS)}.")
-    for name, allowed in (("activation", ACTIVATIONS), ("time_embedding", tuple(TIME_EMBEDDINGS))):
+    for name, allowed in (("activation", tuple(ACTIVATIONS)), ("time_embedding", tuple(TIME_EMBEDDINGS))):
         if hints.get(name) is not None and hints[name] not in allowed:
             raise ValueError(f"from_module: {name} is {hints[name]!r}; expected one of {', '.join(allowed)}.")
     for name in ("obs_dim", "action_dim", "time_embedding_dim"):

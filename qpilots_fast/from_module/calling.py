@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..networks import time_features
 from ..spec import INPUT_ORDER
+from ..times import time_features
 from .refusal import Refused
 
 BLOCKS_OF_KIND = INPUT_ORDER  # our forward takes the blocks in this order, whatever the order of the columns

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..networks import time_features
-from ..reference import activation, layer_norm
-from ..spec import ACTIVATIONS, TIME_EMBEDDINGS, NetworkSpec
+from ..activations import ACTIVATIONS
+from ..reference import layer_norm
+from ..spec import TIME_EMBEDDINGS, NetworkSpec
+from ..times import time_features
 from .calling import TIMES, UserCall
 from .refusal import Refused, number
 from .sources import Source, named_sources
@@ -179,7 +180,7 @@ def matches_between(call: LinearCall, following: Tensor) -> set[Match]:
             h = call.output
             if placement == "pre":
                 h = _norm(h, call.norms[0])
-            h = activation(h, kind)
+            h = ACTIVATIONS[kind].value(h)
             if placement == "post":
                 h = _norm(h, call.norms[0])
             gap = (h - following).abs().max().item() / (1 + following.abs().max().item())

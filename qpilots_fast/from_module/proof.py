@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..networks import bind
-from ..reference import ReferenceNetwork, ordered_blocks, time_block
+from ..reference import ReferenceNetwork
 from ..spec import NetworkSpec
 from .calling import BLOCKS_OF_KIND, TIMES, OutputLayout, UserCall
 from .refusal import Refused, number
@@ -45,16 +45,16 @@ def evaluate(spec: NetworkSpec, flat: Sequence[Tensor], named: dict[str, Tensor]
     if columns is not None:
         return network([columns])
     blocks = {
-        name: time_block(spec, block, len(block), block.device) if name in TIMES else block
+        name: spec.embed_time(block, len(block), block.device) if name in TIMES else block
         for name, block in named.items()
     }
-    return network(ordered_blocks(spec, blocks))
+    return network(spec.ordered(blocks))
 
 
 def to_module_output(spec: NetworkSpec, output: Tensor, named: dict[str, Tensor], layout: OutputLayout) -> Tensor:
     """Our [E, B, out] as the module's own output after layout.apply."""
     if spec.kind == "critic":
-        return output.squeeze(-1)
+        return spec.head(output)[0]
     if spec.kind == "meta_flow_map" and not layout.is_velocity:
         return named["xbar"] + (named["u"] - named["s"]) * output[0]
     return output[0]

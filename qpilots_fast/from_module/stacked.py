@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..spec import ACTIVATIONS, INPUT_ORDER, NetworkSpec
+from ..activations import ACTIVATIONS
+from ..spec import INPUT_ORDER, NetworkSpec
 from .calling import TIMES, OutputLayout
 from .proof import evaluate, to_module_output
 from .refusal import Refused, number
@@ -213,7 +214,7 @@ def propose_specs(
     embeddings = ["raw"] if width == 1 else ["sinusoidal", "fourier"]
     if hints.get("time_embedding"):
         embeddings = [hints["time_embedding"]]
-    activations = [hints["activation"]] if "activation" in hints else ACTIVATIONS
+    activations = [hints["activation"]] if "activation" in hints else list(ACTIVATIONS)
     for placement, embedding, order, activation in product(placements, embeddings, orders, activations):
         for eps in (
             [hints["layer_norm_eps"]] if "layer_norm_eps" in hints else (1e-5, 1e-6) if any(placement) else (1e-6,)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import backends, reference
 from ..backends.base import Backend
-from ..composite import composite_evaluators
+from ..evaluators import evaluators
 from ..sampler import SampleInfo
 from ..steering import Steering, check_choice
 
@@ -249,14 +249,15 @@ def ddim_steered_sample(
         raise ValueError(f"ddim_steered_sample: timesteps is {list(timesteps)}; expected indices from noise to clean.")
     drift = _DDIMDrift(network, prediction, clip)
     chosen = _critic_backend(backend, noise)
-    net = composite_evaluators(drift, critic, None, steering, chosen, "float32", obs)
+    net = evaluators(drift, critic, None, steering, chosen, "float32", obs)
     xbar = noise / levels[0][1]
     norms, nonfinite = [], []
+    steered = steering.steered_steps(len(levels))
     for k, level in enumerate(levels):
         drift.level = level
         u, pullback = net.flow(xbar, 0.0)
         norm, bad = noise.new_zeros(len(noise)), torch.zeros(len(noise), dtype=torch.bool, device=noise.device)
-        if steering.steers and (k > 0 or steering.steer_first_step):
+        if k in steered:
             # the estimate xbar + lambda u is the linear path's x + (1 - t) v with 1 - t = lambda
             bounds = (action_low, action_high)
             g, std = reference.steering_gradient(net, steering, xbar, u, pullback, 1 - lambdas[k], None, bounds)

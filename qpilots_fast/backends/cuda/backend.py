@@ -10,15 +10,15 @@ import ctypes
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from ...errors import BackendUnavailable
-from ...spec import NetworkSpec, SamplerSpec
+from ...spec import BoundNetwork, BoundNetworks, NetworkSpec, RawSample, SamplerSpec
 from ...steering import Steering
-from ..base import Backend, BoundNetwork, BoundNetworks, Footprint, RawSample
+from ..base import Backend, Call, Footprint
 from ..counts import count_flops
 from ..params import steering_params
 from .build import library_paths
@@ -76,6 +76,7 @@ class CudaBackend(Backend):
     name: ClassVar[str] = "cuda"
     precisions: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
     max_batch_size: ClassVar[int | None] = MAX_BATCH_SIZE
+    auto_for_networks: ClassVar[bool] = False  # one network needs no grid barrier
 
     def __init__(self, library: Library | None = None, max_blocks: int = 0, spin_limit: int = _SPIN_LIMIT) -> None:
         self._library, self._max_blocks, self._spin_limit = library, max_blocks, spin_limit
@@ -116,33 +117,29 @@ class CudaBackend(Backend):
             return f"its tensors must be on a CUDA device, they are on {device}"
         if spec.precision not in self.precisions:
             return f"it has the precisions {', '.join(self.precisions)}, not {spec.precision}"
-        if spec.steering.steers and spec.steering.estimate == "glass":
+        if spec.glass_table:
             return "it has no glass estimate (its inner steps would multiply the barriers); 'triton' has"
         if spec.num_steps > _MAX_STEPS:
             return f"it counts barriers in 32 bits and takes at most {_MAX_STEPS} steps, not {spec.num_steps}"
-        for network in (spec.flow, spec.critic, spec.posterior):
-            if network is not None and not network.hidden_dims:
+        for network in spec.networks.values():
+            if not network.hidden_dims:
                 return f"its {network.kind} must have a hidden layer"
         return None
+
+    def network_refusal(self, precision: str, device: torch.device) -> str | None:
+        library = self._load()
+        if library is not None and device.type != library.device_type:
+            return f"its tensors must be on a CUDA device, they are on {device}"
+        return super().network_refusal(precision, device)
 
     # ---------------------------------------------------------------- sampling
 
     def pack(self, spec: SamplerSpec, networks: BoundNetworks) -> PackedWeights:
         program = self._sample_program(spec, networks, 1)
-        return PackedWeights(self._packed(program, _taking_part(spec, networks)), _pack_key(spec, networks))
+        return PackedWeights(self._packed(program, spec.taking_part(networks)), _pack_key(spec, networks))
 
-    def sample(
-        self,
-        spec: SamplerSpec,
-        networks: BoundNetworks,
-        obs: Tensor,
-        noise: Tensor,
-        posterior_noise: Tensor | None,
-        *,
-        packed: Any = None,
-        return_info: bool = False,
-    ) -> RawSample:
-        batch = len(noise)
+    def sample(self, call: Call) -> RawSample:
+        spec, networks, noise, packed, batch = call.spec, call.networks, call.noise, call.packed, call.batch_size
         reason = self.refusal(spec, noise.device)
         if reason is None and batch > MAX_BATCH_SIZE:
             reason = (
@@ -154,17 +151,17 @@ class CudaBackend(Backend):
         loaded = self._sample_program(spec, networks, batch)
         args = SampleArgs.from_buffer_copy(loaded.program.args)
         if packed is None:
-            weights = self._packed(loaded, _taking_part(spec, networks))
+            weights = self._packed(loaded, spec.taking_part(networks))
         elif packed.key != _pack_key(spec, networks):
             raise ValueError("packed was made for another sampler; expected what pack(spec, networks) returned.")
         else:
             weights = packed.weights
-        inputs = [_float32(obs), *loaded.tables[:-1]]
+        inputs = [_float32(call.obs), *loaded.tables[:-1]]
         noise = _float32(noise)
-        eps = None if posterior_noise is None else _float32(posterior_noise)
+        eps = None if call.posterior_noise is None else _float32(call.posterior_noise)
         actions = torch.empty_like(noise)
         norms = nonfinite = None
-        if return_info:
+        if call.return_info:
             norms = noise.new_empty(spec.num_steps, batch)
             nonfinite = torch.empty(spec.num_steps, batch, dtype=torch.uint8, device=noise.device)
         args.noise, args.posterior_noise = noise.data_ptr(), _pointer(eps)
@@ -176,22 +173,21 @@ class CudaBackend(Backend):
         return RawSample(actions, norms, None if nonfinite is None else nonfinite.bool())
 
     def capture(self, spec: SamplerSpec, networks: BoundNetworks, batch_size: int) -> Callable[..., Tensor]:
-        device = _device_of(networks.flow)
+        device = networks.flow.device
         if device.type != "cuda":
             return super().capture(spec, networks, batch_size)
-        steering, action_dim = spec.steering, spec.flow.action_dim
         obs = torch.zeros(batch_size, spec.flow.obs_dim, device=device)
-        noise = torch.zeros(batch_size, action_dim, device=device)
-        eps = None
-        if steering.steers and steering.uses_posterior:
-            eps = torch.zeros(spec.num_steps, batch_size, steering.num_samples, action_dim, device=device)
+        noise = torch.zeros(batch_size, spec.flow.action_dim, device=device)
+        shape = spec.posterior_noise_shape(batch_size)
+        eps = None if shape is None else torch.zeros(shape, device=device)
+        call = Call(spec, networks, obs, noise, eps)
         graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.device(device), torch.cuda.stream(side):
-            self.sample(spec, networks, obs, noise, eps)  # programs and tables reach the device before the capture
+            self.sample(call)  # programs and tables reach the device before the capture
         torch.cuda.current_stream(device).wait_stream(side)
         with torch.cuda.device(device), torch.cuda.graph(graph):
-            actions = self.sample(spec, networks, obs, noise, eps).actions
+            actions = self.sample(call).actions
 
         def replay(new_obs: Tensor, new_noise: Tensor, new_eps: Tensor | None = None) -> Tensor:
             obs.copy_(new_obs)
@@ -206,7 +202,7 @@ class CudaBackend(Backend):
     # ---------------------------------------------------------------- one network
 
     def prepare(self, network: BoundNetwork, precision: str) -> PreparedNetwork:
-        program = self._network_program(network, 1, precision, _device_of(network), differentiable=True)
+        program = self._network_program(network, 1, precision, network.device, differentiable=True)
         return PreparedNetwork(network, precision, self._packed(program, [network]))
 
     def forward(self, network: BoundNetwork | PreparedNetwork, blocks: Sequence[Tensor], precision: str) -> Tensor:
@@ -322,11 +318,7 @@ class CudaBackend(Backend):
     # ---------------------------------------------------------------- counts
 
     def footprint(self, spec: SamplerSpec, batch_size: int) -> Footprint:
-        steering = spec.steering
-        networks = [n for n in (spec.flow, spec.critic if steering.steers else None) if n is not None]
-        if steering.steers and steering.estimate == "mfm" and spec.posterior is not None:
-            networks.append(spec.posterior)
-        present = tuple(_all_present(network) for network in networks)
+        present = tuple(_all_present(network) for network in spec.networks.values())
         program = plan_sample(spec, present, batch_size, _WEIGHT_BYTES.get(spec.precision, 4))
         barriers = count_barriers(program)
         return Footprint(
@@ -348,8 +340,8 @@ class CudaBackend(Backend):
         return library
 
     def _sample_program(self, spec: SamplerSpec, networks: BoundNetworks, batch: int) -> _DeviceProgram:
-        present = tuple(presence(network) for network in _taking_part(spec, networks))
-        device = _device_of(networks.flow)
+        present = tuple(presence(network) for network in spec.taking_part(networks))
+        device = networks.flow.device
         key = ("sample", spec, present, batch, device)
         return self._programs.obtain(
             key, lambda: _to_device(key, plan_sample(spec, present, batch, _WEIGHT_BYTES[spec.precision]), device)
@@ -449,22 +441,8 @@ def _place(library: Library, device: torch.device) -> tuple[int, ctypes.c_void_p
     return index, ctypes.c_void_p(library.stream(device))
 
 
-def _taking_part(spec: SamplerSpec, networks: BoundNetworks) -> list[BoundNetwork]:
-    """The networks that the loop asks, in the order of the packed weights."""
-    chosen = [networks.flow]
-    if spec.steering.steers and networks.critic is not None:
-        chosen.append(networks.critic)
-        if spec.steering.estimate == "mfm" and networks.posterior is not None:
-            chosen.append(networks.posterior)
-    return chosen
-
-
 def _pack_key(spec: SamplerSpec, networks: BoundNetworks) -> Hashable:
-    return spec, tuple(presence(network) for network in _taking_part(spec, networks))
-
-
-def _device_of(network: BoundNetwork) -> torch.device:
-    return network.layers[0].weight[0].device
+    return spec, tuple(presence(network) for network in spec.taking_part(networks))
 
 
 def _parameters(network: BoundNetwork) -> list[Tensor]:

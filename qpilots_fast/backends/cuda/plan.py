@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ...networks import time_features
-from ...spec import ACTIVATIONS, NetworkSpec, SamplerSpec
+from ...activations import ACTIVATIONS
+from ...spec import NetworkSpec, SamplerSpec
 from ...steering import Steering
 from ..params import NORM_PLACEMENTS, steering_params
 from .layout import NetworkLayout, Presence, Region, round_up
@@ -64,7 +65,7 @@ class NetworkPhases:
     def _phase(self, stage: str, in_dim: int, out_dim: int, weight: int, target: int, **fields: int | float) -> Phase:
         phase = Phase(
             stage=STAGES.index(stage),
-            activation=ACTIVATIONS.index(self.spec.activation),
+            activation=tuple(ACTIVATIONS).index(self.spec.activation),
             members=self.spec.num_members,
             rows=self.rows,
             in_dim=in_dim,
@@ -185,21 +186,15 @@ def _time_blocks(spec: NetworkSpec) -> tuple[str, ...]:
     return tuple(block for block in spec.input_order if block in ("t", "s", "u"))
 
 
-def _time_table(spec: NetworkSpec, num_steps: int) -> Tensor:
+def _time_table(spec: NetworkSpec, times: Sequence[float]) -> Tensor:
     """[K, columns] float32: the time columns of every step, in the order of the network's input."""
-    t = torch.arange(num_steps, dtype=torch.float64, device="cpu").unsqueeze(1) / num_steps
-    at = {"t": t, "s": torch.zeros_like(t), "u": torch.ones_like(t)}
-    blocks = [time_features(at[name], spec.time_embedding, spec.time_embedding_dim) for name in _time_blocks(spec)]
-    return torch.cat(blocks, dim=1).float().contiguous()
+    return torch.cat(list(spec.time_rows(times).values()), dim=1).float().contiguous()
 
 
 def plan_sample(spec: SamplerSpec, present: tuple[tuple[Presence, ...], ...], batch: int, weight_bytes: int) -> Program:
     """The program of a whole sampling call; present: of flow, critic, posterior, as far as they take part."""
-    steering, flow = spec.steering, spec.flow
-    steers = steering.steers and spec.critic is not None
-    uses_map = steers and steering.estimate == "mfm"
-    pulls_flow = steers and steering.estimate == "tweedie" and steering.jacobian == "full"
-    rows = batch * steering.num_samples if uses_map else batch
+    steering, flow, pulls_flow = spec.steering, spec.flow, spec.pulls_flow
+    rows = batch * spec.num_draws
     action_dim = flow.action_dim
     layouts: list[NetworkLayout] = []
 
@@ -236,9 +231,8 @@ def plan_sample(spec: SamplerSpec, present: tuple[tuple[Presence, ...], ...], ba
     )
     step += flow_phases.forward("state", action_dim, args.velocity, **add_once(flow_phases, 1))
     num_flow = len(step)
-    tables = [_time_table(flow, spec.num_steps)]
-    if steers:
-        assert spec.critic is not None
+    tables = [_time_table(flow, spec.times)]
+    if spec.critic is not None:
         args.num_members = spec.critic.num_members
         args.q_values = workspace.plane("q_values", args.num_members, rows)
         args.critic_vjp = workspace.plane("critic vjp", args.num_members, rows, action_dim)
@@ -247,21 +241,20 @@ def plan_sample(spec: SamplerSpec, present: tuple[tuple[Presence, ...], ...], ba
             add_layout(spec.critic, ("actions",), ("actions",), False), workspace, rows, differentiable=True
         )
         pulled_back = flow_phases
-        if uses_map:
-            assert spec.posterior is not None
+        if spec.posterior is not None:
             args.map_output = workspace.plane("map output", rows, action_dim)
             layout = add_layout(spec.posterior, ("xbar", "noisy_actions"), ("noisy_actions",), True)
             pulled_back = NetworkPhases(layout, workspace, rows, differentiable=True)
             addends = add_once(pulled_back, 2)
             step += pulled_back.forward("map_input", 2 * action_dim, args.map_output, **addends)
-            tables.append(_time_table(spec.posterior, spec.num_steps))
+            tables.append(_time_table(spec.posterior, spec.times))
         step += critic_phases.forward("estimate", action_dim, None, **add_once(critic_phases, 0))
         step += critic_phases.backward(action_dim, args.critic_vjp, None)
         step[-1].completes_critics = 1
-        if uses_map or pulls_flow:
+        if spec.posterior is not None or pulls_flow:
             step += pulled_back.backward(action_dim, args.estimate_vjp, {}, "cotangent")
     once[-1].ends_with_barrier = 1
-    remaining = (1 - torch.arange(spec.num_steps, dtype=torch.float64, device="cpu") / spec.num_steps).float()
+    remaining = (1 - torch.tensor(spec.times, dtype=torch.float64, device="cpu")).float()
     mask = None
     if steering.steered_dims is not None:
         mask = torch.zeros(action_dim, dtype=torch.uint8, device="cpu")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendUnavailable
-from ...spec import SamplerSpec
-from ..base import Backend, BoundNetwork, BoundNetworks, Footprint, RawSample
+from ...spec import BoundNetwork, BoundNetworks, RawSample, SamplerSpec
+from ..base import Backend, Call, Footprint
 from .launch_table import MAX_ACTION_PAD, LaunchTable, default_table, dot_mode
 from .launcher import launch
 from .packing import OPERAND_DTYPES, NetworkLayout, PackedBuffers, launch_constants, padded_width, parameter_addresses
@@ -111,7 +111,7 @@ class TritonBackend(Backend):
             return "q_scale='batch_std' couples all rows, which two launches a step without a grid barrier cannot do"
         if padded_width(spec.flow.action_dim) > MAX_ACTION_PAD:
             return f"action_dim is {spec.flow.action_dim}; expected at most {MAX_ACTION_PAD}"
-        if any(n is not None and not n.hidden_dims for n in (spec.flow, spec.critic, spec.posterior)):
+        if not all(n.hidden_dims for n in spec.networks.values()):
             return "a network has no hidden layer"
         return None
 
@@ -124,6 +124,9 @@ class TritonBackend(Backend):
             return f"compute capability {capability(device) / 10} is below 8.0"
         return None
 
+    def network_refusal(self, precision: str, device: torch.device) -> str | None:
+        return self._device_refusal(device) or super().network_refusal(precision, device)
+
     # ------------------------------------------------------------ the sampler
 
     def plan(self, spec: SamplerSpec, device: torch.device) -> SamplerPlan:
@@ -131,42 +134,32 @@ class TritonBackend(Backend):
             return self._plans.obtain((spec, device), lambda: SamplerPlan(spec, device, self.table))
 
     def pack(self, spec: SamplerSpec, networks: BoundNetworks) -> PackedSampler:
-        bound = _bound_list(spec, networks)
-        device = bound[0].layers[0].weight[0].device
+        bound = spec.taking_part(networks)
+        device = networks.flow.device
         with _on(device):
             buffers = PackedBuffers(self.plan(spec, device).layouts, spec.precision, device)
             buffers.pack(bound)
         return PackedSampler(spec, buffers)
 
     @torch.no_grad()
-    def sample(
-        self,
-        spec: SamplerSpec,
-        networks: BoundNetworks,
-        obs: Tensor,
-        noise: Tensor,
-        posterior_noise: Tensor | None,
-        *,
-        packed: Any = None,
-        return_info: bool = False,
-    ) -> RawSample:
-        device, batch_size = noise.device, len(noise)
+    def sample(self, call: Call) -> RawSample:
+        spec, noise, device, batch_size = call.spec, call.noise, call.noise.device, call.batch_size
         with self._lock, _on(device):
             plan = self.plan(spec, device)
             plan.check_size(batch_size)
             ws: Workspace = self._obtain(
                 self._workspaces, (device, spec, batch_size), lambda: plan.workspace(batch_size, self._fill)
             )
-            if packed is None:
-                bound = _bound_list(spec, networks)
+            if call.packed is None:
+                bound = spec.taking_part(call.networks)
                 key = (device, spec, parameter_addresses(bound))
                 buffers = self._obtain(self._live, key, lambda: PackedBuffers(plan.layouts, spec.precision, device))
                 buffers.pack(bound)
             else:
-                buffers = packed.buffers
+                buffers = call.packed.buffers
             actions = torch.empty_like(noise)
-            plan.run(ws, buffers, obs, noise, posterior_noise, actions)
-            if return_info:
+            plan.run(ws, buffers, call.obs, noise, call.posterior_noise, actions)
+            if call.return_info:
                 return RawSample(actions, ws.norms.clone(), ws.nonfinite.bool())
         return RawSample(actions)
 
@@ -188,8 +181,8 @@ class TritonBackend(Backend):
 
     def capture(self, spec: SamplerSpec, networks: BoundNetworks, batch_size: int) -> Callable[..., Tensor]:
         """One call as a CUDA graph that reads the current weights at every replay."""
-        bound = _bound_list(spec, networks)
-        device = bound[0].layers[0].weight[0].device
+        bound = spec.taking_part(networks)
+        device = networks.flow.device
         if device.type != "cuda":
             raise BackendUnavailable(f"CUDA graphs need a CUDA device; the networks are on {device}.")
         return CapturedSampler(self.plan(spec, device), bound, batch_size)
@@ -271,11 +264,10 @@ class CapturedSampler:
 
     def __init__(self, plan: SamplerPlan, bound: list[BoundNetwork], batch_size: int) -> None:
         spec, device = plan.spec, plan.device
-        draws = (spec.num_steps, batch_size, plan.num_draws, spec.flow.action_dim)
         self._obs = torch.zeros(batch_size, spec.flow.obs_dim, device=device)
         self._noise = torch.zeros(batch_size, spec.flow.action_dim, device=device)
-        posterior = spec.steering.steers and spec.steering.uses_posterior
-        self._posterior_noise = torch.zeros(draws, device=device) if posterior else None
+        shape = spec.posterior_noise_shape(batch_size)
+        self._posterior_noise = None if shape is None else torch.zeros(shape, device=device)
         self._actions = torch.empty_like(self._noise)
         self._workspace = plan.workspace(batch_size)
         self._buffers = PackedBuffers(plan.layouts, spec.precision, device)
@@ -314,18 +306,6 @@ class CapturedSampler:
             target.copy_(source)
         self._graph.replay()
         return self._actions.clone()
-
-
-def _bound_list(spec: SamplerSpec, networks: BoundNetworks) -> list[BoundNetwork]:
-    """The networks that the sampler asks, in the order of its layouts."""
-    bound = [networks.flow]
-    if spec.steering.steers:
-        assert networks.critic is not None
-        bound.append(networks.critic)
-        if spec.steering.estimate == "mfm":
-            assert networks.posterior is not None
-            bound.append(networks.posterior)
-    return bound
 
 
 def _on(device: torch.device) -> Any:

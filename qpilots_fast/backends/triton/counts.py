@@ -114,13 +114,13 @@ def step_counts(plan: SamplerPlan, batch_size: int, steer: bool, propose: bool, 
     backward = _pass_counts(plan.flow_layout, element, True)
     chunks = -(-grid.rows_per_tile * plan.num_draws // plan.step_tile.block_b)
     work: list[tuple[int, tuple[int, int]]] = [(flows, forward)]
-    if steering.steers and steering.uses_posterior:
+    if steering.draws_posterior:
         inner = steering.glass_steps if steering.estimate == "glass" else 1
         network = plan.map_layout or plan.flow_layout
         ahead, back = (_pass_counts(network, element, direction) for direction in (False, True))
         again = steering.estimate == "glass" or grid.recompute
         work += [(chunks * inner * (propose + (steer and again)), ahead), (chunks * inner * steer, back)]
-    elif steer and steering.estimate == "tweedie" and steering.jacobian == "full":
+    elif steer and steering.pulls_flow:
         work += [(int(grid.recompute), forward), (1, backward)]
     flops, moved = (sum(times * part[i] for times, part in work) for i in (0, 1))
     draws = batch_size * plan.num_draws

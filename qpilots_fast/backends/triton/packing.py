@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendUnavailable
-from ...networks import time_features
-from ...reference import glass_coefficients
 from ...spec import NetworkSpec, SamplerSpec
 from ..base import BoundNetwork
 from .launch_table import Tile
@@ -154,16 +152,12 @@ class NetworkLayout:
         return [*map(list, rows), [self.spec.output_dim, 0, padded[-1], 0]]
 
     def time_columns(self) -> list[int]:
-        parts = [self.spec.block_slices[block] for block in ("t", "s", "u") if block in self.spec.input_order]
+        parts = [self.spec.block_slices[block] for block in self.spec.time_rows(())]
         return [column for part in parts for column in range(part.start, part.stop)]
 
     def time_features(self) -> Tensor:
-        """[len(times), columns] float32, computed in float64; a map's s and u are 0 and 1."""
-        blocks = [block for block in ("t", "s", "u") if block in self.spec.input_order]
-        t = torch.tensor(self.times, dtype=torch.float64, device="cpu").reshape(-1, 1)
-        at = {"t": t, "s": torch.zeros_like(t), "u": torch.ones_like(t)}
-        parts = [time_features(at[b], self.spec.time_embedding, self.spec.time_embedding_dim) for b in blocks]
-        return torch.cat(parts, -1).to(torch.float32)
+        """[len(times), columns] float32, computed in float64."""
+        return torch.cat(list(self.spec.time_rows(self.times).values()), -1).to(torch.float32)
 
 
 @dataclass
@@ -307,19 +301,11 @@ def _items(
 
 def sampler_layouts(spec: SamplerSpec, critic_tile: Tile, step_tile: Tile) -> list[NetworkLayout]:
     """Layouts of the flow, then (where the sampler asks them) the critic and the posterior map."""
-    steering, steps = spec.steering, spec.num_steps
-    times = [k / steps for k in range(steps)]
-    flow_times = list(times)
-    if steering.steers and steering.estimate == "glass":
-        inner = steering.glass_steps
-        flow_times += [glass_coefficients(t, i / inner).t_star for t in times for i in range(inner)]
-    layouts = [NetworkLayout(spec.flow, step_tile, tuple(flow_times))]
-    if steering.steers:
-        assert spec.critic is not None
+    layouts = [NetworkLayout(spec.flow, step_tile, spec.flow_times)]
+    if spec.critic is not None:
         layouts.append(NetworkLayout(spec.critic, critic_tile))
-        if steering.estimate == "mfm":
-            assert spec.posterior is not None
-            layouts.append(NetworkLayout(spec.posterior, step_tile, tuple(times)))
+    if spec.posterior is not None:
+        layouts.append(NetworkLayout(spec.posterior, step_tile, spec.times))
     return layouts
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...reference import glass_coefficients
 from ...spec import SamplerSpec
 from .launch_table import LaunchTable, Tile, dot_mode
 from .launcher import launch
@@ -87,7 +86,7 @@ class SamplerPlan:
         self.sms = multiprocessors(device) if sms is None else sms
         self.capability = capability(device) if sm is None else sm
         action_pad = padded_width(spec.flow.action_dim)
-        widest = [max(n.hidden_dims) for n in (spec.flow, spec.posterior) if n is not None]
+        widest = [max(n.hidden_dims) for name, n in spec.networks.items() if name != "critic"]
         self.step_tile = table.tile("step", spec.precision, self.capability, action_pad).narrowed(max(widest))
         self.critic_tile = table.tile("critic", spec.precision, self.capability, action_pad)
         if spec.critic is not None:
@@ -96,27 +95,22 @@ class SamplerPlan:
         self.flow_layout = self.layouts[0]
         self.critic_layout = self.layouts[1] if len(self.layouts) > 1 else None
         self.map_layout = self.layouts[2] if len(self.layouts) > 2 else None
-        self.first_steered = spec.num_steps
-        if steering.steers:
-            self.first_steered = min(0 if steering.steer_first_step else 1, spec.num_steps)
-        self.num_draws = steering.num_samples if steering.steers and steering.uses_posterior else 1
+        self.first_steered = min(spec.steered_steps, default=spec.num_steps)
+        self.num_draws = spec.num_draws
         self.operand = OPERAND_DTYPES[spec.precision]
-        steps = [k / spec.num_steps for k in range(spec.num_steps)]
         mask = torch.zeros(action_pad, dtype=torch.float32, device="cpu")
         mask[: spec.flow.action_dim] = 1.0
         if steering.steered_dims is not None:
             mask.zero_()[list(steering.steered_dims)] = 1.0
         self.dims = mask.to(device)
-        self.rest = torch.tensor([1 - t for t in steps], dtype=torch.float32, device="cpu").to(device)
-        self.glass = torch.tensor(self._glass_table(steps), dtype=torch.float32, device="cpu").to(device)
+        self.rest = torch.tensor([1 - t for t in spec.times], dtype=torch.float32, device="cpu").to(device)
+        self.glass = torch.tensor(self._glass_table(), dtype=torch.float32, device="cpu").to(device)
 
-    def _glass_table(self, steps: list[float]) -> list[list[list[float]]]:
+    def _glass_table(self) -> list[list[list[float]]]:
         """[K, glass_steps, 5]: p_x, p_xbar, c_x / m, c_xbar / m, c_v / m."""
-        if not (self.spec.steering.steers and self.spec.steering.estimate == "glass"):
-            return [[[0.0]]]
         m = self.spec.steering.glass_steps
-        table = [[glass_coefficients(t, i / m) for i in range(m)] for t in steps]
-        return [[[c.p_x, c.p_xbar, c.c_x / m, c.c_xbar / m, c.c_v / m] for c in row] for row in table]
+        table = [[[c.p_x, c.p_xbar, c.c_x / m, c.c_xbar / m, c.c_v / m] for c in row] for row in self.spec.glass_table]
+        return table or [[[0.0]]]
 
     def step_layouts(self) -> list[Any]:
         return [n for n in (self.flow_layout, self.map_layout) if n is not None]
@@ -144,8 +138,8 @@ class SamplerPlan:
         draws = batch_size * self.num_draws
         members = 0 if self.critic_layout is None else self.critic_layout.spec.num_members
         steers = self.critic_layout is not None
-        virtual = draws if steers and steering.uses_posterior else 0
-        inner = steering.glass_steps if virtual and steering.estimate == "glass" else 0
+        virtual = draws if steering.draws_posterior else 0
+        inner = steering.glass_steps if self.spec.glass_table else 0
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             tensor = torch.empty(shape, dtype=dtype, device=self.device)

@@ -1,0 +1,67 @@
+"""Several candidates per observation: where they start, and which one is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference import aggregate
+from .spec import RawSample
+from .steering import Steering
+
+
+@lru_cache(maxsize=64)
+def _rotations(count: int, dim: int) -> Tensor:
+    """[count, dim, dim] fixed orthogonal matrices, the first the identity: R e ~ N(0, I) when e is."""
+    generator = torch.Generator().manual_seed(0x9E3779B9)
+    rotations = torch.linalg.qr(torch.randn(count, dim, dim, generator=generator, dtype=torch.float64, device="cpu")).Q
+    rotations[0] = torch.eye(dim, dtype=torch.float64, device="cpu")
+    return rotations
+
+
+def rotated_starts(noise: Tensor, count: int) -> Tensor:
+    """[B, n, A] starts of n candidates, a function of noise [B, A]: n fixed rotations of it, the first itself."""
+    if count == 1:
+        return noise.unsqueeze(1)
+    rotations = _rotations(count, noise.shape[-1]).to(noise.device)
+    return torch.einsum("nij,bj->bni", rotations, noise.double()).to(noise.dtype)
+
+
+def as_rows(value: Any, count: int, dim: int = 0) -> Any:
+    """Each row count times in a row, so that candidates are rows of one larger batch; None stays None."""
+    return value if value is None or count == 1 else value.repeat_interleave(count, dim=dim)
+
+
+def keep_best(raw: RawSample, q_values: Tensor, steering: Steering) -> tuple[RawSample, Tensor]:
+    """Per row the candidate that the critics value most; one without a finite value never wins.
+
+    Args:
+        raw: of [B n] rows, the candidates of a row side by side. q_values: [E, B n].
+
+    Returns:
+        The chosen rows of raw, and their q_values [E, B].
+    """
+    count = steering.num_candidates
+    rank = aggregate(q_values, steering.candidate_aggregation, steering.rho).view(-1, count)
+    best = torch.where(rank.isfinite(), rank, torch.full_like(rank, -math.inf)).argmax(-1)
+    rows = torch.arange(len(best), device=best.device) * count + best
+    norms, nonfinite = (None if value is None else value[:, rows] for value in (raw.gradient_norms, raw.nonfinite))
+    return RawSample(raw.actions[rows], norms, nonfinite), q_values[:, rows]
+
+
+def side_by_side(raws: Sequence[RawSample]) -> RawSample:
+    """Runs of one candidate each as one run whose rows are [B n]."""
+
+    def joined(values: list[Tensor | None], dim: int) -> Tensor | None:
+        present = [value for value in values if value is not None]
+        return torch.stack(present, dim).flatten(dim - 1, dim) if present else None
+
+    actions = joined([raw.actions for raw in raws], 1)
+    assert actions is not None
+    norms = joined([raw.gradient_norms for raw in raws], 2)
+    return RawSample(actions, norms, joined([raw.nonfinite for raw in raws], 2))
