@@ -1,11 +1,12 @@
 // One sampling call: all K steps inside one parallel region.
 #pragma once
 
-#include <atomic>
 #include <memory>
 #include <vector>
 
 #include "call/network.h"
+#include "live/arena.h"
+#include "live/buffer.h"
 #include "live/workspace.h"
 
 namespace qpilots::cpu {
@@ -67,27 +68,6 @@ void network_forward(const Network& net, const LayerSource* sources, LiveArena& 
 void network_vjp(const Network& net, const LayerSource* sources, LiveArena& live,
                  const float* const (&blocks)[kInputKinds], const float* cotangent, int batch, int threads,
                  int input_dim, float* dx, WorkspacePool& pool);
-
-// A live arena for the length of a call: the network's own, or where another call is using that, a spare one to be
-// packed from scratch.
-class ArenaLease {
- public:
-  ArenaLease(const Network& net, const LayerSource* sources, LiveArena& own, LiveArena& spare);
-  char* data() const { return arena_->arena.data(); }
-  int units() const { return net_.pack_units(); }
-  // Brings one of the units up to date, from any thread.
-  void refresh(int unit);
-  // After all of them. A lease that ends without it, by an exception, leaves its arena to be read again.
-  void refreshed();
-
- private:
-  const Network& net_;
-  const LayerSource* sources_;
-  std::unique_lock<std::mutex> lock_;
-  LiveArena* arena_;
-  bool panels_unchanged_ = false;
-  std::atomic<bool> changed_{false};
-};
 
 // How many threads a region may use: one in a forked child, whose thread pool is gone, and inside another region.
 int usable_threads(int threads);

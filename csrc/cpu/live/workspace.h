@@ -2,38 +2,14 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <vector>
 
-#include "live/write_watch.h"
+#include "live/arena.h"
+#include "live/buffer.h"
 
 namespace qpilots::cpu {
-
-// Page-aligned memory that only grows.
-class Buffer {
- public:
-  Buffer() = default;
-  ~Buffer();
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  char* reserve(std::size_t bytes);
-  char* data() const { return data_; }
-  std::size_t size() const { return size_; }
-
- private:
-  char* data_ = nullptr;
-  std::size_t size_ = 0;
-};
-
-// A network's live weights as packed by the last call that used them.
-struct LiveArena {
-  Buffer arena;
-  std::vector<std::uint64_t> fingerprints;  // one a pack unit; 0: never packed
-  WriteWatch watch;                         // of the memory behind the fingerprints
-  std::mutex mutex;                         // held by the call that uses it
-};
 
 struct Workspace {
   Buffer scratch;
