@@ -11,6 +11,7 @@
 #include "amx/tiles-inl.h"
 #include "kernels.h"
 #include "path/unroll-inl.h"
+#include "tuning.h"
 
 #include QPILOTS_ISA_VEC
 
@@ -18,7 +19,8 @@ namespace qpilots::cpu {
 namespace QPILOTS_ISA {
 namespace {
 
-constexpr int kFewRows = 8;
+constexpr int kPanelVectors = tuning::Avx512::kPanelVectors;  // as weights are packed
+constexpr int kUnturnedRows = tuning::Amx::kUnturnedRows;
 constexpr int kOutputs = 2 * kTile;  // that are summed before C is met
 
 constexpr int output_blocks(int outputs) { return (outputs + kOutputs - 1) / kOutputs; }
@@ -28,8 +30,8 @@ constexpr int output_blocks(int outputs) { return (outputs + kOutputs - 1) / kOu
 // moved. The sums over 32 outputs have a tile of their own, and are added to C outside the tiles. One row: 5 us a layer
 // from the second-level cache, 18 from a far third; with turned weights 8 and 22.
 
-constexpr int kOutputsAtOnce = 256;             // whose gradients and sums stay in the first-level cache
-constexpr int kSpan = 512, kPairs = kSpan / 2;  // columns that are summed before any is written
+constexpr int kOutputsAtOnce = tuning::Amx::kOutputsAtOnce;
+constexpr int kColumnsAtOnce = tuning::Amx::kColumnsAtOnce, kPairs = kColumnsAtOnce / 2;
 
 template <int kQuarter>  // its 8 words, each four times
 constexpr WordIndex kSpread = word_index([](int i) { return kQuarter * 8 + i / 4; });
@@ -95,8 +97,8 @@ class FewRows {
   void run() {
     const TilesInUse tiles(Configuration(kTile, kTile, kLine));
     const Block& block = *args_.block;
-    for (int first = args_.k_begin; first < args_.k_end; first += kSpan) {
-      const int columns = smaller(kSpan, args_.k_end - first);
+    for (int first = args_.k_begin; first < args_.k_end; first += kColumnsAtOnce) {
+      const int columns = smaller(kColumnsAtOnce, args_.k_end - first);
       for (int n = 0; n < block.out_padded; n += kOutputsAtOnce) {
         const int end = smaller(block.out_padded, n + kOutputsAtOnce);
         for (int i = n; i < end; i += kOutputs) {
@@ -214,8 +216,7 @@ class ManyRows {
   }
 
  private:
-  // Of columns that are turned before rows meet them: with 4 to 32, 128 rows take the same within 5 %.
-  static constexpr int kTilesAtOnce = 16;
+  static constexpr int kTilesAtOnce = tuning::Amx::kTurnedTiles;  // of columns that are turned before rows meet them
 
   // Every two blocks of rows meet weights of their own turning, two tiles at a time.
   void turn_for_two_blocks() {
@@ -345,10 +346,10 @@ class ManyRows {
 void backward(const BackwardArgs& args) {
   if (args.rows == 1) {
     FewRows<1>(args).run();
-  } else if (args.rows <= kFewRows / 2) {
-    FewRows<kFewRows / 2>(args).run();
-  } else if (args.rows <= kFewRows) {
-    FewRows<kFewRows>(args).run();
+  } else if (args.rows <= kUnturnedRows / 2) {
+    FewRows<kUnturnedRows / 2>(args).run();
+  } else if (args.rows <= kUnturnedRows) {
+    FewRows<kUnturnedRows>(args).run();
   } else {
     ManyRows(args).run();
   }

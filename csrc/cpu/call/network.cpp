@@ -4,6 +4,8 @@
 #include <limits>
 #include <utility>
 
+#include "tuning.h"
+
 namespace qpilots::cpu {
 namespace {
 
@@ -23,8 +25,7 @@ Block Network::place(Format format, int in, int out, int column) {
   b.panel_width = table_->panel_width;
   b.panels = (b.out_padded + b.panel_width - 1) / b.panel_width;
   const std::size_t element = format == Format::kF32 ? 4 : 2;
-  // A panel of 512 inputs is a power of two; without the gap the backward's streams (one a panel) share cache sets.
-  b.panel_stride = round_up(element * b.in_padded * b.panel_width, 64) + 1024 + 64;
+  b.panel_stride = round_up(element * b.in_padded * b.panel_width, 64) + tuning::Call::kPanelGap;
   b.offset = member_bytes_;
   b.column = column;
   member_bytes_ = round_up(member_bytes_ + b.panel_stride * b.panels, 64);
@@ -165,9 +166,10 @@ std::vector<Interval> Network::panel_memory(const LayerSource* sources) const {
 // ---------------------------------------------------------------- a tile's scratch
 
 namespace {
-// Off a power of two, and a whole number of cache lines in bfloat16 too: rows that straddle lines cost a tile
-// register's loads 15 %.
-int row_pitch(int width) { return (width + 31) / 32 * 32 + 32; }
+int row_pitch(int width) {
+  constexpr int kElements = tuning::Call::kRowElements;
+  return (width + kElements - 1) / kElements * kElements + kElements;
+}
 }  // namespace
 
 std::size_t TileScratch::bytes(int rows, int width) {

@@ -9,6 +9,8 @@
 #include <immintrin.h>
 #endif
 
+#include "tuning.h"
+
 namespace qpilots::cpu {
 
 inline void pause_cpu() {
@@ -31,7 +33,7 @@ class alignas(64) Barrier {
       return;
     }
     for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-      if (spins < kSpins) {
+      if (spins < tuning::Call::kSpins) {
         pause_cpu();
       } else {
         sched_yield();  // more threads than processors: let the late one run
@@ -40,7 +42,6 @@ class alignas(64) Barrier {
   }
 
  private:
-  static constexpr int kSpins = 4000;  // about 50 us
   std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int> phase_{0};
 };

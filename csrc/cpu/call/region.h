@@ -9,6 +9,7 @@
 
 #include "call/parallel.h"
 #include "call/sampler.h"
+#include "tuning.h"
 
 namespace qpilots::cpu {
 
@@ -30,9 +31,8 @@ void parallel_region(int threads, Body body) {
 
 // Tiles of at most `most` rows such that members x tiles deals evenly to the threads where rows allow it.
 inline int tile_count(int rows, int most, int members, int threads) {
-  constexpr int kWorthwhile = 8;  // rows that keep a weight in registers long enough to hide its load
   const int least = std::max(1, (rows + most - 1) / most);
-  for (int tiles = least; tiles < least + threads && rows / tiles >= kWorthwhile; ++tiles) {
+  for (int tiles = least; tiles < least + threads && rows / tiles >= tuning::Call::kLeastRows; ++tiles) {
     if (members * tiles % threads == 0) return tiles;
   }
   return least;
@@ -48,11 +48,11 @@ void for_fixed_items(int items, int thread, int threads, Barrier* barriers, Visi
     for (int i = thread; i < items; i += threads) visit(i, Team{0, 1, nullptr}, thread);
     return;
   }
-  constexpr int kMaxTeam = 8;  // panels in a layer of 512
+  constexpr int kMostTeam = tuning::Call::kMostTeam;
   const int item = static_cast<int>(static_cast<long>(thread) * items / threads);
   const int leader = static_cast<int>((static_cast<long>(item) * threads + items - 1) / items);
   const int next = static_cast<int>((static_cast<long>(item + 1) * threads + items - 1) / items);
-  const int size = std::min(next - leader, kMaxTeam);
+  const int size = std::min(next - leader, kMostTeam);
   if (thread - leader < size) visit(item, Team{thread - leader, size, &barriers[leader]}, leader);
 }
 

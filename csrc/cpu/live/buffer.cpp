@@ -7,13 +7,14 @@
 #include <cstring>
 #include <new>
 
+#include "tuning.h"
+
 namespace qpilots::cpu {
 namespace {
 
-constexpr std::size_t kHugePage = std::size_t{1} << 21;
+using tuning::Live;
 
 // Fresh pages, so that the kernel can make them huge ones: an allocator's may have been in use before, as small ones.
-// 41 MB of weights are 10,000 small pages: M float32 at B=1 takes 12.0 ms on them, 10.9 on huge ones.
 char* map_pages(std::size_t size, std::size_t alignment) {
   void* mapped = mmap(nullptr, size + alignment, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) throw std::bad_alloc();
@@ -32,11 +33,12 @@ Buffer::~Buffer() {
 
 char* Buffer::reserve(std::size_t bytes) {
   if (bytes <= size_) return data_;
-  const std::size_t alignment = bytes >= kHugePage ? kHugePage : static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  const std::size_t alignment =
+      bytes >= Live::kHugePage ? Live::kHugePage : static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
   const std::size_t size = (bytes + alignment - 1) / alignment * alignment;
   char* fresh = map_pages(size, alignment);
 #if defined(MADV_HUGEPAGE)
-  if (alignment == kHugePage) madvise(fresh, size, MADV_HUGEPAGE);
+  if (alignment == Live::kHugePage) madvise(fresh, size, MADV_HUGEPAGE);
 #endif
   std::memset(fresh, 0, size);  // touches them
   if (data_ != nullptr) munmap(data_, size_);

@@ -14,12 +14,12 @@
 #include <unistd.h>
 #endif
 
+#include "tuning.h"
+
 namespace qpilots::cpu {
 #if defined(__linux__)
 
 namespace {
-
-constexpr std::uintptr_t kSmallest = std::uintptr_t{1} << 20;  // reading less than this costs no more than asking
 
 // Sorted, with overlaps joined: the gaps may belong to someone who writes there all the time.
 std::vector<Interval> joined(std::vector<Interval> memory) {
@@ -196,7 +196,7 @@ WriteWatch::WriteWatch(std::vector<Interval> memory) {
     if (part.begin < whole.begin) edges_.push_back({part.begin, whole.begin});
     if (whole.end < part.end) edges_.push_back({whole.end, part.end});
   }
-  if (total < kSmallest) refusal_ = "less than 1 MB";
+  if (total < tuning::Live::kLeastWatched) refusal_ = "less than 1 MB";
 }
 
 bool WriteWatch::unchanged() {
@@ -210,7 +210,8 @@ bool WriteWatch::unchanged() {
       ++saved_;
       return true;
     }
-    patience_ = saved_ > 16 * patience_ ? kFirstPatience : std::min(2 * patience_, kMostPatience);
+    patience_ =
+        saved_ > 16 * patience_ ? tuning::Live::kFirstPatience : std::min(2 * patience_, tuning::Live::kMostPatience);
     quiet_ = 0;
   }
   watched_->state = kReading;
@@ -227,7 +228,7 @@ bool WriteWatch::unchanged() {
 
 void WriteWatch::was_read(bool changed) {
   if (watched_ == nullptr) return;
-  quiet_ = changed ? 0 : std::min(quiet_ + 1, kMostPatience);
+  quiet_ = changed ? 0 : std::min(quiet_ + 1, tuning::Live::kMostPatience);
   int arming = kArming;  // unless another reader protected the same pages since
   watched_->state.compare_exchange_strong(arming, kArmed);
 }

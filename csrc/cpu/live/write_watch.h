@@ -11,6 +11,8 @@
 #include <string>
 #include <vector>
 
+#include "tuning.h"
+
 namespace qpilots::cpu {
 
 struct Interval {
@@ -50,10 +52,8 @@ class WriteWatch {
   std::vector<Interval> edges_;  // outside whole pages: compared with a copy
   std::vector<char> edge_copy_;
   std::string refusal_;
-  // A write to a protected page costs about 1 us, 15 times what reading it does. So memory is protected only once it
-  // was found as before `patience_` times running, and longer each time that protection did not pay.
-  static constexpr int kFirstPatience = 3, kMostPatience = 1024;
-  int patience_ = kFirstPatience, quiet_ = 0, saved_ = 0;
+  // Memory is protected once it was found as before `patience_` times running.
+  int patience_ = tuning::Live::kFirstPatience, quiet_ = 0, saved_ = 0;
 };
 
 }  // namespace qpilots::cpu

@@ -8,6 +8,7 @@
 #include "path/forward-inl.h"
 #include "path/operands-inl.h"
 #include "path/unroll-inl.h"
+#include "tuning.h"
 
 #include QPILOTS_ISA_VEC
 
@@ -15,9 +16,10 @@ namespace qpilots::cpu {
 namespace QPILOTS_ISA {
 namespace {
 
-// Columns from a tile to those that it asks for. A layer of 16 rows in the last-level cache takes 53 us; with 64
-// columns, and all rows of 64 columns before the next, 67.
-static constexpr int kAheadColumns = 8;
+// Of a tile of so many rows.
+constexpr int backward_columns(int rows) {
+  return rows == 1 ? Tuning::kColumnsOf1 : rows <= 3 ? Tuning::kColumnsOf2Or3 : Tuning::kColumnsOfMore;
+}
 
 template <class F, int R, int NV, int N>
 static inline void backward_panel(Vec (&acc)[R][N], const char* w, const char* dy, std::ptrdiff_t stride,
@@ -62,7 +64,7 @@ QPILOTS_FLAT void backward_tile(const BackwardArgs& args, int row, int k, int tu
   const std::ptrdiff_t first = k / F::kStep * kPanelVectors * kVectorBytes;
   constexpr int kLines = N / F::kUnit * kPanelVectors;  // of a panel in this tile
   const int lines = (kLines + turns - 1) / turns;
-  const std::ptrdiff_t distance = kAheadColumns / F::kStep * kPanelVectors * kVectorBytes;
+  const std::ptrdiff_t distance = tuning::EveryPath::kAheadColumns / F::kStep * kPanelVectors * kVectorBytes;
   const std::ptrdiff_t ahead = first + distance + turn * lines * 64;
   for (int p = 0; p < full; ++p) {
     backward_panel<F, R, kPanelVectors, N>(acc, w + first, dy, args.dy_stride, w + ahead, lines);
@@ -90,7 +92,6 @@ static void backward_rows(const BackwardArgs& args, int rows, int row, int begin
 
 // Few rows: bound by the weights' way from cache or memory, which is fastest in the order of their addresses. The
 // accumulators of many columns wait in the first-level cache meanwhile; each sums in the same order as in a tile.
-// 2 to 4 rows in float32, a layer from the last-level cache: in tiles 14.1, 16.0, 16.0 us; streamed 10.6, 10.9, 12.5.
 // sums: [stores][R][N]
 template <class F, int R, int N, int NV, int kPanels>
 static inline void backward_stream_panels(const char* w, std::ptrdiff_t panel_stride, const char* dy,
@@ -129,13 +130,12 @@ static inline void backward_stream_narrow(const char* w, int vectors, const char
 
 template <class F, int R>
 QPILOTS_FLAT void backward_stream(const BackwardArgs& args) {
-  constexpr int N = backward_columns(R);                   // of one store
-  constexpr int kSpan = R == 1 ? 256 : R == 2 ? 128 : 64;  // columns: 16 kB of sums
-  constexpr int kPanels = R <= 2 ? 2 : 1;                  // at once: 16 gradients at most
+  constexpr int N = backward_columns(R);  // of one store
+  constexpr int kStreamColumns = Tuning::kStreamColumns[R - 1], kPanels = Tuning::kStreamPanels[R - 1];
   const Block& block = *args.block;
-  Vec sums[kSpan / N][R][N];
-  for (int k = args.k_begin; k < args.k_end; k += kSpan) {
-    const int stores = (args.k_end - k < kSpan ? args.k_end - k : kSpan) / N;
+  Vec sums[kStreamColumns / N][R][N];
+  for (int k = args.k_begin; k < args.k_end; k += kStreamColumns) {
+    const int stores = (args.k_end - k < kStreamColumns ? args.k_end - k : kStreamColumns) / N;
     Vec* all = &sums[0][0][0];
     for (int i = 0; i < stores * R * N; ++i) all[i] = Vec(0.0f);
     const auto weights = [&](int p, int vectors) {
@@ -178,12 +178,12 @@ static void backward_tiles(const BackwardArgs& args) {
     backward_few_rows<F, F::kStreams>(args);
     return;
   }
-  const int turns = (args.rows + kTileRows - 1) / kTileRows;
+  const int turns = (args.rows + kBlockRows - 1) / kBlockRows;
   const int columns = backward_columns(args.rows / turns);
   for (int k = args.k_begin; k < args.k_end; k += columns) {
     int turn = 0;
-    for_row_blocks<kTileRows>(args.rows, [&](int row, int count) {
-      backward_rows<F, kTileRows>(args, count, row, k, k + columns, turn++, turns);
+    for_row_blocks<kBlockRows>(args.rows, [&](int row, int count) {
+      backward_rows<F, kBlockRows>(args, count, row, k, k + columns, turn++, turns);
     });
   }
 }

@@ -11,6 +11,7 @@
 #include "path/forward-inl.h"
 #include "path/operands-inl.h"
 #include "path/unroll-inl.h"
+#include "tuning.h"
 
 #include QPILOTS_ISA_VEC
 
@@ -22,28 +23,30 @@ namespace {
 static constexpr int kUnitColumns = 8, kUnitVectors = kUnitColumns / 2;
 static constexpr int kQuadBytes = 4 * Bf16Dot::kABytes, kVectorQuads = Vec::kLanes / 4;
 
-static constexpr int kDotRows = 11, kFewRows = 5;  // of a tile of two units and of one of four
+using Dot = tuning::Avx512Bf16;
+// rows of a tile of two units and of one of four
+static constexpr int kTwoUnitRows = Dot::kTwoUnitRows, kFourUnitRows = Dot::kFourUnitRows;
 
 // Zen 5 takes 6 cycles for vdpbf16ps, two a cycle: 12 accumulators keep it busy, 18 and more also where shuffles get in
-// the way (a layer from L2, 6 to 8 rows by 2 units: 80 to 84 % of peak; 9 to 11 rows by 2, 5 rows by 4: 91 to 95 %).
+// the way.
 struct OnZen5 {
   static constexpr Shuffle kShuffle = Shuffle::kTwoSources;  // they take a port of the products: as few as possible
-  static constexpr int kQuadsAtOnce = 8;                     // all that the registers hold beside the accumulators
+  static constexpr int kQuadsAtOnce = Dot::kQuadsOnZen5;
 
-  // Rows are shared evenly among blocks, of 9 to 11 where possible. Where the blocks would be smaller, kFewRows go into
-  // one of their own.
+  // Rows are shared evenly among blocks, of kTwoUnitRowsWanted or more where possible. Where the blocks would be
+  // smaller, kFourUnitRows go into one of their own.
   static int rows_apart(int rows) {
-    const int blocks = (rows + kDotRows - 1) / kDotRows, rest = rows - kFewRows;
-    return blocks > 1 && rows < 9 * blocks && rest <= kDotRows * (blocks - 1) ? kFewRows : 0;
+    const int blocks = (rows + kTwoUnitRows - 1) / kTwoUnitRows, rest = rows - kFourUnitRows;
+    return blocks > 1 && rows < Dot::kTwoUnitRowsWanted * blocks && rest <= kTwoUnitRows * (blocks - 1) ? kFourUnitRows
+                                                                                                        : 0;
   }
 };
 
 // Zen 4 reads a third source register at the expense of a product: a shuffle with two sources and a register of
-// indices costs one, a shuffle of either kind with fewer nothing, if it stands among the products. One product a cycle:
-// 6 rows by 2 units reach 94 to 96 % of peak, 8 to 11 rows 97 % (from L2; as on Zen 5: 92 to 94 %).
+// indices costs one, a shuffle of either kind with fewer nothing, if it stands among the products.
 struct OnZen4 {
   static constexpr Shuffle kShuffle = Shuffle::kOneSource;
-  static constexpr int kQuadsAtOnce = 2;
+  static constexpr int kQuadsAtOnce = Dot::kQuadsOnZen4;
   static int rows_apart(int) { return 0; }
 };
 
@@ -170,11 +173,11 @@ QPILOTS_INLINE void dot_stream_narrow(const char* w, int vectors, const char* dy
 }
 
 QPILOTS_FLAT void dot_stream(const BackwardArgs& args) {
-  constexpr int kSpan = 512;  // columns
+  constexpr int kStreamColumns = Dot::kStreamColumnsOf1;
   const Block& block = *args.block;
-  Vec sums[kSpan / kUnitColumns / 2][1][2];
-  for (int k = args.k_begin; k < args.k_end; k += kSpan) {
-    const int units = (args.k_end - k < kSpan ? args.k_end - k : kSpan) / kUnitColumns;
+  Vec sums[kStreamColumns / kUnitColumns / 2][1][2];
+  for (int k = args.k_begin; k < args.k_end; k += kStreamColumns) {
+    const int units = (args.k_end - k < kStreamColumns ? args.k_end - k : kStreamColumns) / kUnitColumns;
     for (int i = 0; i < units; ++i) sums[i / 2][0][i % 2] = Vec(0.0f);
     for (int p = 0; p < block.panels; ++p) {
       const int vectors = panel_vectors(block, p);
@@ -186,7 +189,7 @@ QPILOTS_FLAT void dot_stream(const BackwardArgs& args) {
   }
 }
 
-// Up to kFewRows rows wait for the weights' way more than for a port, whatever the processor.
+// Up to kFourUnitRows rows wait for the weights' way more than for a port, whatever the processor.
 template <class Cpu>
 static void backward_dot(const BackwardArgs& args) {
   if (args.rows == 1) {
@@ -197,21 +200,21 @@ static void backward_dot(const BackwardArgs& args) {
   const int apart = Cpu::rows_apart(args.rows), even = args.rows - apart;
   for (int k = args.k_begin; k < args.k_end; k += kFour) {
     const bool four = k + kFour <= args.k_end;
-    if (args.rows <= kFewRows && four) {
-      dot_rows<kFewRows, 4, true, OnZen5>(args, args.rows, 0, k);
+    if (args.rows <= kFourUnitRows && four) {
+      dot_rows<kFourUnitRows, 4, true, OnZen5>(args, args.rows, 0, k);
       continue;
     }
     for (int i = k; i < (four ? k + kFour : args.k_end); i += kTwo) {
-      for_row_blocks<kDotRows>(even, [&](int row, int count) {
+      for_row_blocks<kTwoUnitRows>(even, [&](int row, int count) {
         if (row == 0) {
-          dot_rows<kDotRows, 2, true, Cpu>(args, count, row, i);
+          dot_rows<kTwoUnitRows, 2, true, Cpu>(args, count, row, i);
         } else {
-          dot_rows<kDotRows, 2, false, Cpu>(args, count, row, i);
+          dot_rows<kTwoUnitRows, 2, false, Cpu>(args, count, row, i);
         }
       });
-      if (apart > 0 && !four) dot_rows<kFewRows, 2, false, OnZen5>(args, apart, even, i);
+      if (apart > 0 && !four) dot_rows<kFourUnitRows, 2, false, OnZen5>(args, apart, even, i);
     }
-    if (apart > 0 && four) dot_rows<kFewRows, 4, false, OnZen5>(args, apart, even, k);
+    if (apart > 0 && four) dot_rows<kFourUnitRows, 4, false, OnZen5>(args, apart, even, k);
   }
 }
 

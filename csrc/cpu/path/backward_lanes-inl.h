@@ -1,7 +1,6 @@
 // dx = dy W of many float32 rows: lanes run over rows, and one weight meets all of them. What a tile of backward-inl.h
 // adds at its end across lanes is here added lane by lane, without a shuffle: outputs n, n + lanes, n + 2 lanes .. are
-// summed by themselves, and those sums along the same tree. The bits are the same. A layer takes 35 % less than in
-// tiles with AVX2 (16 rows at once), 7 % less with AVX-512 and 64 rows at once; 32 rows at once gained nothing there.
+// summed by themselves, and those sums along the same tree. The bits are the same.
 #pragma once
 
 #include <cstddef>
@@ -10,6 +9,7 @@
 #include "path/forward-inl.h"
 #include "path/operands-inl.h"
 #include "path/unroll-inl.h"
+#include "tuning.h"
 
 #include QPILOTS_ISA_VEC
 
@@ -19,10 +19,8 @@ namespace {
 
 static constexpr int kLaneVectors = kPanelVectors;  // of rows at once
 static constexpr int kLaneRows = kLaneVectors * Vec::kLanes;
-static constexpr int kLaneColumns = 8 * kTileRows;  // columns whose results wait to be turned back
+static constexpr int kLaneColumns = tuning::EveryPath::kLaneBlocks * kBlockRows;  // results that wait to be turned back
 static_assert(kLaneColumns % Vec::kLanes == 0);
-// Fewer columns do not repay the turning of the gradients.
-static constexpr int kLeastLaneColumns = 128;
 
 constexpr int lane_levels() {
   int levels = 0;
@@ -119,7 +117,8 @@ static void lanes_columns(const BackwardArgs& args, const float* d, int k, int c
 
 static bool lanes_serve(const BackwardArgs& args) {
   const std::size_t bytes = sizeof(float) * Vec::kLanes * residue_floats(*args.block);
-  return args.rows >= kLaneRows && args.k_end - args.k_begin >= kLeastLaneColumns && args.scratch_bytes >= bytes;
+  return args.rows >= kLaneRows && args.k_end - args.k_begin >= tuning::EveryPath::kLeastLaneColumns &&
+         args.scratch_bytes >= bytes;
 }
 
 // The first kLaneRows rows.
@@ -142,8 +141,8 @@ static void backward_lanes(const BackwardArgs& args) {
   alignas(64) float out[kLaneColumns][kLaneVectors][kLanes];
   for (int k = args.k_begin; k < args.k_end; k += kLaneColumns) {
     const int columns = args.k_end - k < kLaneColumns ? args.k_end - k : kLaneColumns;
-    for_row_blocks<kTileRows>(columns,
-                              [&](int c, int count) { lanes_columns<kTileRows>(args, d, k + c, count, out[c][0]); });
+    for_row_blocks<kBlockRows>(columns,
+                               [&](int c, int count) { lanes_columns<kBlockRows>(args, d, k + c, count, out[c][0]); });
     for (int v = 0; v < kLaneVectors; ++v) {
       for (int c = 0; c < columns; c += kLanes) {
         unroll<kLanes>([&](auto i) { turned[i] = Vec::load(out[c + i][v]); });

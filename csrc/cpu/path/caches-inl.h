@@ -7,8 +7,6 @@ namespace qpilots::cpu {
 namespace QPILOTS_ISA {
 namespace {
 
-static constexpr long kLargeSecondLevel = 2L << 20;
-
 static long second_level_bytes() {  // 0 where the system does not say
 #if defined(_SC_LEVEL2_CACHE_SIZE)
   return sysconf(_SC_LEVEL2_CACHE_SIZE);

@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "path/unroll-inl.h"
+#include "tuning.h"
 
 namespace qpilots::cpu {
 namespace QPILOTS_ISA {
@@ -28,9 +29,9 @@ static inline __attribute__((always_inline)) void mix_words(Words& lanes, const 
 
 // Rows of `bytes` bytes, `stride` bytes apart.
 static std::uint64_t fingerprint(const void* data, std::ptrdiff_t stride, int rows, std::ptrdiff_t bytes) {
-  constexpr int kChains = 4;
+  constexpr int kChains = tuning::EveryPath::kFingerprintChains;
   constexpr std::ptrdiff_t kBlock = kChains * static_cast<std::ptrdiff_t>(sizeof(Words));
-  constexpr std::ptrdiff_t kAhead = 16384;
+  constexpr std::ptrdiff_t kAhead = tuning::EveryPath::kFingerprintAheadBytes;
   if (stride == bytes) {
     bytes *= rows;
     rows = 1;

@@ -7,6 +7,7 @@
 #include "path/caches-inl.h"
 #include "path/operands-inl.h"
 #include "path/unroll-inl.h"
+#include "tuning.h"
 
 #include QPILOTS_ISA_VEC
 
@@ -15,8 +16,7 @@ namespace QPILOTS_ISA {
 namespace {
 
 // Weights that are needed next, asked for a few lines at every stop of the row blocks before: spread over arithmetic,
-// their latency and their traffic hide behind it. All at once, in one row block, they stall it (16 rows in float32,
-// weights in memory: 53 us a layer unasked, 65 at once, 36 spread).
+// their latency and their traffic hide behind it. All at once, in one row block, they stall it.
 struct Ahead {
   const char* next;
   int lines;  // a stop
@@ -25,7 +25,7 @@ struct Ahead {
     for (int i = 0; i < lines; ++i) __builtin_prefetch(next + i * 64, 0, 2);
   }
 };
-static constexpr int kStopSteps = 4;  // of a forward tile
+static constexpr int kStopSteps = tuning::EveryPath::kStopSteps;  // of a forward tile
 
 struct Steps {  // along k
   int begin, end;
@@ -116,21 +116,21 @@ static inline void for_row_blocks(int rows, Run run) {
 }
 
 // Of a panel, before every row block has taken them. A far last-level cache is waited for less where row blocks find
-// the weights in L1 in turns, at the price of sums that come and go: with 32 kB at a time (and as much asked for ahead)
-// 16 float32 rows from there take 10 % less; from L2 16 rows take 2 % more, and 24 rows or more 2 to 3 % more from
-// anywhere. So only for few blocks of rows, and where L2 is large, as it is on servers whose last level is far.
+// the weights in L1 in turns, at the price of sums that come and go. So only for few blocks of rows, and where L2 is
+// large, as it is on servers whose last level is far.
 template <class F>
 static int steps_at_once(int steps, int blocks) {
-  static const bool far_last_level = second_level_bytes() >= kLargeSecondLevel;
-  const bool pieces = blocks == 2 || blocks == 3;
-  return pieces && far_last_level && F::kFormat == Format::kF32 ? 128 : steps;
+  using tuning::EveryPath;
+  static const bool far_last_level = second_level_bytes() >= EveryPath::kLargeSecondLevel;
+  const bool pieces = blocks >= EveryPath::kPieceFewestBlocks && blocks <= EveryPath::kPieceMostBlocks;
+  return pieces && far_last_level && F::kFormat == Format::kF32 ? EveryPath::kPieceSteps : steps;
 }
 
 template <class F, int NV>
 static void forward_panel(const ForwardArgs& args, const char* w, int vectors, int column) {
   if constexpr (NV > 0) {
     if (vectors == NV) {
-      const int blocks = (args.rows + kTileRows - 1) / kTileRows;
+      const int blocks = (args.rows + kBlockRows - 1) / kBlockRows;
       const int steps = (args.block->in + F::kStep - 1) / F::kStep;
       const int at_once = steps_at_once<F>(steps, blocks);
       const int lines = blocks == 1 && !F::kAskInOneBlock ? 0 : (NV * kStopSteps + blocks - 1) / blocks;
@@ -138,8 +138,8 @@ static void forward_panel(const ForwardArgs& args, const char* w, int vectors, i
         const Steps part{k, k + at_once < steps ? k + at_once : steps};
         const std::ptrdiff_t end = static_cast<std::ptrdiff_t>(part.end) * NV * kVectorBytes;
         Ahead ahead{w + (part.end < steps ? end : static_cast<std::ptrdiff_t>(args.block->panel_stride)), lines};
-        for_row_blocks<kTileRows>(args.rows, [&](int row, int count) {
-          forward_rows<F, NV, kTileRows>(args, w, count, row, column, part, ahead);
+        for_row_blocks<kBlockRows>(args.rows, [&](int row, int count) {
+          forward_rows<F, NV, kBlockRows>(args, w, count, row, column, part, ahead);
           ahead.next += (part.end - part.begin) / kStopSteps * ahead.lines * 64;
         });
       }

@@ -9,6 +9,7 @@
 
 #include "kernels.h"
 #include "path/unroll-inl.h"
+#include "tuning.h"
 
 #include QPILOTS_ISA_VEC
 
@@ -24,6 +25,7 @@ static inline void store_sums(const Vec (&acc)[R][K], float* dx, std::ptrdiff_t 
 #endif
 
 static constexpr int kVectorBytes = 4 * Vec::kLanes;
+static constexpr int kPanelVectors = Tuning::kPanelVectors, kBlockRows = Tuning::kBlockRows;
 
 // GCC loads a weight anew for each of 3 rows otherwise: 70 and 78 % of peak in float32 and bfloat16, instead of 98.
 template <class Register>
@@ -63,9 +65,9 @@ struct F32 {
     });
   }
 
-  static constexpr bool kAskInOneBlock = true;
-  static constexpr int kUnit = 1;               // backward, columns that a weight vector holds: an accumulator each
-  static constexpr int kStreams = kStreamRows;  // up to so many rows, the backward pass streams
+  static constexpr bool kAskInOneBlock = tuning::EveryPath::kAskInOneBlock;
+  static constexpr int kUnit = 1;  // backward, columns that a weight vector holds: an accumulator each
+  static constexpr int kStreams = Tuning::kStreamRows;  // up to so many rows, the backward pass streams
   using Weights = Vec;
   static inline Weights load_weights(const char* w) { return Vec::load(reinterpret_cast<const float*>(w)); }
   static inline void update(Vec* acc, Weights w, Vec d) { accumulate(acc[0], d, w); }
@@ -100,7 +102,7 @@ struct Bf16Expanded {
     });
   }
 
-  static constexpr bool kAskInOneBlock = true;
+  static constexpr bool kAskInOneBlock = tuning::EveryPath::kAskInOneBlock;
   static constexpr int kUnit = 2;
   static constexpr int kStreams = 1;
   struct Weights {
@@ -145,9 +147,7 @@ struct Bf16Dot {
     });
   }
 
-  // up to 6 rows are bound by the way from the last-level cache: asking only competes (4 rows forward: 5.0 us,
-  // else 6.6)
-  static constexpr bool kAskInOneBlock = false;
+  static constexpr bool kAskInOneBlock = tuning::Avx512Bf16::kAskInOneBlock;
 
   static inline void store_operand(Vec x, char* p) { store_bf16(x, reinterpret_cast<std::uint16_t*>(p)); }
   static inline void store_operand_pair(Vec x, Vec next, char* p) { store_bf16_pair(x, next, p); }

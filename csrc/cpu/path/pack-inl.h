@@ -12,6 +12,7 @@
 #include "path/unroll-inl.h"
 #include "qpilots/bf16.h"
 #include "qpilots/number.h"
+#include "tuning.h"
 
 #include QPILOTS_ISA_VEC
 
@@ -51,7 +52,7 @@ static inline void read_rows(const Block& block, const Source& source, int first
   if (whole && source.col_stride == 1) {
     const float* p = static_cast<const float*>(source.data) + base;
     // as many streams as lanes are more than the hardware follows: ask ahead, at a row's end for the next rows
-    constexpr int kAhead = 128;
+    constexpr int kAhead = tuning::EveryPath::kPackAheadElements;
     const float* ahead = k + kAhead < block.in ? p + kAhead : p + kAhead - block.in + kLanes * source.row_stride;
     unroll<kLanes>([&](auto o) {
       prefetch_once(ahead + o * source.row_stride);

@@ -12,6 +12,7 @@
 #include "qpilots/layer_norm.h"
 #include "qpilots/number.h"
 #include "qpilots/types.h"
+#include "tuning.h"
 
 #include QPILOTS_ISA_VEC
 
@@ -93,7 +94,7 @@ static inline RowMoments moments(const float* y, int width, float total, float e
 
 // Rows that a LayerNorm takes together, pass by pass: each pass ends in a sum whose lanes are added one after the
 // other, which the next row's pass hides.
-static constexpr int kNormRows = 4;
+static constexpr int kNormRows = tuning::EveryPath::kNormRows;
 
 // What values cost to keep to F's accuracy: those of bfloat16 products are rounded to 8 bits afterwards.
 template <class F>

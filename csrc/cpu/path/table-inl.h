@@ -15,6 +15,7 @@
 #include "path/rows-inl.h"
 #include "path/steer_rows-inl.h"
 #include "qpilots/types.h"
+#include "tuning.h"
 
 #include QPILOTS_ISA_VEC
 
@@ -39,9 +40,11 @@ static void fill_vjp(void (*(&row)[kCount<NormPlacement>])(const ActivateVjpArgs
 #undef QPILOTS_FILL
 }
 
-// The rows share the second-level cache with the weights of a layer. With 2 MB of it, float32 U at B=256 takes 273 ms
-// with 32 rows, 263 with 64, 264 with 128.
-static int tile_rows() { return second_level_bytes() >= kLargeSecondLevel ? 64 : 32; }
+static int tile_rows() {
+  using tuning::EveryPath;
+  return second_level_bytes() >= EveryPath::kLargeSecondLevel ? EveryPath::kRowsTogetherLarge
+                                                              : EveryPath::kRowsTogether;
+}
 
 template <class F>
 static FormatKernels format_kernels() {

@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include "tuning.h"
+
 #define QPILOTS_GENERIC_SUMS
 
 namespace qpilots::cpu {
@@ -92,10 +94,7 @@ static inline void transpose(Vec (&rows)[8]) {
   }
 }
 
-static constexpr int kTileRows = 6;  // 6 rows by 2 vectors: 12 accumulators of 16 registers
-static constexpr int kStreamRows = 1;
-static constexpr int kPanelVectors = 2;
-constexpr int backward_columns(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 2; }
+using Tuning = tuning::Avx2;
 
 }  // namespace
 }  // namespace QPILOTS_ISA

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "path/unroll-inl.h"
+#include "tuning.h"
 
 namespace qpilots::cpu {
 namespace QPILOTS_ISA {
@@ -156,11 +157,11 @@ static inline void transpose(Vec (&rows)[16]) {
   });
 }
 
-// Register tiles. 6 rows by 4 vectors leave 8 of 32 registers for weights and broadcasts.
-static constexpr int kTileRows = 6;
-static constexpr int kStreamRows = 4;  // the gradients of 4 rows and 4 vectors take half of the registers
-static constexpr int kPanelVectors = 4;
-constexpr int backward_columns(int rows) { return rows == 1 ? 16 : rows <= 3 ? 8 : 4; }
+#if defined(__AVX512BF16__)
+using Tuning = tuning::Avx512Bf16;
+#else
+using Tuning = tuning::Avx512;
+#endif
 
 // dx[r][k] = lane sum of acc[r][k]
 template <int R, int K>

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "tuning.h"
+
 #define QPILOTS_GENERIC_SUMS
 
 namespace qpilots::cpu {
@@ -98,10 +100,7 @@ static inline void transpose(Vec (&rows)[4]) {
   for (int i = 0; i < 4; ++i) rows[i] = t[i];
 }
 
-static constexpr int kTileRows = 3;
-static constexpr int kStreamRows = 1;
-static constexpr int kPanelVectors = 4;
-constexpr int backward_columns(int rows) { return rows == 1 ? 8 : 4; }
+using Tuning = tuning::Portable;
 
 }  // namespace
 }  // namespace QPILOTS_ISA
