@@ -11,9 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bench.gpu.roofline import DEVICES, triton_seconds
 from qpilots_fast.backends.counts import network_macs
 from qpilots_fast.backends.triton import LaunchRow, LaunchTable, Tile, TritonBackend
-from qpilots_fast.backends.triton.counts import DEVICES, call_counts, predicted_seconds, workspace_bytes
+from qpilots_fast.backends.triton.counts import call_counts, workspace_bytes
 from qpilots_fast.backends.triton.launch_table import TABLE
 from qpilots_fast.backends.triton.packing import NetworkLayout
 from qpilots_fast.backends.triton.plan import SamplerPlan
@@ -121,8 +122,8 @@ def test_scratch_does_not_grow_with_the_batch() -> None:
 def test_predictions_grow_with_work_and_shrink_with_precision() -> None:
     for device in DEVICES:
         half, full = (plan(Steering.qpilots_u(), p, device.multiprocessors) for p in ("bfloat16", "float32"))
-        assert predicted_seconds(half, 256, device) < predicted_seconds(half, 4096, device)
-        assert predicted_seconds(half, 4096, device) < predicted_seconds(full, 4096, device)
+        assert triton_seconds(half, 256, device) < triton_seconds(half, 4096, device)
+        assert triton_seconds(half, 4096, device) < triton_seconds(full, 4096, device)
 
 
 @needs_triton

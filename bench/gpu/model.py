@@ -1,13 +1,13 @@
 """Exact counts of a call on a GPU, ours and eager PyTorch's, and roofline predictions from them. Nothing is measured.
 
-`python -m bench.gpu.model` prints the tables of docs/gpu.md. Ours are counted from the launch plan. The eager loop's
-are counted from its operations: it runs here, on the CPU, and every operation that makes or fills a tensor would be
-one kernel (at least) on a GPU, reading its inputs and writing its outputs once.
+`python -m bench.gpu.model` prints the tables of docs/gpu.md and docs/gpu_cuda.md. Ours are counted from the launch plan
+or program. The eager loop's are counted from its operations: it runs here, on the CPU, and every operation that makes
+or fills a tensor would be one kernel (at least) on a GPU, reading its inputs and writing its outputs once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,21 +15,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qpilots_fast.backends.triton.counts import (
-    DEVICES,
-    Device,
-    call_counts,
-    hbm_bytes,
-    predicted_seconds,
-    workspace_bytes,
-)
+from qpilots_fast.backends.cuda.counts import counted_program, phase_counts
+from qpilots_fast.backends.triton.counts import call_counts, hbm_bytes, workspace_bytes
 from qpilots_fast.backends.triton.launch_table import LaunchTable
 from qpilots_fast.backends.triton.plan import SamplerPlan
 from qpilots_fast.spec import SamplerSpec
 
 from ..cases import CASES, Workload, make_workload
 from ..peers import build_eager
+from .roofline import DEVICES, Device, cuda_seconds, triton_seconds
 
+_CUDA_LATENCIES = (1.0e-6, 1.5e-6)  # of a phase, of a grid barrier: assumed
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 
 
@@ -89,10 +85,12 @@ def eager_counts(workload: Workload, precision: str) -> EagerCounts:
     return counter.counts
 
 
+def sampler_spec(workload: Workload, precision: str) -> SamplerSpec:
+    return replace(workload.sampler("auto", "float32")._spec, precision=precision)
+
+
 def sampler_plan(workload: Workload, precision: str, device: Device) -> SamplerPlan:
-    sampler = workload.sampler("auto", "float32")
-    spec: SamplerSpec = sampler._spec
-    spec = SamplerSpec(spec.flow, spec.critic, spec.posterior, spec.steering, spec.num_steps, precision)
+    spec = sampler_spec(workload, precision)
     return SamplerPlan(spec, torch.device("cpu"), LaunchTable(), sms=device.multiprocessors, sm=max(80, device.sm))
 
 
@@ -138,7 +136,7 @@ def prediction_table(names: tuple[str, ...], batches: tuple[int, ...]) -> str:
             eager = eager_counts(workload, "bfloat16") if batch <= 256 else None
             for device in DEVICES:
                 ours = [
-                    predicted_seconds(sampler_plan(workload, p, device), batch, device)
+                    triton_seconds(sampler_plan(workload, p, device), batch, device)
                     for p in ("bfloat16", "tf32", "float32")
                 ]
                 bounds = ("-", "-")
@@ -152,11 +150,39 @@ def prediction_table(names: tuple[str, ...], batches: tuple[int, ...]) -> str:
     return _table(header, rows)
 
 
+def cuda_table(names: tuple[str, ...], batches: tuple[int, ...]) -> str:
+    """The persistent CUDA kernel, predicted: microseconds without and with the assumed latencies."""
+    rows = []
+    for name in names:
+        for precision in ("bfloat16", "float32"):
+            for batch in batches:
+                program = counted_program(sampler_spec(make_workload(CASES["paper"], name, batch), precision), batch)
+                phases = list(phase_counts(program, DEVICES[0].multiprocessors))
+                counts = (
+                    sum(phase.visits for phase in phases if phase.barrier),
+                    sum(phase.visits * phase.weight_bytes for phase in phases) / 1e6,
+                    sum(phase.visits * phase.staged_bytes for phase in phases) / 1e6,
+                )
+                spans = [
+                    [1e6 * cuda_seconds(program, device, *latencies) for latencies in ((0.0, 0.0), _CUDA_LATENCIES)]
+                    for device in DEVICES
+                ]
+                row = (f"{name}, {precision}", str(batch), *(f"{count:.0f}" for count in counts))
+                rows.append((*row, *(f"{low:.0f} to {high:.0f}" for low, high in spans)))
+    header = (
+        "method, operands", "B", "barriers", "weights, MB", f"staged on {DEVICES[0].multiprocessors} blocks, MB",
+        *(f"{device.name}, us" for device in DEVICES),
+    )  # fmt: skip
+    return _table(header, rows)
+
+
 def main() -> None:
     names = ("U", "M")
     print(counts_table(names, (1, 16, 256, 4096)))
     print()
     print(prediction_table(names, (1, 16, 256, 4096)))
+    print()
+    print(cuda_table(("U", "U-identity", "M"), (1, 16)))
 
 
 if __name__ == "__main__":

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendUnavailable
-from ...spec import BoundNetwork, BoundNetworks, NetworkSpec, RawSample, SamplerSpec
+from ...spec import BoundNetwork, BoundNetworks, RawSample, SamplerSpec
 from ...steering import Steering
 from ..base import Backend, Call, Footprint
 from ..counts import count_flops
 from ..params import steering_params
 from .build import library_paths
-from .counts import count_barriers, count_traffic
-from .layout import NetworkLayout, Presence, pack_table, presence
+from .counts import count_barriers, count_traffic, counted_program
+from .layout import WEIGHT_BYTES, NetworkLayout, pack_table, presence
 from .library import BUILD_HINT, Library, MemoryRange, Recent, memory_map, weight_regions
 from .plan import Program, plan_network, plan_sample
 from .structs import SampleArgs, SteerStepArgs
@@ -31,7 +31,6 @@ from .structs import SampleArgs, SteerStepArgs
 __all__ = ["MAX_BATCH_SIZE", "CudaBackend", "PackedWeights"]
 
 MAX_BATCH_SIZE = 16
-_WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
 _SPIN_LIMIT = 1 << 24  # polls of about 1 us: a block that waits so long has lost the others
 _MAX_STEPS = 100_000
 _T = TypeVar("_T")
@@ -249,9 +248,9 @@ class CudaBackend(Backend):
     def _network_program(
         self, network: BoundNetwork, batch: int, precision: str, device: torch.device, *, differentiable: bool
     ) -> _DeviceProgram:
-        if precision not in _WEIGHT_BYTES:
-            raise ValueError(f"precision is {precision!r}; backend 'cuda' has {', '.join(_WEIGHT_BYTES)}.")
-        width, present = _WEIGHT_BYTES[precision], presence(network)
+        if precision not in WEIGHT_BYTES:
+            raise ValueError(f"precision is {precision!r}; backend 'cuda' has {', '.join(WEIGHT_BYTES)}.")
+        width, present = WEIGHT_BYTES[precision], presence(network)
         key = ("network", network.spec, present, batch, width, differentiable, device)
 
         def make() -> _DeviceProgram:
@@ -318,8 +317,7 @@ class CudaBackend(Backend):
     # ---------------------------------------------------------------- counts
 
     def footprint(self, spec: SamplerSpec, batch_size: int) -> Footprint:
-        present = tuple(_all_present(network) for network in spec.networks.values())
-        program = plan_sample(spec, present, batch_size, _WEIGHT_BYTES.get(spec.precision, 4))
+        program = counted_program(spec, batch_size)
         barriers = count_barriers(program)
         return Footprint(
             launches=3,  # pack, the barrier's counter, the persistent kernel; frozen: 2
@@ -344,7 +342,7 @@ class CudaBackend(Backend):
         device = networks.flow.device
         key = ("sample", spec, present, batch, device)
         return self._programs.obtain(
-            key, lambda: _to_device(key, plan_sample(spec, present, batch, _WEIGHT_BYTES[spec.precision]), device)
+            key, lambda: _to_device(key, plan_sample(spec, present, batch, WEIGHT_BYTES[spec.precision]), device)
         )
 
     def _packed(self, loaded: _DeviceProgram, networks: Sequence[BoundNetwork]) -> Tensor:
@@ -453,11 +451,6 @@ def _parameters(network: BoundNetwork) -> list[Tensor]:
         if group is not None
         for tensor in group
     ]
-
-
-def _all_present(spec: NetworkSpec) -> tuple[Presence, ...]:
-    norms = (*(norm is not None for norm in spec.layer_norm), False)
-    return tuple(Presence(True, norm, norm) for norm in norms)
 
 
 def _bytes_tensor(data: bytes, device: torch.device) -> Tensor:

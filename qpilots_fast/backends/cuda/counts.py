@@ -1,23 +1,14 @@
-"""Exact counts of one call of the persistent CUDA kernel, and a prediction from them (nothing here was measured)."""
+"""Exact counts of one call of the persistent CUDA kernel, from its program."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
-from .plan import Program
+from ...spec import SamplerSpec
+from .layout import WEIGHT_BYTES, full_presence
+from .plan import Program, plan_sample
 from .structs import STAGES, Phase
-
-
-class DeviceNumbers(Protocol):
-    """What the prediction asks of a GPU: `backends.triton.counts.Device` has it."""
-
-    multiprocessors: int
-    flops: dict[str, float]
-    hbm_bytes_per_s: float
-    l2_bytes_per_s: float
-    l2_bytes: int
 
 
 @dataclass(frozen=True)
@@ -36,6 +27,12 @@ class PhaseCounts:
     staged_bytes: int
     macs: int
     barrier: bool
+
+
+def counted_program(spec: SamplerSpec, batch_size: int) -> Program:
+    """The program of a call, as if no optional parameter were missing."""
+    present = tuple(full_presence(network) for network in spec.networks.values())
+    return plan_sample(spec, present, batch_size, WEIGHT_BYTES.get(spec.precision, 4))
 
 
 def tile_rows(max_rows: int) -> int:
@@ -85,23 +82,3 @@ def count_barriers(program: Program) -> int:
 def count_traffic(program: Program, blocks: int = 1) -> int:
     """Bytes of weights and staged planes that one call reads."""
     return sum(p.visits * (p.weight_bytes + p.staged_bytes) for p in phase_counts(program, blocks))
-
-
-def predicted_seconds(program: Program, device: DeviceNumbers, phase_latency_s: float, barrier_s: float) -> float:
-    """Phases one after another: the slowest of FMA, L2 and (where the weights exceed L2) HBM, plus two latencies.
-
-    Args:
-        phase_latency_s: from the barrier to the first FMA and from the last one to the next barrier: two dependent
-            trips to L2 and the row sums. An assumption.
-        barrier_s: of a grid barrier. An assumption.
-    """
-    spills = program.weights_bytes > device.l2_bytes
-    total = 0.0
-    for phase in phase_counts(program, device.multiprocessors):
-        busy = max(
-            2 * phase.macs / device.flops["float32"],
-            (phase.weight_bytes + phase.staged_bytes) / device.l2_bytes_per_s,
-            phase.weight_bytes / device.hbm_bytes_per_s if spills else 0.0,
-        )
-        total += phase.visits * (busy + phase_latency_s + (barrier_s if phase.barrier else 0.0))
-    return max(total, program.weights_bytes / device.hbm_bytes_per_s)

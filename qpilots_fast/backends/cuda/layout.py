@@ -14,6 +14,7 @@ from .structs import ELEMENT_TYPES, PackItem
 
 _ELEMENT_TYPES = {getattr(torch, name): index for index, name in enumerate(ELEMENT_TYPES)}
 _WEIGHT_ALIGNMENT = 128  # bytes
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}  # of a packed weight, by precision
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,12 @@ def presence(network: BoundNetwork) -> tuple[Presence, ...]:
         Presence(layer.bias is not None, layer.norm_weight is not None, layer.norm_bias is not None)
         for layer in network.layers
     )
+
+
+def full_presence(spec: NetworkSpec) -> tuple[Presence, ...]:
+    """Every optional parameter, for counts that need no parameters."""
+    norms = (*(norm is not None for norm in spec.layer_norm), False)
+    return tuple(Presence(True, norm, norm) for norm in norms)
 
 
 class NetworkLayout:

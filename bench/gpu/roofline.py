@@ -1,0 +1,91 @@
+"""Data sheets of three GPUs, and what our counts come to on them: predictions, nothing here was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qpilots_fast.backends.cuda.counts import phase_counts
+from qpilots_fast.backends.cuda.plan import Program
+from qpilots_fast.backends.triton.counts import call_counts, hbm_bytes
+from qpilots_fast.backends.triton.packing import OPERAND_DTYPES
+from qpilots_fast.backends.triton.plan import SamplerPlan
+
+
+@dataclass(frozen=True)
+class Device:
+    """Datasheet numbers, dense, without sparsity. flops by precision; bytes/s; seconds.
+
+    Args:
+        launch_s: from one kernel's end to the next one's start inside a CUDA graph; an assumption.
+        l2_bytes_per_s: reads of all multiprocessors together; published microbenchmarks, not a datasheet number.
+    """
+
+    name: str
+    sm: int
+    multiprocessors: int
+    clock_hz: float
+    flops: dict[str, float]
+    hbm_bytes_per_s: float
+    l2_bytes_per_s: float
+    l2_bytes: int
+    launch_s: float = 1.5e-6
+
+
+DEVICES = (
+    Device(
+        "H100 SXM", 90, 132, 1.755e9,
+        {"bfloat16": 989e12, "float16": 989e12, "tf32": 495e12, "float32": 67e12}, 3.35e12, 5.5e12, 50 << 20,
+    ),
+    Device(
+        "RTX 4090", 89, 128, 2.52e9,
+        {"bfloat16": 165e12, "float16": 165e12, "tf32": 82.6e12, "float32": 82.6e12}, 1.008e12, 5.0e12, 72 << 20,
+    ),
+    Device(
+        "Jetson AGX Orin 64GB", 87, 16, 1.3e9,
+        {"bfloat16": 42.5e12, "float16": 42.5e12, "tf32": 21.2e12, "float32": 5.3e12}, 204.8e9, 0.6e12, 4 << 20, 3e-6,
+    ),
+)  # fmt: skip
+
+
+def triton_seconds(plan: SamplerPlan, batch_size: int, device: Device) -> float:
+    """Roofline of the launches one after another: the slowest of flops, L2 and HBM, plus launch gaps.
+
+    A launch with fewer tiles than multiprocessors gets its share of the flops, and at most 64 bytes a clock from L2
+    for each of its programs. Weights that do not fit L2 cross HBM again at every launch. Latencies and imperfect
+    overlap are left out: a lower bound.
+    """
+    precision = plan.spec.precision
+    weights = {
+        "critic": plan.critic_layout.num_weights if plan.critic_layout else 0,
+        "step": sum(n.num_weights for n in plan.step_layouts()),
+    }
+    packed = sum(weights.values()) * OPERAND_DTYPES[precision].itemsize
+    total = 0.0
+    for launch in call_counts(plan, batch_size):
+        share = min(launch.tiles / launch.waves, device.multiprocessors) / device.multiprocessors
+        l2 = min(device.l2_bytes_per_s, 64 * device.clock_hz * min(launch.programs, device.multiprocessors))
+        hbm = weights[launch.name] * OPERAND_DTYPES[precision].itemsize if packed > device.l2_bytes else 0
+        total += device.launch_s + max(
+            launch.flops / (device.flops[precision] * share), launch.l2_bytes / l2, hbm / device.hbm_bytes_per_s
+        )
+    return max(total, hbm_bytes(plan, batch_size) / device.hbm_bytes_per_s)
+
+
+def cuda_seconds(program: Program, device: Device, phase_latency_s: float, barrier_s: float) -> float:
+    """Phases one after another: the slowest of FMA, L2 and (where the weights exceed L2) HBM, plus two latencies.
+
+    Args:
+        phase_latency_s: from the barrier to the first FMA and from the last one to the next barrier: two dependent
+            trips to L2 and the row sums. An assumption.
+        barrier_s: of a grid barrier. An assumption.
+    """
+    spills = program.weights_bytes > device.l2_bytes
+    total = 0.0
+    for phase in phase_counts(program, device.multiprocessors):
+        busy = max(
+            2 * phase.macs / device.flops["float32"],
+            (phase.weight_bytes + phase.staged_bytes) / device.l2_bytes_per_s,
+            phase.weight_bytes / device.hbm_bytes_per_s if spills else 0.0,
+        )
+        total += phase.visits * (busy + phase_latency_s + (barrier_s if phase.barrier else 0.0))
+    return max(total, program.weights_bytes / device.hbm_bytes_per_s)
