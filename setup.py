@@ -5,7 +5,7 @@ Everything about the package itself is in pyproject.toml.
 Environment variables:
     QPILOTS_NATIVE   0: pure Python only. 1: a failing build fails the install. Unset: build, and where that fails
                      install as pure Python and record the reason (`qpilots-fast info` shows it).
-    QPILOTS_CUDA     1: also build the CUDA backend (needs nvcc).
+    QPILOTS_CUDA     1: also build the CUDA backend (needs nvcc), for the visible GPU or for every supported one.
     QPILOTS_CMAKE_ARGS   further arguments for CMake, separated by spaces.
     QPILOTS_BUILD_JOBS   parallel compile jobs (default: all processors).
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -41,7 +42,9 @@ class CMakeBuild(build_ext):
         else:
             try:
                 self._build(target)
-            except (OSError, subprocess.CalledProcessError, ImportError) as error:
+                if os.environ.get("QPILOTS_CUDA") == "1":
+                    self._build_cuda(target.parent)
+            except (OSError, RuntimeError, subprocess.CalledProcessError, ImportError) as error:
                 if mode == "1":
                     raise
                 output = getattr(error, "output", None) or str(error)
@@ -57,6 +60,13 @@ class CMakeBuild(build_ext):
         info = {"native": reason is None, "reason": reason, "cuda": os.environ.get("QPILOTS_CUDA") == "1"}
         (target.parent / INFO).write_text(json.dumps(info, indent=2) + "\n")
 
+    @staticmethod
+    def _build_cuda(folder: Path) -> None:
+        """As `qpilots-fast build-cuda` does, from the same file."""
+        recipe = runpy.run_path(str(ROOT / "qpilots_fast" / "backends" / "cuda" / "build.py"))
+        jobs = int(os.environ.get("QPILOTS_BUILD_JOBS", str(os.cpu_count() or 1)))
+        recipe["build"](jobs=jobs, target=folder / recipe["LIBRARY_NAME"])
+
     def _build(self, target: Path) -> None:
         import pybind11
 
@@ -70,7 +80,6 @@ class CMakeBuild(build_ext):
         configure = [
             cmake, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DQPILOTS_CUDA={'ON' if os.environ.get('QPILOTS_CUDA') == '1' else 'OFF'}",
             *os.environ.get("QPILOTS_CMAKE_ARGS", "").split(),
         ]  # fmt: skip
         if shutil.which("ninja") is not None:

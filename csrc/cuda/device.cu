@@ -1,4 +1,4 @@
-// Errors, versions, and what Python mirrors.
+// Errors, whether there is a GPU, and what Python mirrors.
 #include "host.h"
 #include "phase.h"
 #include "qpilots/interface.h"
@@ -18,22 +18,6 @@ int device_count(int* count) {
   return kSuccess;
 }
 
-int versions(int* runtime, int* driver) {
-  QPILOTS_CHECK(cudaRuntimeGetVersion(runtime));
-  QPILOTS_CHECK(cudaDriverGetVersion(driver));
-  return kSuccess;
-}
-
-int device_limits(int device, int* num_sms, int* shared_bytes, int* capability) {
-  int major = 0, minor = 0;
-  QPILOTS_CHECK(cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, device));
-  QPILOTS_CHECK(cudaDeviceGetAttribute(shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  QPILOTS_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  QPILOTS_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  *capability = 10 * major + minor;
-  return kSuccess;
-}
-
 }  // namespace
 }  // namespace cuda
 }  // namespace qpilots
@@ -41,12 +25,6 @@ int device_limits(int device, int* num_sms, int* shared_bytes, int* capability) 
 QPILOTS_EXPORT const char* qpilots_cuda_last_error() { return qpilots::cuda::last_error().c_str(); }
 
 QPILOTS_EXPORT int qpilots_cuda_device_count(int* count) { return qpilots::cuda::device_count(count); }
-
-QPILOTS_EXPORT int qpilots_cuda_versions(int* runtime, int* driver) { return qpilots::cuda::versions(runtime, driver); }
-
-QPILOTS_EXPORT int qpilots_cuda_device_limits(int device, int* num_sms, int* shared_bytes, int* capability) {
-  return qpilots::cuda::device_limits(device, num_sms, shared_bytes, capability);
-}
 
 // sizeof of Phase, SampleArgs, PackItem, SteerStepArgs: a mismatch with the Python side is refused at loading.
 QPILOTS_EXPORT int qpilots_cuda_struct_bytes(int which) {

@@ -79,7 +79,7 @@ class SampleRun {
   float* delta_sum_ = nullptr;
   char *flow_saves_ = nullptr, *map_saves_ = nullptr, *thread_saves_ = nullptr;
   float *q_ = nullptr, *dq_ = nullptr, *value_ = nullptr, *std_ = nullptr, *p_ = nullptr;
-  float *zeros_, *q_wide_ = nullptr;
+  float* zeros_;
   int scratch_width_;
   char* scratch_;
   std::size_t scratch_bytes_, critic_saves_bytes_ = 0;

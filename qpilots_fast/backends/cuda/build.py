@@ -1,4 +1,7 @@
-"""Compiles csrc/cuda into one shared library with a C ABI, apart from the Python build: no install waits for nvcc."""
+"""Compiles csrc/cuda into one shared library with a C ABI, apart from the Python build: no install waits for nvcc.
+
+setup.py loads this file by its path, where neither the package nor torch is installed: it imports neither at the top.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-import torch
 
 LIBRARY_NAME = "libqpilots_cuda.so"
 ARCHITECTURES: tuple[int, ...] = (80, 86, 89, 90, 100, 120)  # the first one also as PTX, for every other GPU
@@ -43,7 +44,11 @@ def library_paths() -> tuple[Path, ...]:
 
 
 def visible_architectures() -> tuple[int, ...]:
-    """Compute capabilities of the GPUs that torch sees, such as (90,); () where there is none."""
+    """Compute capabilities of the GPUs that torch sees, such as (90,); () where there is none, or no torch."""
+    try:
+        import torch
+    except ImportError:  # an isolated build
+        return ()
     if not torch.cuda.is_available():
         return ()
     found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}

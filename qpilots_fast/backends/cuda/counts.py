@@ -40,20 +40,13 @@ def tile_rows(max_rows: int) -> int:
     return 16 if max_rows > 4 else 4 if max_rows > 1 else 1
 
 
-def _steered_steps(program: Program) -> int:
-    args = program.args
-    if args.num_step_phases == args.num_flow_phases:
-        return 0
-    return args.num_steps - (0 if args.steering.steer_first_step else 1)
-
-
 def phase_counts(program: Program, blocks: int) -> Iterator[PhaseCounts]:
     args, rows = program.args, tile_rows(program.max_rows)
     for index, phase in enumerate(program.phases):
         if index < args.num_once:
             visits = 1
         else:
-            visits = args.num_steps if index - args.num_once < args.num_flow_phases else _steered_steps(program)
+            visits = args.num_steps if index - args.num_once < args.num_flow_phases else program.num_steered
         neurons = phase.members * phase.out_dim
         tiles = -(-phase.rows // rows)
         segments = min(neurons, blocks) + phase.members - 1  # a block that spans two members stages both

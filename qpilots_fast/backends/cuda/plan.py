@@ -168,6 +168,7 @@ class Program:
     time_tables: tuple[Tensor, ...] = ()  # flow's and map's features [K, .], 1 - t [K]; float32
     steered: Tensor | None = None  # [A] uint8
     output: Region | None = None
+    num_steered: int = 0  # steps that run all step phases
 
     def program_bytes(self) -> bytes:
         return b"".join(bytes(phase) for phase in self.phases)
@@ -260,8 +261,9 @@ def plan_sample(spec: SamplerSpec, present: tuple[tuple[Presence, ...], ...], ba
         mask = torch.zeros(action_dim, dtype=torch.uint8, device="cpu")
         mask[list(steering.steered_dims)] = 1
     program = Program(
-        layouts, workspace, once + step, args, weight_bytes, 0, layouts[-1].end, (*tables, remaining), mask
-    )
+        layouts, workspace, once + step, args, weight_bytes, 0, layouts[-1].end, (*tables, remaining), mask,
+        num_steered=len(spec.steered_steps),
+    )  # fmt: skip
     return _finish(program, len(once), num_flow)
 
 
