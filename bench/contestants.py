@@ -74,7 +74,7 @@ def our_contestants(
 
 def _accepts(name: str, workload: Workload, precision: str) -> bool:
     backend = backends.get(name)
-    spec = workload.sampler("reference", "float32")._spec
+    spec = workload.sampler("reference", "float32")._run.spec
     assert spec is not None
     return backend.refusal(replace(spec, precision=precision), workload.obs.device) is None
 

@@ -112,7 +112,7 @@ def record_loop(workload: Workload, backend: str, precision: str, record: Record
     engine = backends.get(backend)
     with record("pack", "weights of all networks"):
         if backend == "reference":
-            spec, networks = sampler._spec, sampler._networks()
+            spec, networks = sampler._run.spec, sampler._run.bound()
             assert spec is not None
             net = reference_evaluators(networks, workload.obs, torch.float32, precision)
         else:
@@ -166,7 +166,7 @@ def fused_phases(workload: Workload, backend: str, precision: str, calls: int) -
     if sample_phases is None:
         return None
     sampler = workload.sampler(backend, precision)
-    spec, networks = sampler._spec, sampler._networks()
+    spec, networks = sampler._run.spec, sampler._run.bound()
     assert spec is not None
     call = Call(spec, networks, workload.obs, workload.noise, workload.posterior_noise)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,7 +65,48 @@ def check_actions(actions: Tensor) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a call starts from: obs as given; noise [B, n, A] of n candidates; posterior_noise [K, B, N, A] or None."""
+
+    obs: Any
+    noise: Tensor
+    posterior_noise: Tensor | None
+
+
 def read_inputs(
+    obs: Any,
+    noise: Tensor | None,
+    posterior_noise: Tensor | None,
+    generator: torch.Generator | None,
+    *,
+    steering: Steering,
+    num_steps: int,
+    packed: PackableNetwork | None,
+    device: torch.device,
+) -> Inputs:
+    """Checks what a sampler was called with, and draws what was not given.
+
+    Args:
+        packed: any network that tells S and A. device: the networks'.
+
+    Raises:
+        ValueError, TypeError: wrong shapes, dtypes or devices.
+    """
+    batch_size, device, dtype = _read_batch(obs, noise, packed, device)
+    if packed is not None:
+        action_dim = packed.spec.action_dim
+    elif noise is None:
+        raise ValueError("noise is None and no network tells the action width; give noise [B, A].")
+    else:
+        action_dim = noise.shape[-1]
+    start = _start_noise(noise, steering.num_candidates, batch_size, action_dim, device, dtype, generator)
+    shape = (num_steps, batch_size, steering.num_samples, action_dim)
+    eps = _posterior_noise(posterior_noise, shape, device, dtype, generator) if steering.draws_posterior else None
+    return Inputs(obs, start, eps)
+
+
+def _read_batch(
     obs: Any, noise: Tensor | None, packed: PackableNetwork | None, device: torch.device
 ) -> tuple[int, torch.device, torch.dtype]:
     """Batch size, device and state dtype of a call; packed is any network that tells S, device is the networks'."""
@@ -93,16 +135,7 @@ def read_inputs(
     return noise.shape[0], noise.device, torch.float64 if wide else torch.float32
 
 
-def read_action_dim(noise: Tensor | None, packed: PackableNetwork | None) -> int:
-    """A, from a packed network where there is one."""
-    if packed is not None:
-        return packed.spec.action_dim
-    if noise is None:
-        raise ValueError("noise is None and no network tells the action width; give noise [B, A].")
-    return noise.shape[-1]
-
-
-def start_noise(
+def _start_noise(
     noise: Tensor | None,
     count: int,
     batch_size: int,
@@ -122,20 +155,14 @@ def start_noise(
     raise ValueError(f"noise has shape {list(noise.shape)}; expected [{batch_size}, {action_dim}]{also}.")
 
 
-def start_posterior_noise(
+def _posterior_noise(
     eps: Tensor | None,
-    steering: Steering,
-    num_steps: int,
-    batch_size: int,
-    action_dim: int,
+    shape: tuple[int, ...],
     device: torch.device,
     dtype: torch.dtype,
     generator: torch.Generator | None,
-) -> Tensor | None:
-    """The draws' noise [K, B, N, A], or None where no draw is taken."""
-    if not steering.draws_posterior:
-        return None
-    shape = (num_steps, batch_size, steering.num_samples, action_dim)
+) -> Tensor:
+    """The draws' noise [K, B, N, A]."""
     if eps is None:
         return torch.randn(shape, device=device, dtype=dtype, generator=generator)
     if not isinstance(eps, Tensor) or not eps.is_floating_point():

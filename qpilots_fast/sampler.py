@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from . import backends, ops, reference
-from .backends import Backend, Call, Choice, QuickCall, Request, Slots
-from .candidates import as_rows, keep_best, side_by_side
-from .errors import BackendUnavailable
-from .evaluators import evaluators
+from . import backends, ops
+from .candidates import as_rows, keep_best
 from .info import Explanation, SampleInfo
-from .inputs import (
-    check_actions,
-    check_all_finite,
-    check_bound,
-    check_network,
-    read_action_dim,
-    read_inputs,
-    start_noise,
-    start_posterior_noise,
-)
+from .inputs import check_bound, check_network, read_inputs
 from .networks import PackableNetwork
-from .spec import PRECISIONS, BoundNetworks, RawSample, SamplerSpec
+from .runs import CallableRun, Choices, PackedRun
+from .spec import PRECISIONS, RawSample, SamplerSpec
 from .steering import Steering
 
 _log = logging.getLogger("qpilots_fast")
@@ -98,12 +85,8 @@ class SteeredSampler(nn.Module):
         self.precision = precision
         self.action_low, self.action_high = low, high
         self._frozen = False
-        self._packs: dict[str, tuple[BoundNetworks, Any]] = {}  # by backend; filled by a frozen sampler's first call
-        self._choices: dict[Any, Backend] = {}
-        self._quick: QuickCall | None = None
-        self._quick_for: tuple[Any, ...] = ()  # what it was made for
-        self._warned = False
-        self._spec = self._make_spec()
+        self._choices = Choices()
+        self._run = self._make_run()
         if backend != "auto":
             backends.get(backend)
 
@@ -155,37 +138,31 @@ class SteeredSampler(nn.Module):
         Raises:
             ValueError, TypeError: wrong shapes, dtypes, devices, or non-finite obs or noise.
         """
-        if torch.compiler.is_compiling() or generator is not None or return_info:  # asked first: no guard on _quick
-            quick = None
-        else:
-            quick = self._quick_call
-        if quick is not None:
-            actions = quick(obs, noise, posterior_noise)
+        run = self._run
+        if not (torch.compiler.is_compiling() or generator is not None or return_info):  # traced: no guard on it
+            quick = run.quick(self.backend)
+            actions = None if quick is None else quick(obs, noise, posterior_noise)
             if actions is not None:
                 return actions
         with torch.no_grad():
-            steering, packed = self.steering, self._a_packed_network()
-            networks = None if self._spec is None or torch.compiler.is_compiling() else self._networks()
-            device = self._device() if networks is None else networks.flow.device
-            batch_size, device, dtype = read_inputs(obs, noise, packed, device)
-            action_dim = read_action_dim(noise, packed)
-            count = steering.num_candidates
-            noise = start_noise(noise, count, batch_size, action_dim, device, dtype, generator)
-            eps = start_posterior_noise(
-                posterior_noise, steering, self.num_steps, batch_size, action_dim, device, dtype, generator
+            inputs = read_inputs(
+                obs,
+                noise,
+                posterior_noise,
+                generator,
+                steering=self.steering,
+                num_steps=self.num_steps,
+                packed=self._a_packed_network(),
+                device=self._device(),
             )
-            if batch_size == 0:
-                raw, q_values = self._empty(action_dim, device, dtype)
+            count, needs_values = inputs.noise.shape[1], return_info or inputs.noise.shape[1] > 1
+            if len(inputs.noise) == 0:
+                raw, q_values = self._empty(inputs.noise)
             else:
-                if self._spec is not None:  # candidates are rows of one larger batch
-                    rows, wide_eps = noise.reshape(-1, action_dim), as_rows(eps, count, dim=1)
-                    raw = self._run_packed(networks, as_rows(obs, count), rows, wide_eps, return_info)
-                else:
-                    raw = side_by_side([self._run_callables(obs, noise[:, n], eps) for n in range(count)])
-                q_values = self._q_values(obs, raw.actions, count) if return_info or count > 1 else None
-                if count > 1:
-                    assert q_values is not None
-                    raw, q_values = keep_best(raw, q_values, steering)
+                raw = run.sample(self.networks, self.backend, inputs, return_info)
+                q_values = self._q_values(obs, raw.actions, count) if needs_values else None
+                if q_values is not None and count > 1:
+                    raw, q_values = keep_best(raw, q_values, self.steering)
             if not return_info:
                 return raw.actions
             assert raw.gradient_norms is not None and raw.nonfinite is not None
@@ -197,14 +174,14 @@ class SteeredSampler(nn.Module):
         Inside torch.compile the current parameters are read all the same.
         """
         self._frozen = True
-        self._forget_packs()
+        self._run = self._make_run()
         _log.info("SteeredSampler is frozen: it no longer follows its networks' parameters; unfreeze() undoes this.")
         return self
 
     def unfreeze(self) -> SteeredSampler:
         """Back to reading the current parameters at every call."""
         self._frozen = False
-        self._forget_packs()
+        self._run = self._make_run()
         return self
 
     @property
@@ -216,22 +193,7 @@ class SteeredSampler(nn.Module):
         """Which backend runs a batch of this size, why the others do not, and the exact cost of a call."""
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}; expected an integer >= 1.")
-        if self._spec is None:
-            choice = self._choose(None, self._device(), torch.float32)
-            return Explanation("reference loop, packed networks on " + choice.backend.name, {}, batch_size, None)
-        rows = batch_size * self.steering.num_candidates
-        choice = self._choose(self._spec, self._device(), torch.float32, rows)
-        chosen = choice.backend
-        others = {
-            name: backends.unavailable_reason(name) or "not asked for, or slower here"
-            for name in backends.BACKENDS
-            if name != chosen.name
-        }
-        cost = chosen.footprint(self._spec, rows)
-        live = None if self.frozen else chosen.live_weights(self._spec, self._networks())
-        if live is not None:
-            cost = replace(cost, notes=(*cost.notes, f"live weights: {live}"))
-        return Explanation(chosen.name, {**others, **choice.passed}, batch_size, cost)
+        return self._run.explain(self.backend, self._device(), batch_size)
 
     def capture(self, batch_size: int) -> Callable[..., Tensor]:
         """A CUDA graph of the whole call at a fixed batch size: returns f(obs, noise, posterior_noise=None) -> actions.
@@ -239,124 +201,44 @@ class SteeredSampler(nn.Module):
         Raises:
             BackendUnavailable: where the chosen backend has no graphs (they exist on GPUs alone).
         """
-        if self._spec is None:
-            raise BackendUnavailable("capture needs packed networks; flow or critic is your own callable.")
-        choice = self._choose(self._spec, self._device(), torch.float32, batch_size)
-        return choice.backend.capture(self._spec, self._networks(), batch_size)
+        return self._run.capture(self.backend, self._device(), batch_size)
 
-    # ------------------------------------------------------------ checks and inputs
+    # ------------------------------------------------------------ what a call needs of the sampler
 
-    def _make_spec(self) -> SamplerSpec | None:
-        """The whole call as data, or None where a network that it needs is a callable."""
-        named = {"flow": self.flow, "critic": self.critic, "posterior": self.posterior}
-        if not all(isinstance(net, PackableNetwork) for name, net in named.items() if self.steering.asks(name)):
-            return None
-        specs = {name: net.spec if isinstance(net, PackableNetwork) else None for name, net in named.items()}
-        return SamplerSpec(
+    @property
+    def networks(self) -> dict[str, Any]:
+        """The networks as they were given, by name: "flow", "critic", "posterior"."""
+        return {"flow": self.flow, "critic": self.critic, "posterior": self.posterior}
+
+    def _make_run(self) -> PackedRun | CallableRun:
+        """The way that calls take; made anew where what earlier calls kept must be forgotten."""
+        networks, steering, bounds = self.networks, self.steering, (self.action_low, self.action_high)
+        if not all(isinstance(net, PackableNetwork) for name, net in networks.items() if steering.asks(name)):
+            return CallableRun(steering, self.num_steps, self.precision, bounds)
+        specs = {name: net.spec if isinstance(net, PackableNetwork) else None for name, net in networks.items()}
+        spec = SamplerSpec(
             **specs,  # type: ignore[arg-type]
-            steering=self.steering,
+            steering=steering,
             num_steps=self.num_steps,
             precision=self.precision,
             action_low=self.action_low,
             action_high=self.action_high,
         )
-
-    def _packables(self) -> dict[str, PackableNetwork]:
-        """The networks that take part in a call, by name, in the order of the spec."""
-        assert self._spec is not None
-        return {name: self._modules[name] for name in self._spec.networks}  # type: ignore[misc]
+        return PackedRun(spec, self._modules, self._frozen, self._choices)
 
     def _a_packed_network(self) -> PackableNetwork | None:
         """Any network that tells S and A."""
-        return next((n for n in (self.flow, self.critic, self.posterior) if isinstance(n, PackableNetwork)), None)
-
-    def _networks(self) -> BoundNetworks:
-        """Views of the parameters that a call reads: the current ones, or those that were packed."""
-        if self._packs:
-            return next(iter(self._packs.values()))[0]
-        return BoundNetworks(**{name: network.bound() for name, network in self._packables().items()})
+        return next((n for n in self.networks.values() if isinstance(n, PackableNetwork)), None)
 
     def _device(self) -> torch.device:
         parameter = next(self.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
-    def _empty(self, action_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[RawSample, Tensor | None]:
+    def _empty(self, noise: Tensor) -> tuple[RawSample, Tensor | None]:
         members = self.critic.spec.num_members if isinstance(self.critic, PackableNetwork) else 1
-        q_values = None if self.critic is None else torch.empty(members, 0, device=device, dtype=dtype)
-        norms = torch.empty(self.num_steps, 0, device=device, dtype=dtype)
-        return RawSample(torch.empty(0, action_dim, device=device, dtype=dtype), norms, norms > 0), q_values
-
-    # ------------------------------------------------------------ running
-
-    def _run_packed(
-        self, networks: BoundNetworks | None, obs: Tensor, noise: Tensor, eps: Tensor | None, return_info: bool
-    ) -> RawSample:
-        """The loop on one backend; networks is None under torch.compile, which traces the operator."""
-        assert self._spec is not None
-        if networks is None:
-            flat = [parameter for network in self._packables().values() for parameter in network.flat_parameters()]
-            return RawSample(*ops.sample(obs, noise, eps, flat, self._spec, self.backend))
-        check_all_finite(obs, noise, eps)
-        chosen = self._backend(noise)
-        packed = None
-        if self._frozen:
-            if chosen.name not in self._packs:
-                self._packs[chosen.name] = (networks, chosen.pack(self._spec, networks))
-            packed = self._packs[chosen.name][1]
-        eps = None if eps is None else eps.contiguous()
-        raw = chosen.sample(
-            Call(self._spec, networks, obs.to(noise.dtype).contiguous(), noise.contiguous(), eps, packed, return_info)
-        )
-        check_actions(raw.actions)
-        if self.steering.num_candidates == 1:
-            self._make_quick(chosen, networks, packed)
-        return raw
-
-    def _make_quick(self, chosen: Backend, networks: BoundNetworks, packed: Any) -> None:
-        """Lets the calls to come take the backend's quick way."""
-        made_for = (self.backend, chosen, packed, networks.flow, networks.critic, networks.posterior)
-        if len(self._quick_for) == len(made_for) and all(a is b for a, b in zip(self._quick_for, made_for)):
-            return
-        assert self._spec is not None
-        slots: Slots | None = []
-        if packed is None:
-            for name, network in self._packables().items():
-                more = network.slots()
-                slots = None if more is None or slots is None else [*slots, (self._modules, name, network), *more]
-        self._quick = None if slots is None else chosen.quick_call(self._spec, networks, packed, slots)
-        self._quick_for = made_for
-
-    @property
-    def _quick_call(self) -> QuickCall | None:
-        return self._quick if self._quick is not None and self.backend == self._quick_for[0] else None
-
-    def _run_callables(self, obs: Any, noise: Tensor, eps: Tensor | None) -> RawSample:
-        """The reference loop: callables in PyTorch, packed networks on a backend."""
-        check_all_finite(obs, noise, eps)
-        chosen = self._choose(None, noise.device, noise.dtype).backend
-        net = evaluators(self.flow, self.critic, self.posterior, self.steering, chosen, self.precision, obs)
-        bounds = (self.action_low, self.action_high)
-        raw = reference.sample(net, self.steering, self.num_steps, noise, eps, bounds)
-        check_actions(raw.actions)
-        return raw
-
-    def _backend(self, noise: Tensor) -> Backend:
-        # only on GPUs does the choice depend on the batch size
-        key = (self.backend, noise.device, noise.dtype, noise.shape[0] if noise.device.type == "cuda" else None)
-        if key not in self._choices:
-            choice = self._choose(self._spec, noise.device, noise.dtype, noise.shape[0])
-            if choice.fallback is not None and not self._warned:
-                self._warned = True  # once a sampler, whatever it is called with
-                warnings.warn(
-                    f"qpilots_fast falls back to the unfused reference backend ({choice.fallback}).", stacklevel=5
-                )
-            self._choices[key] = choice.backend
-        return self._choices[key]
-
-    def _choose(
-        self, spec: SamplerSpec | None, device: torch.device, dtype: torch.dtype, batch_size: int | None = None
-    ) -> Choice:
-        return backends.choose(Request(self.backend, self.precision, device, dtype, spec, batch_size))
+        q_values = None if self.critic is None else noise.new_empty(members, 0)
+        norms = noise.new_empty(self.num_steps, 0)
+        return RawSample(noise[:, 0], norms, norms > 0), q_values
 
     def _q_values(self, obs: Any, actions: Tensor, count: int) -> Tensor | None:
         """q_values [E, B n] of finished actions [B n, A], count = n of them for each row of obs."""
@@ -372,14 +254,17 @@ class SteeredSampler(nn.Module):
     # ------------------------------------------------------------ nn.Module plumbing
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SteeredSampler:
-        self._forget_packs()  # moved parameters: pack again where they are now
-        return super()._apply(fn, recurse)
+        moved = super()._apply(fn, recurse)
+        self._run = self._make_run()  # parameters may be elsewhere: pack again where they are now
+        return moved
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packs": {}, "_choices": {}, "_quick": None, "_quick_for": ()}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_run", "_choices")}
 
-    def _forget_packs(self) -> None:
-        self._packs, self._quick, self._quick_for = {}, None, ()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._choices = Choices()
+        self._run = self._make_run()
 
     def extra_repr(self) -> str:
         return (

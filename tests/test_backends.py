@@ -75,7 +75,7 @@ SETTINGS = {
 def test_settings(name, backend):
     case = make_case(SETTINGS[name])
     sampler = case.sampler(backend)
-    reason = backends.get(backend).refusal(sampler._spec, torch.device("cpu"))
+    reason = backends.get(backend).refusal(sampler._run.spec, torch.device("cpu"))
     if reason is not None:
         with pytest.raises(backends.BackendUnavailable):
             case.run(backend)

@@ -42,7 +42,7 @@ def test_gradcheck():
     sampler = SteeredSampler(flow, critic, Steering.qpilots_u(), num_steps=2)
     flat = flow.flat_parameters() + critic.flat_parameters()
     noise = (0.1 * torch.randn(B, A, dtype=torch.float64)).requires_grad_()
-    assert check(lambda o, n: ops.sample(o, n, None, flat, sampler._spec)[0], (obs, noise))
+    assert check(lambda o, n: ops.sample(o, n, None, flat, sampler._run.spec)[0], (obs, noise))
 
 
 def test_pessimistic_gradient_where_all_members_agree():
@@ -102,8 +102,8 @@ def _opcheck_cases():
     obs, x, v, g = rows(S, A, A, A, dtype=torch.float32)
     t = torch.rand(B, 1)
     fp, cp = flow.flat_parameters(), critic.flat_parameters()
-    u = SteeredSampler(flow, critic, Steering.qpilots_u(), num_steps=2)._spec
-    m = SteeredSampler(flow, critic, Steering.qpilots_m(num_samples=2), posterior=posterior, num_steps=2)._spec
+    u = SteeredSampler(flow, critic, Steering.qpilots_u(), num_steps=2)._run.spec
+    m = SteeredSampler(flow, critic, Steering.qpilots_m(num_samples=2), posterior=posterior, num_steps=2)._run.spec
     step = Steering.qpilots_u(jacobian="identity").json
     eps = torch.randn(2, B, 2, A)
     tail = ("float32", "reference")

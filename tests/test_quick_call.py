@@ -44,21 +44,23 @@ def inputs(steering: Steering = STEERINGS["U"]) -> tuple[Tensor, Tensor, Tensor 
 
 def general(sampler: SteeredSampler, *arguments: Tensor | None) -> Tensor:
     """The call without the quick way."""
-    quick, sampler._quick = sampler._quick, None
+    run = sampler._run
+    sampler._run = sampler._make_run()
+    sampler._run._packs = run._packs
     try:
         return sampler(*arguments)
     finally:
-        sampler._quick = quick
+        sampler._run = run
 
 
 class Spy:
     """Counts how often the quick way gave the actions."""
 
     def __init__(self, sampler: SteeredSampler) -> None:
-        self.quick = sampler._quick
+        name, made_for, self.quick = sampler._run._quick
         assert self.quick is not None
         self.taken = 0
-        sampler._quick = self
+        sampler._run._quick = (name, made_for, self)
 
     def __call__(self, *arguments: Tensor | None) -> Tensor | None:
         actions = self.quick(*arguments)
@@ -140,7 +142,7 @@ def test_networks_of_the_user_s_own(plain):
     assert not torch.equal(sampler(*arguments), before)
     assert torch.equal(sampler(*arguments), general(sampler, *arguments))
     if plain:
-        assert sampler._quick is not None
+        assert sampler._run.quick("cpu") is not None
         module.train()
         with pytest.raises(ValueError, match="training mode"):
             sampler(*arguments)
@@ -211,8 +213,8 @@ def test_default_dtype_and_device_do_not_matter(quick):
     sampler, arguments = build(), inputs()
     expected = sampler(*arguments)
     if not quick:
-        sampler._make_quick = lambda *_: None
-        sampler._quick = None
+        sampler._run._make_quick = lambda *_: None
+        sampler._run._quick = None
     torch.set_default_dtype(torch.float64)
     try:
         got = sampler(*arguments)
@@ -240,7 +242,7 @@ def test_copies_make_their_own():
     sampler, arguments = build(), inputs()
     expected = sampler(*arguments)
     for other in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
-        assert other._quick is None
+        assert other._run.quick("cpu") is None
         other.critic.weights[1].data.neg_()
         other(*arguments)
         changed = other(*arguments)

@@ -50,7 +50,7 @@ class Setup:
 
     def fresh(self) -> Tensor:
         """What a sampler without any memory of earlier calls gives."""
-        spec, networks = self.sampler._spec, self.sampler._networks()
+        spec, networks = self.sampler._run.spec, self.sampler._run.bound()
         return cpu_backend.CpuBackend().sample(Call(spec, networks, *self.inputs, None)).actions
 
     def watched(self, calls: int = CALLS_UNTIL_WATCHED) -> Setup:
@@ -61,8 +61,8 @@ class Setup:
 
     def status(self) -> str:
         backend = backends.get("cpu")
-        plan = backend._get_plan(self.sampler._spec)
-        return backend._get_sources(plan, self.sampler._networks())[1].watch_status
+        plan = backend._get_plan(self.sampler._run.spec)
+        return backend._get_sources(plan, self.sampler._run.bound())[1].watch_status
 
     @property
     def weight(self) -> Tensor:

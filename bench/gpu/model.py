@@ -86,7 +86,7 @@ def eager_counts(workload: Workload, precision: str) -> EagerCounts:
 
 
 def sampler_spec(workload: Workload, precision: str) -> SamplerSpec:
-    return replace(workload.sampler("auto", "float32")._spec, precision=precision)
+    return replace(workload.sampler("auto", "float32")._run.spec, precision=precision)
 
 
 def sampler_plan(workload: Workload, precision: str, device: Device) -> SamplerPlan:

@@ -1,0 +1,178 @@
+"""The two ways through a call: the whole loop on one backend, or the reference loop with users' callables in it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, ops, reference
+from .backends import Backend, Call, Choice, QuickCall, Request, Slots
+from .candidates import as_rows, side_by_side
+from .errors import BackendUnavailable
+from .evaluators import evaluators
+from .info import Explanation
+from .inputs import Inputs, check_actions, check_all_finite
+from .networks import PackableNetwork
+from .spec import BoundNetworks, RawSample, SamplerSpec
+from .steering import Steering
+
+Networks = dict[str, Any]  # "flow", "critic" and "posterior" as the user gave them
+
+
+class Choices:
+    """The backend of each kind of call, asked for once; says once where "auto" falls back."""
+
+    def __init__(self) -> None:
+        self._chosen: dict[Any, Backend] = {}
+        self._warned = False
+
+    def backend(self, name: str, spec: SamplerSpec, noise: Tensor) -> Backend:
+        # only on GPUs does the choice depend on the batch size
+        key = (name, noise.device, noise.dtype, noise.shape[0] if noise.device.type == "cuda" else None)
+        if key not in self._chosen:
+            request = Request(name, spec.precision, noise.device, noise.dtype, spec, noise.shape[0])
+            choice = backends.choose(request)
+            if choice.fallback is not None and not self._warned:
+                self._warned = True  # once a sampler, whatever it is called with
+                warnings.warn(
+                    f"qpilots_fast falls back to the unfused reference backend ({choice.fallback}).", stacklevel=6
+                )
+            self._chosen[key] = choice.backend
+        return self._chosen[key]
+
+
+class PackedRun:
+    """Every network that takes part is packed: a call is one call of a backend.
+
+    What it keeps between calls only grows, so that threads may share it: a sampler that must forget takes a new one.
+
+    Args:
+        modules: the sampler's own dict of submodules, so that a replaced network is seen.
+        frozen: whether weights are packed at the first call and kept.
+    """
+
+    def __init__(self, spec: SamplerSpec, modules: dict[str, nn.Module | None], frozen: bool, choices: Choices) -> None:
+        self.spec = spec
+        self._modules = modules
+        self._frozen = frozen
+        self._choices = choices
+        self._packs: dict[str, tuple[BoundNetworks, Any]] = {}  # of a frozen sampler, by backend
+        self._quick: tuple[str, tuple[Any, ...], QuickCall | None] | None = None  # backend asked for, made for, call
+
+    def networks(self) -> dict[str, PackableNetwork]:
+        """The networks that take part in a call, by name, in the order of the spec."""
+        return {name: self._modules[name] for name in self.spec.networks}  # type: ignore[misc]
+
+    def bound(self) -> BoundNetworks:
+        """Views of the parameters that a call reads: the current ones, or those that were packed."""
+        if self._packs:
+            return next(iter(self._packs.values()))[0]
+        return BoundNetworks(**{name: network.bound() for name, network in self.networks().items()})
+
+    def quick(self, backend: str) -> QuickCall | None:
+        """The quick way of the backend asked for, where an earlier call made one."""
+        made = self._quick
+        return made[2] if made is not None and made[0] == backend else None
+
+    def sample(self, networks: Networks, backend: str, inputs: Inputs, return_info: bool) -> RawSample:
+        """The loop from every candidate's noise at once: rows [B n]."""
+        count, action_dim = inputs.noise.shape[1:]
+        obs, noise = as_rows(inputs.obs, count), inputs.noise.reshape(-1, action_dim)
+        eps = as_rows(inputs.posterior_noise, count, dim=1)
+        if torch.compiler.is_compiling():  # traces the operator
+            taking_part = (networks[name] for name in self.spec.networks)
+            flat = [parameter for network in taking_part for parameter in network.flat_parameters()]
+            return RawSample(*ops.sample(obs, noise, eps, flat, self.spec, backend))
+        bound = self.bound()
+        check_all_finite(obs, noise, eps)
+        chosen = self._choices.backend(backend, self.spec, noise)
+        packed = None
+        if self._frozen:
+            if chosen.name not in self._packs:
+                self._packs[chosen.name] = (bound, chosen.pack(self.spec, bound))
+            bound, packed = self._packs[chosen.name]
+        eps = None if eps is None else eps.contiguous()
+        raw = chosen.sample(
+            Call(self.spec, bound, obs.to(noise.dtype).contiguous(), noise.contiguous(), eps, packed, return_info)
+        )
+        check_actions(raw.actions)
+        if count == 1:
+            self._make_quick(backend, chosen, bound, packed)
+        return raw
+
+    def _make_quick(self, backend: str, chosen: Backend, networks: BoundNetworks, packed: Any) -> None:
+        """Lets the calls to come take the backend's quick way."""
+        made_for = (chosen, packed, networks.flow, networks.critic, networks.posterior)
+        known = self._quick
+        if known is not None and known[0] == backend and all(a is b for a, b in zip(known[1], made_for)):
+            return
+        slots: Slots | None = []
+        if packed is None:
+            for name, network in self.networks().items():
+                more = network.slots()
+                slots = None if more is None or slots is None else [*slots, (self._modules, name, network), *more]
+        quick = None if slots is None else chosen.quick_call(self.spec, networks, packed, slots)
+        self._quick = (backend, made_for, quick)
+
+    def explain(self, backend: str, device: torch.device, batch_size: int) -> Explanation:
+        """Which backend runs batch_size observations on this device, and what it costs."""
+        spec, rows = self.spec, batch_size * self.spec.steering.num_candidates
+        choice = self._choice(backend, device, rows)
+        chosen = choice.backend
+        others = {
+            name: backends.unavailable_reason(name) or "not asked for, or slower here"
+            for name in backends.BACKENDS
+            if name != chosen.name
+        }
+        cost = chosen.footprint(spec, rows)
+        live = None if self._frozen else chosen.live_weights(spec, self.bound())
+        if live is not None:
+            cost = replace(cost, notes=(*cost.notes, f"live weights: {live}"))
+        return Explanation(chosen.name, {**others, **choice.passed}, batch_size, cost)
+
+    def capture(self, backend: str, device: torch.device, batch_size: int) -> Callable[..., Tensor]:
+        """A CUDA graph of one call."""
+        return self._choice(backend, device, batch_size).backend.capture(self.spec, self.bound(), batch_size)
+
+    def _choice(self, backend: str, device: torch.device, rows: int) -> Choice:
+        return backends.choose(Request(backend, self.spec.precision, device, torch.float32, self.spec, rows))
+
+
+class CallableRun:
+    """Some network is a callable: the reference loop, with the packed networks among them on a backend."""
+
+    spec = None
+
+    def __init__(self, steering: Steering, num_steps: int, precision: str, bounds: tuple[float, float]) -> None:
+        self._steering, self._num_steps, self._precision, self._bounds = steering, num_steps, precision, bounds
+
+    def quick(self, backend: str) -> QuickCall | None:
+        return None
+
+    def sample(self, networks: Networks, backend: str, inputs: Inputs, return_info: bool) -> RawSample:
+        """The loop from each candidate's noise, one after the other: rows [B n]."""
+        obs, noise, eps = inputs.obs, inputs.noise, inputs.posterior_noise
+        check_all_finite(obs, noise, eps)
+        chosen = self._choose(backend, noise.device, noise.dtype).backend
+        net = evaluators(**networks, steering=self._steering, backend=chosen, precision=self._precision, obs=obs)
+        starts = noise.unbind(1)
+        raw = side_by_side(
+            [reference.sample(net, self._steering, self._num_steps, x, eps, self._bounds) for x in starts]
+        )
+        check_actions(raw.actions)
+        return raw
+
+    def explain(self, backend: str, device: torch.device, batch_size: int) -> Explanation:
+        chosen = self._choose(backend, device, torch.float32).backend
+        return Explanation("reference loop, packed networks on " + chosen.name, {}, batch_size, None)
+
+    def capture(self, backend: str, device: torch.device, batch_size: int) -> Callable[..., Tensor]:
+        raise BackendUnavailable("capture needs packed networks; flow or critic is your own callable.")
+
+    def _choose(self, backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
+        return backends.choose(Request(backend, self._precision, device, dtype))
