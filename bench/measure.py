@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qpilots_fast.backends.counts import network_macs
-from qpilots_fast.testing import TOLERANCES
+from qpilots_fast.testing import Comparison, compare
 
 from .cases import Workload
 from .machine import Peaks
@@ -24,31 +24,12 @@ _PEER_TOLERANCE_SCALE = 3.0
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Check:
-    """A contestant's actions against the float64 reference."""
-
-    correct: bool
-    max_error: float
-    mean_error: float
-    reason: str = ""
-
-
-def check_actions(actions: Tensor, workload: Workload, precision: str, ours: bool) -> Check:
-    """Compares the checked rows with the reference to the precision's tolerance (three times it for a peer)."""
-    expected = workload.expected
-    if tuple(actions.shape) != tuple(workload.noise.shape):
-        return Check(
-            False, float("inf"), float("inf"), f"shape {list(actions.shape)}, expected {list(workload.noise.shape)}"
-        )
-    error = (actions.detach().cpu().double()[workload.checked_rows] - expected).abs()
-    worst, mean = error.max().item(), error.mean().item()
-    tolerance = TOLERANCES[precision]
-    scale = 1.0 if ours else _PEER_TOLERANCE_SCALE
-    for name, got, bound in (("max", worst, tolerance.max_error), ("mean", mean, tolerance.mean_error)):
-        if bound is not None and not got <= bound * scale:  # "not <=" also catches NaN
-            return Check(False, worst, mean, f"{name} error {got:.1e}, expected <= {bound * scale:.1e}")
-    return Check(True, worst, mean)
+def check_actions(actions: Tensor, workload: Workload, precision: str, ours: bool) -> Comparison:
+    """Holds the checked rows to the precision's tolerance (three times it for a peer)."""
+    if actions.shape != workload.noise.shape:
+        return compare(actions, workload.noise)  # says so
+    rows = actions.detach().cpu()[workload.checked_rows]
+    return compare(rows, workload.expected, precision, 1.0 if ours else _PEER_TOLERANCE_SCALE)
 
 
 @dataclass
@@ -56,7 +37,7 @@ class Result:
     """One contestant in one cell. timing is None where it could not run at all."""
 
     contestant: Contestant
-    check: Check | None
+    check: Comparison | None
     timing: Timing | None
     failure: str = ""
     control_loop: dict[str, dict[str, float]] = field(default_factory=dict)  # by mode, where it was measured
@@ -64,7 +45,7 @@ class Result:
     @property
     def usable(self) -> bool:
         """Whether its time may be compared: it ran, and its actions agree with the reference."""
-        return self.timing is not None and bool(self.timing.samples) and self.check is not None and self.check.correct
+        return self.timing is not None and bool(self.timing.samples) and self.check is not None and self.check.passed
 
 
 @dataclass
@@ -138,7 +119,9 @@ class Cell:
             "name": c.name, "precision": c.precision, "ours": c.ours, "frozen": c.frozen, "failure": result.failure,
         }  # fmt: skip
         if result.check is not None:
-            row |= asdict(result.check)
+            check = result.check
+            row |= {"correct": check.passed, "max_error": check.max_error, "mean_error": check.mean_error}
+            row["reason"] = check.words
         if result.timing is not None and result.timing.samples:
             p50 = result.timing.p50
             row |= result.timing.summary()
@@ -205,7 +188,7 @@ def measure_cell(
         say(f"{workload.case.name} {workload.method} B={workload.batch_size}: first call of {contestant.key}")
         result, run = _first_call(contestant, workload)
         results.append(result)
-        if run is not None and result.timing is not None and result.check is not None and result.check.correct:
+        if run is not None and result.timing is not None and result.check is not None and result.check.passed:
             if memory:
                 result.timing.peak_extra_bytes = peak_extra_bytes(run, cuda)
             runs[contestant.key] = run

@@ -90,7 +90,7 @@ def _cells(cell: Cell, result: Result, peaks: Peaks | None) -> list[str]:
             "",
             "",
             "",
-            f"[red]{result.check.reason}[/red]",
+            f"[red]{result.check.words}[/red]",
         ]
     p50 = timing.p50
     traffic = cell.traffic_bytes.get(c.precision, 0)

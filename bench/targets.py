@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from qpilots_fast.testing import BFLOAT16_ERROR_OVER_TORCH, TOLERANCES
+
 from .machine import Peaks
 from .measure import Cell
 
@@ -41,7 +43,6 @@ FIRST_CALL_S = 0.3
 LIVE_OVER_FROZEN = 1.10  # at B >= 16
 WORKSPACE_BYTES_AT_256 = 64_000_000
 P99_OVER_P50_AT_1 = 1.5
-BFLOAT16_ERROR_OVER_TORCH = 1.5
 
 
 @dataclass(frozen=True)
@@ -161,11 +162,12 @@ def _judge_accuracy(cells: Sequence[Cell], precision: str) -> list[Verdict]:
                 torchs.append((cell, result.check))
     if not ours:
         return []
+    kind = "max_error" if precision == "float32" else "mean_error"
+    bound, worst = getattr(TOLERANCES[precision], kind), max(getattr(check, kind) for _, check in ours)
+    what = f"{kind.replace('_', ' ')}, {precision}"
+    verdicts = [Verdict(what, bound, worst, False, "against the float64 reference")]
     if precision == "float32":
-        worst = max(check.max_error for _, check in ours)
-        return [Verdict("max error, float32", 1e-4, worst, False, "against the float64 reference")]
-    worst = max(check.mean_error for _, check in ours)
-    verdicts = [Verdict(f"mean error, {precision}", 5e-3, worst, False, "against the float64 reference")]
+        return verdicts
     theirs = {id(cell): check.mean_error for cell, check in torchs}
     over = [check.mean_error / theirs[id(cell)] for cell, check in ours if theirs.get(id(cell))]
     if over:

@@ -145,7 +145,7 @@ def _backend_rows() -> list[tuple[str, str, str, str, bool]]:
 
     from . import backends
     from .steering import Steering
-    from .testing import TOLERANCES, make_case
+    from .testing import TOLERANCES, compare, make_case
 
     rows = []
     for name in backends.BACKENDS:
@@ -154,15 +154,14 @@ def _backend_rows() -> list[tuple[str, str, str, str, bool]]:
             rows.append((name, f"no: {reason}", "", "", True))
             continue
         backend = backends.get(name)
-        errors = []
-        for steering in (Steering.qpilots_u(), Steering.qpilots_m()):
+        checks = {}
+        for method, steering in {"U": Steering.qpilots_u(), "M": Steering.qpilots_m()}.items():
             case = make_case(steering, batch_size=8, hidden_dims=(64, 48))
-            expected = case.expected()
             device = torch.device("cpu") if name in ("cpu", "reference") or not torch.cuda.is_available() else "cuda"
-            errors.append((case.to(device).run(name).cpu().double() - expected).abs().max().item())
-        bound = TOLERANCES["float32"].max_error
-        ok = max(errors) <= (bound or 0)
-        verdict = f"U {errors[0]:.1e}, M {errors[1]:.1e} " + (f"(<= {bound:.0e})" if ok else f"FAILED (> {bound:.0e})")
+            checks[method] = compare(case.to(device).run(name), case.expected())
+        ok = all(check.passed for check in checks.values())
+        verdict = ", ".join(f"{method} {check.max_error:.1e}" for method, check in checks.items())
+        verdict += f" ({'<=' if ok else 'FAILED: expected <='} {TOLERANCES['float32'].max_error:.0e})"
         rows.append((name, "yes", ", ".join(backend.precisions), verdict, ok))
     return rows
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qpilots_fast import Steering, backends
 from qpilots_fast.activations import ACTIVATIONS
-from qpilots_fast.testing import PRESETS, assert_close, make_case, random_case
+from qpilots_fast.testing import BFLOAT16_ERROR_OVER_TORCH, PRESETS, assert_close, make_case, random_case
 
 BATCHES = (1, 3, 17, 257)  # single row, below and above every row tile, not multiples of any
 
@@ -101,7 +101,7 @@ def test_bfloat16(backend):
         actual = case.run(backend, "bfloat16")
         assert_close(actual, expected, "bfloat16")
         torch_error = (torch_bfloat16(case).double() - expected).abs().mean()
-        assert (actual.double() - expected).abs().mean() <= 1.5 * torch_error
+        assert (actual.double() - expected).abs().mean() <= BFLOAT16_ERROR_OVER_TORCH * torch_error
 
 
 def torch_bfloat16(case):

@@ -121,7 +121,7 @@ def test_cost_counts_every_weight_and_each_pass_over_it() -> None:
 def test_eager_peer_agrees_with_the_reference(method: str, precision: str) -> None:
     workload = tiny(method)
     check = check_actions(build_eager(workload, precision)(), workload, precision, ours=False)
-    assert check.correct, check
+    assert check.passed, check
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -138,7 +138,7 @@ def test_functional_peers_agree_with_the_reference(
     for build in (build_compiled_step, build_compiled_loop):
         torch._dynamo.reset()
         check = check_actions(build(workload, precision)(), workload, precision, ours=False)
-        assert check.correct, (build.__name__, check)
+        assert check.passed, (build.__name__, check)
 
 
 @pytest.mark.skipif(peers_jax.unavailable_reason() is not None, reason="JAX does not run here")
@@ -147,7 +147,7 @@ def test_functional_peers_agree_with_the_reference(
 def test_jax_peer_agrees_with_the_reference(method: str, precision: str) -> None:
     workload = tiny(method)
     check = check_actions(peers_jax.build_jax(workload, precision)(), workload, precision, ours=False)
-    assert check.correct, check
+    assert check.passed, check
 
 
 def test_peers_refuse_a_steering_that_they_do_not_have() -> None:
@@ -237,15 +237,16 @@ def test_ours_has_a_stricter_tolerance_than_peers() -> None:
     workload = tiny("U")
     for off_by, ours_passes, peer_passes in ((5e-6, True, True), (2e-5, False, True), (2e-4, False, False)):
         actions = workload.expected + off_by
-        assert check_actions(actions, workload, "float32", ours=True).correct is ours_passes
-        assert check_actions(actions, workload, "float32", ours=False).correct is peer_passes
+        assert check_actions(actions, workload, "float32", ours=True).passed is ours_passes
+        assert check_actions(actions, workload, "float32", ours=False).passed is peer_passes
 
 
 def test_large_batches_are_checked_on_their_first_and_last_rows() -> None:
     workload = tiny("U", 70)
     assert workload.checked_rows.tolist() == [*range(32), *range(38, 70)]
     actions = build_eager(workload, "float32")()
-    assert check_actions(actions, workload, "float32", ours=True).correct
+    assert check_actions(actions, workload, "float32", ours=True).passed
+    assert "expected [70, 4]" in check_actions(actions[:64], workload, "float32", ours=True).words
 
 
 # ---------------------------------------------------------------- targets
@@ -254,12 +255,13 @@ def test_large_batches_are_checked_on_their_first_and_last_rows() -> None:
 def _cell_with(method: str, batch: int, times: dict[tuple[str, str, bool], float]) -> Cell:
     """A cell whose contestants took the given seconds."""
     workload = replace(make_workload(TINY, method, 1), batch_size=batch, case=replace(TINY, name="paper"))
-    from bench.measure import Check, Result
+    from bench.measure import Result
+    from qpilots_fast.testing import Comparison
 
     results = [
         Result(
             Contestant(name, precision, lambda w: torch.zeros, ours=ours),
-            Check(True, 1e-6, 1e-6),
+            Comparison(1e-6, 1e-6),
             Timing(0, 0, [s], [s]),
         )
         for (name, precision, ours), s in times.items()

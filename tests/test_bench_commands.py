@@ -18,6 +18,7 @@ from bench.contestants import our_contestants
 from bench.gpu import check
 from bench.machine import Peaks, header
 from bench.measure import rows_do_not_depend_on_batch_mates
+from qpilots_fast.testing import assert_close
 
 TINY = replace(CASES["paper"], hidden_dims=(24, 24), num_critics=3, obs_dim=5, action_dim=4, num_steps=4)
 TINY_QGF = replace(CASES["qgf"], hidden_dims=(24, 24), flow_norm=("pre", None), obs_dim=5, action_dim=4, num_steps=4)
@@ -117,7 +118,7 @@ def test_profile_accounts_for_every_phase(method: str, backend: str) -> None:
     name = workload.sampler(backend).explain(3).backend
     record = profile.Recorder()
     actions = profile.record_loop(workload, name, "float32", record)
-    assert (actions.double() - workload.expected).abs().max() < 1e-4
+    assert_close(actions, workload.expected)
     phases = {span.phase for span in record.spans}
     assert {"pack", "denoise", "gradient", "update"} <= phases and ("project" in phases) == (method != "M")
     steered = 4 if method == "QGF" else 3
@@ -148,10 +149,10 @@ def test_gpu_checks_compare_every_network_with_the_reference(monkeypatch: pytest
     monkeypatch.setattr(check, "_on_gpu", lambda case: case)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
     networks = check.check_networks("reference", "float32")
-    assert len(networks) == 6 * 3 * 3 * 2 and all(check.correct for check in networks)
+    assert len(networks) == 6 * 3 * 3 * 2 and all(check.compared.passed for check in networks)
     monkeypatch.setattr(check, "_CHECKED_BATCHES", (3,))
     samplers = check.check_samplers("reference", "float32")
-    assert len(samplers) >= 8 and all(check.correct for check in samplers)
+    assert len(samplers) >= 8 and all(check.compared.passed for check in samplers)
 
 
 @pytest.mark.parametrize(

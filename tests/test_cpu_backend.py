@@ -18,14 +18,13 @@ from qpilots_fast.backends import Call
 from qpilots_fast.backends.reference import ReferenceBackend
 from qpilots_fast.spec import BoundNetworks, SamplerSpec
 from qpilots_fast.steering import Steering
+from qpilots_fast.testing import BFLOAT16_ERROR_OVER_TORCH, assert_close, compare
 
 cpu_module = pytest.importorskip("qpilots_fast.backends.cpu")
 if cpu_module._import_failure() is not None:
     pytest.skip(cpu_module._import_failure(), allow_module_level=True)
 
 PATHS = cpu_module.load_module().cpu_isa_paths()
-# max |actions - float64 reference| for float32; for bfloat16 the mean, and relative to torch's own bfloat16
-FLOAT32_MAX, BFLOAT16_MEAN, BFLOAT16_RATIO = 1e-4, 5e-3, 1.5
 
 # settings that take different code: (steering, flow norm, critic norm, activation, hidden widths, members)
 CASES = {
@@ -82,7 +81,7 @@ def test_every_path_matches_float64(backend, monkeypatch, path, name):
     for batch in (1, 17, 70):
         args = build(name, batch)
         raw, exact = backend.sample(Call(*args, return_info=True)), reference(*args)
-        assert (raw.actions - exact.actions).abs().max() <= FLOAT32_MAX
+        assert_close(raw.actions, exact.actions)
         torch.testing.assert_close(raw.gradient_norms.double(), exact.gradient_norms, rtol=1e-3, atol=1e-6)
         assert not raw.nonfinite.any()
 
@@ -93,9 +92,9 @@ def test_bfloat16_is_as_accurate_as_torch(backend, monkeypatch, path, name):
     monkeypatch.setenv(cpu_module.ISA_VARIABLE, path)
     args = build(name, 64, "bfloat16")
     exact = reference(*args).actions
-    error = (backend.sample(Call(*args)).actions - exact).abs().mean().item()
-    torch_error = (ReferenceBackend().sample(Call(*args)).actions - exact).abs().mean().item()
-    assert error <= BFLOAT16_MEAN and error <= BFLOAT16_RATIO * torch_error
+    ours, torchs = (compare(b.sample(Call(*args)).actions, exact, "bfloat16") for b in (backend, ReferenceBackend()))
+    assert ours.passed, ours.words
+    assert ours.mean_error <= BFLOAT16_ERROR_OVER_TORCH * torchs.mean_error
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -226,7 +225,7 @@ def test_parameter_dtypes_and_strides(backend, dtype):
         layers.append(replace(layer, weight=weight, bias=tuple(b.to(dtype) for b in layer.bias)))
     other = replace(bound, critic=replace(bound.critic, layers=tuple(layers)))
     got = backend.sample(Call(spec, other, obs, noise, draws)).actions
-    assert (got - reference(spec, other, obs, noise, draws).actions).abs().max() <= FLOAT32_MAX
+    assert_close(got, reference(spec, other, obs, noise, draws).actions)
 
 
 def test_bad_rows_stay_alone(backend):

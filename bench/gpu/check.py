@@ -6,7 +6,7 @@ Nothing here was run by its authors on a GPU: its first run on one is the measur
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from qpilots_fast import BackendUnavailable, backends
 from qpilots_fast.activations import ACTIVATIONS
-from qpilots_fast.testing import PRESETS, TOLERANCES, Case, make_case
+from qpilots_fast.testing import PRESETS, Case, Comparison, compare, make_case
 
 from .. import plots, records, report
 from ..cases import CASES, PRECISIONS, make_workload
@@ -35,26 +35,11 @@ class KernelCheck:
     backend: str
     what: str
     precision: str
-    max_error: float
-    mean_error: float
-    correct: bool
+    compared: Comparison
 
 
 def _on_gpu(case: Case) -> Case:
     return case.to("cuda")
-
-
-def _verdict(
-    backend: str, what: str, precision: str, actual: torch.Tensor, expected: torch.Tensor, scale: float
-) -> KernelCheck:
-    error = (actual.detach().cpu().double() - expected).abs()
-    worst, mean = error.max().item(), error.mean().item()
-    tolerance = TOLERANCES[precision]
-    correct = all(
-        bound is None or got <= bound * scale
-        for got, bound in ((worst, tolerance.max_error), (mean, tolerance.mean_error))
-    )
-    return KernelCheck(backend, what, precision, worst, mean, correct)
 
 
 def check_samplers(backend: str, precision: str) -> list[KernelCheck]:
@@ -68,7 +53,8 @@ def check_samplers(backend: str, precision: str) -> list[KernelCheck]:
                 actions = _on_gpu(case).run(backend, precision)
             except BackendUnavailable:  # the backend states that it does not run this setting
                 continue
-            found.append(_verdict(backend, f"sample {name} B={batch}", precision, actions, expected, 1.0))
+            compared = compare(actions, expected, precision)
+            found.append(KernelCheck(backend, f"sample {name} B={batch}", precision, compared))
     return found
 
 
@@ -97,8 +83,8 @@ def check_networks(backend: str, precision: str) -> list[KernelCheck]:
                 exactly = {"forward": expected, "vjp": oracle.vjp(exact, wide, cotangent, "float64")}
                 for what, value in actual.items():
                     scale = max(exactly[what].abs().max().item(), 1.0) * 4  # outputs are not within [-1, 1]
-                    label = f"{what} {kind} {activation} {norm}"
-                    found.append(_verdict(backend, label, precision, value, exactly[what], scale))
+                    compared = compare(value, exactly[what], precision, scale)
+                    found.append(KernelCheck(backend, f"{what} {kind} {activation} {norm}", precision, compared))
     return found
 
 
@@ -112,13 +98,11 @@ def check_every_kernel(console: Console) -> list[KernelCheck]:
             continue
         for precision in PRECISIONS:
             checks = check_samplers(backend, precision) + check_networks(backend, precision)
-            wrong = [check for check in checks if not check.correct]
-            worst = max((check.max_error for check in checks), default=float("nan"))
+            wrong = [check for check in checks if not check.compared.passed]
+            worst = max((check.compared.max_error for check in checks), default=float("nan"))
             console.print(f"{backend} {precision}: {len(checks)} checks, {len(wrong)} wrong, worst error {worst:.1e}")
             for check in wrong:
-                console.print(
-                    f"  [red]WRONG[/red] {check.what}: max {check.max_error:.1e}, mean {check.mean_error:.1e}"
-                )
+                console.print(f"  [red]WRONG[/red] {check.what}: {check.compared.words}")
             found += checks
     return found
 
@@ -133,7 +117,7 @@ def main(options: argparse.Namespace) -> int:
         )
         return 2
     checks = check_every_kernel(console)
-    if any(not check.correct for check in checks):
+    if any(not check.compared.passed for check in checks):
         console.print("[red]no times: some kernels are wrong[/red]")
         return 1
     peaks = measure_peaks("cuda")
@@ -153,7 +137,7 @@ def main(options: argparse.Namespace) -> int:
                 cells.append(cell)
                 console.print(report.cell_table(cell, peaks))
     record: dict[str, Any] = header("gpu", ["--gpu"], peaks)
-    record |= {"cells": [cell.to_json(peaks) for cell in cells], "checks": [vars(check) for check in checks]}
+    record |= {"cells": [cell.to_json(peaks) for cell in cells], "checks": [asdict(check) for check in checks]}
     path = records.save(record, options.out)
     console.print(f"saved {path}")
     if not options.no_plots:

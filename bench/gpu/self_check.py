@@ -6,14 +6,13 @@ import sys
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from qpilots_fast.backends import Call
 from qpilots_fast.backends.reference import ReferenceBackend
 from qpilots_fast.backends.triton.backend import TritonBackend
 from qpilots_fast.spec import BoundNetworks, SamplerSpec
 from qpilots_fast.steering import Steering
-from qpilots_fast.testing import TOLERANCES, Case, make_case
+from qpilots_fast.testing import Case, Comparison, compare, make_case
 
 
 @dataclass(frozen=True)
@@ -22,9 +21,7 @@ class CheckResult:
 
     what: str
     precision: str
-    max_error: float
-    mean_error: float
-    passed: bool
+    compared: Comparison
 
 
 def _steerings() -> dict[str, Steering]:
@@ -40,15 +37,6 @@ def _steerings() -> dict[str, Steering]:
         "GAF": Steering.gaf(0.5),
         "noisy": Steering.noisy(0.1),
     }
-
-
-def _result(what: str, precision: str, got: Tensor, want: Tensor, scale: float) -> CheckResult:
-    error = (got.detach().cpu().double() - want).abs()
-    worst, mean = error.max().item(), error.mean().item()
-    tolerance = TOLERANCES[precision]
-    bounds = ((worst, tolerance.max_error), (mean, tolerance.mean_error))
-    passed = bool(torch.isfinite(error).all()) and all(b is None or e <= b * scale for e, b in bounds)
-    return CheckResult(what, precision, worst, mean, passed)
 
 
 def _bound(case: Case) -> BoundNetworks:
@@ -90,7 +78,8 @@ def self_check(
                     backend.sample(Call(_spec(at, accuracy), _bound(at), at.obs, at.noise, at.posterior_noise)).actions
                     for backend, at, accuracy in ((reference, exact, "float64"), (triton, here, precision))
                 )
-                results.append(_result(f"sample {name}, B={batch_size}", precision, got, want, 1.0))
+                compared = compare(got, want, precision)
+                results.append(CheckResult(f"sample {name}, B={batch_size}", precision, compared))
         results += _network_checks(triton, make_case(batch_size=batches[-1], **shape), device, precision)  # type: ignore[arg-type]
     return results
 
@@ -116,7 +105,7 @@ def _network_checks(triton: TritonBackend, case: Case, device: torch.device, pre
         }
         for what, (got, expected) in pairs.items():
             scale = 4 * max(expected.abs().max().item(), 1.0)  # outputs are not within [-1, 1]
-            results.append(_result(f"{what} {kind}", precision, got, expected, scale))
+            results.append(CheckResult(f"{what} {kind}", precision, compare(got, expected, precision, scale)))
     return results
 
 
@@ -128,11 +117,10 @@ def main() -> int:
         return 2
     results = self_check(torch.device("cuda"))
     for result in results:
-        verdict = "ok" if result.passed else "WRONG"
-        print(
-            f"{verdict:6} {result.precision:9} {result.what:32} max {result.max_error:.1e} mean {result.mean_error:.1e}"
-        )
-    return 0 if all(result.passed for result in results) else 1
+        compared = result.compared
+        errors = f"max {compared.max_error:.1e} mean {compared.mean_error:.1e}"
+        print(f"{'ok' if compared.passed else 'WRONG':6} {result.precision:9} {result.what:32} {errors}")
+    return 0 if all(result.compared.passed for result in results) else 1
 
 
 if __name__ == "__main__":

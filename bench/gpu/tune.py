@@ -20,7 +20,7 @@ from qpilots_fast.backends.triton.launch_table import LaunchRow, LaunchTable, Ti
 from qpilots_fast.backends.triton.plan import capability
 from qpilots_fast.spec import BoundNetworks, SamplerSpec
 from qpilots_fast.steering import Steering
-from qpilots_fast.testing import TOLERANCES, make_case
+from qpilots_fast.testing import compare, make_case
 
 _ROUNDS = 30
 
@@ -69,8 +69,7 @@ def tune(precision: str, batch_size: int, rows: list[LaunchRow]) -> LaunchRow | 
     spec = SamplerSpec(case.flow.spec, case.critic.spec, None, case.steering, case.num_steps, precision)
     networks = BoundNetworks(case.flow.bound(), case.critic.bound())
     inputs = (case.obs, case.noise, None)
-    sm, tolerance, chosen = capability(device), TOLERANCES[precision], None
-    assert tolerance.mean_error is not None
+    sm, chosen = capability(device), None
     for kernel in ("critic", "step"):
         shipped, wanted = measure(TritonBackend(LaunchTable(tuple(rows))), spec, networks, inputs)
         best, best_tile = shipped, None
@@ -81,7 +80,7 @@ def tune(precision: str, batch_size: int, rows: list[LaunchRow]) -> LaunchRow | 
             except Exception as error:  # a tile that this Triton or GPU cannot run is simply not chosen
                 print(f"  {tile}: {type(error).__name__}")
                 continue
-            wrong = (actions - wanted).abs().mean().item() > tolerance.mean_error
+            wrong = not compare(actions, wanted, precision).passed
             print(f"  {kernel} {tile}: {took:.3f} ms{' WRONG' if wrong else ''}", flush=True)
             if not wrong and took < 0.98 * best:  # 2 % is what a changed table must be worth
                 best, best_tile = took, tile
