@@ -17,8 +17,39 @@ from .spec import TIME_EMBEDDINGS, BoundNetwork, LayerParameters, NetworkSpec, N
 from .times import time_features
 
 
+def _check_sizes(spec: NetworkSpec, flat: Sequence[Tensor]) -> None:
+    """Raises where kernels, which go by the spec, would read outside a parameter."""
+    if len(flat) != len(spec.parameter_shapes):
+        raise ValueError(
+            f"{spec.kind}: got {len(flat)} parameters, expected {len(spec.parameter_shapes)}. Was a layer replaced? "
+            "Make a new network (or call from_module again) for another structure."
+        )
+    for index, (parameter, shape) in enumerate(zip(flat, spec.parameter_shapes)):
+        if parameter.shape != shape:
+            raise ValueError(
+                f"{spec.kind}: parameter {index} of flat_parameters() has shape {list(parameter.shape)}, expected "
+                f"{list(shape)}. Was a layer replaced by one of another size? Make a new network (or call "
+                "from_module again) for another structure."
+            )
+        if parameter.device.type == "meta" or not parameter.numel():
+            continue
+        last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride()))
+        needed = (parameter.storage_offset() + last + 1) * parameter.element_size()
+        if parameter.untyped_storage().nbytes() < needed:
+            raise ValueError(
+                f"{spec.kind}: parameter {index} of flat_parameters() has lost its memory (its storage has "
+                f"{parameter.untyped_storage().nbytes()} bytes, expected {needed}), as where FSDP has sharded it; "
+                "gather the parameters before sampling."
+            )
+
+
 def bind(spec: NetworkSpec, flat: Sequence[Tensor]) -> BoundNetwork:
-    """Groups a flat parameter list (see PackableNetwork.flat_parameters) by layer and member."""
+    """Groups a flat parameter list (see PackableNetwork.flat_parameters) by layer and member.
+
+    Raises:
+        ValueError: where a parameter's shape is not the spec's.
+    """
+    _check_sizes(spec, flat)
     entries = iter(flat)
 
     def members() -> tuple[Tensor, ...]:
@@ -34,8 +65,6 @@ def bind(spec: NetworkSpec, flat: Sequence[Tensor]) -> BoundNetwork:
         norm_weight = members() if normed and spec.norm_weight else None
         norm_bias = members() if normed and spec.norm_bias else None
         layers.append(LayerParameters(weight, bias, norm_weight, norm_bias))
-    if next(entries, None) is not None:
-        raise ValueError(f"{spec.kind}: more parameters were given than its spec lists.")
     return BoundNetwork(spec, tuple(layers))
 
 
@@ -60,14 +89,22 @@ class PackableNetwork(nn.Module):
 
     def slots(self) -> list[tuple[dict, str, object]] | None:
         """(dict, key, value) such that flat_parameters gives the same tensors while each dict holds its value; None
-        where that cannot be said."""
-        return module_slots(self)
+        where that cannot be said: a parameter is computed at every call (weight_norm, parametrizations)."""
+        slots = module_slots(self)
+        held = {id(value) for _, _, value in slots}
+        return slots if all(id(parameter) in held for parameter in self.flat_parameters()) else None
 
     def bound(self) -> BoundNetwork:
         """The spec with views of the live parameters; cached until a parameter's memory moves."""
         flat = self.flat_parameters()
+        if not all(isinstance(parameter, Tensor) for parameter in flat):
+            raise ValueError(
+                f"{type(self).__name__}: parameter {[isinstance(p, Tensor) for p in flat].index(False)} of "
+                "flat_parameters() is missing; expected one for each that its spec lists. Make a new network (or call "
+                "from_module again) for another structure."
+            )
         # cached views keep the old memory alive, so an equal address is the same memory
-        key = [(p.data_ptr(), p.dtype, p.stride()) for p in flat]
+        key = [(p.data_ptr(), p.dtype, p.shape, p.stride()) for p in flat]
         cached = self.__dict__.get("_bound_cache")
         if cached is None or cached[0] != key:
             cached = (key, bind(self.spec, [p.detach() for p in flat]))

@@ -123,17 +123,10 @@ def _bind_sampler(spec: SamplerSpec, parameters: Sequence[Tensor]) -> BoundNetwo
     """Splits the flat list of flow, critic and posterior parameters."""
     bound, start = {}, 0
     for name, network in spec.networks.items():
-        count = _parameter_count(network)
+        count = len(network.parameter_shapes)
         bound[name] = bind(network, parameters[start : start + count])
         start += count
     return BoundNetworks(**bound)
-
-
-def _parameter_count(spec: NetworkSpec) -> int:
-    vectors = sum(spec.biases)
-    normed = sum(placement is not None for placement in spec.layer_norm)
-    tensors = len(spec.biases) + vectors + normed * (spec.norm_weight + spec.norm_bias)
-    return tensors * (1 if spec.stacked else spec.num_members)
 
 
 # ---------------------------------------------------------------- forward on a backend

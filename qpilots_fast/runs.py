@@ -24,6 +24,11 @@ from .steering import Steering
 Networks = dict[str, Any]  # "flow", "critic" and "posterior" as the user gave them
 
 
+def all_packed(networks: Networks, steering: Steering) -> bool:
+    """Whether every network that the steering asks is packed."""
+    return all(isinstance(net, PackableNetwork) for name, net in networks.items() if steering.asks(name))
+
+
 class Choices:
     """The backend of each kind of call, asked for once; says once where "auto" falls back."""
 
@@ -67,6 +72,10 @@ class PackedRun:
     def networks(self) -> dict[str, PackableNetwork]:
         """The networks that take part in a call, by name, in the order of the spec."""
         return {name: self._modules[name] for name in self.spec.networks}  # type: ignore[misc]
+
+    def fits(self, networks: Networks) -> bool:
+        """Whether these are still the networks that the spec speaks of."""
+        return all(getattr(networks[name], "spec", None) is spec for name, spec in self.spec.networks.items())
 
     def bound(self) -> BoundNetworks:
         """Views of the parameters that a call reads: the current ones, or those that were packed."""
@@ -147,6 +156,10 @@ class CallableRun:
     """Some network is a callable: the reference loop, with the packed networks among them on a backend."""
 
     spec = None
+
+    def fits(self, networks: Networks) -> bool:
+        """Whether some network that is asked is still a callable."""
+        return not all_packed(networks, self._steering)
 
     def __init__(self, steering: Steering, num_steps: int, precision: str, bounds: tuple[float, float]) -> None:
         self._steering, self._num_steps, self._precision, self._bounds = steering, num_steps, precision, bounds

@@ -14,7 +14,7 @@ from .candidates import as_rows, keep_best
 from .info import Explanation, SampleInfo
 from .inputs import check_bound, check_network, read_inputs
 from .networks import PackableNetwork
-from .runs import CallableRun, Choices, PackedRun
+from .runs import CallableRun, Choices, PackedRun, all_packed
 from .spec import PRECISIONS, RawSample, SamplerSpec
 from .steering import Steering
 
@@ -23,8 +23,8 @@ _log = logging.getLogger("qpilots_fast")
 Network = PackableNetwork | Callable[..., Tensor]
 
 
-def _critic_is_needed(steering: Steering) -> bool:
-    return steering.steers or steering.num_candidates > 1
+# what a run is made from: assigning one makes another
+_SETTINGS = ("flow", "critic", "posterior", "steering", "num_steps", "precision", "action_low", "action_high")
 
 
 class SteeredSampler(nn.Module):
@@ -61,21 +61,6 @@ class SteeredSampler(nn.Module):
         action_high: float = 1.0,
     ) -> None:
         super().__init__()
-        if not isinstance(steering, Steering):
-            raise TypeError(f"steering is {type(steering).__name__}; expected a Steering, e.g. Steering.qpilots_u().")
-        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-            raise ValueError(f"num_steps is {num_steps!r}; expected an integer >= 1.")
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision is {precision!r}; expected one of {', '.join(map(repr, PRECISIONS))}.")
-        low, high = check_bound("action_low", action_low), check_bound("action_high", action_high)
-        if not low < high:
-            raise ValueError(f"action_low is {low:g} and action_high {high:g}; expected action_low < action_high.")
-        for name, network, needed in (
-            ("flow", flow, True),
-            ("critic", critic, _critic_is_needed(steering)),
-            ("posterior", posterior, steering.steers and steering.estimate == "mfm"),
-        ):
-            check_network(name, network, needed)
         self.flow = flow
         self.critic = critic
         self.posterior = posterior
@@ -83,7 +68,7 @@ class SteeredSampler(nn.Module):
         self.num_steps = num_steps
         self.backend = backend
         self.precision = precision
-        self.action_low, self.action_high = low, high
+        self.action_low, self.action_high = action_low, action_high
         self._frozen = False
         self._choices = Choices()
         self._run = self._make_run()
@@ -145,6 +130,9 @@ class SteeredSampler(nn.Module):
             if actions is not None:
                 return actions
         with torch.no_grad():
+            networks = self.networks
+            if not run.fits(networks):
+                run = self._run = self._make_run()
             inputs = read_inputs(
                 obs,
                 noise,
@@ -159,7 +147,7 @@ class SteeredSampler(nn.Module):
             if len(inputs.noise) == 0:
                 raw, q_values = self._empty(inputs.noise)
             else:
-                raw = run.sample(self.networks, self.backend, inputs, return_info)
+                raw = run.sample(networks, self.backend, inputs, return_info)
                 q_values = self._q_values(obs, raw.actions, count) if needs_values else None
                 if q_values is not None and count > 1:
                     raw, q_values = keep_best(raw, q_values, self.steering)
@@ -210,10 +198,31 @@ class SteeredSampler(nn.Module):
         """The networks as they were given, by name: "flow", "critic", "posterior"."""
         return {"flow": self.flow, "critic": self.critic, "posterior": self.posterior}
 
+    def _check_settings(self) -> None:
+        if not isinstance(self.steering, Steering):
+            raise TypeError(
+                f"steering is {type(self.steering).__name__}; expected a Steering, e.g. Steering.qpilots_u()."
+            )
+        steering = self.steering
+        if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
+            raise ValueError(f"num_steps is {self.num_steps!r}; expected an integer >= 1.")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}; expected one of {', '.join(map(repr, PRECISIONS))}.")
+        low, high = check_bound("action_low", self.action_low), check_bound("action_high", self.action_high)
+        if not low < high:
+            raise ValueError(f"action_low is {low:g} and action_high {high:g}; expected action_low < action_high.")
+        for name, network, needed in (
+            ("flow", self.flow, True),
+            ("critic", self.critic, steering.steers or steering.num_candidates > 1),
+            ("posterior", self.posterior, steering.steers and steering.estimate == "mfm"),
+        ):
+            check_network(name, network, needed)
+
     def _make_run(self) -> PackedRun | CallableRun:
         """The way that calls take; made anew where what earlier calls kept must be forgotten."""
-        networks, steering, bounds = self.networks, self.steering, (self.action_low, self.action_high)
-        if not all(isinstance(net, PackableNetwork) for name, net in networks.items() if steering.asks(name)):
+        self._check_settings()
+        networks, steering, bounds = self.networks, self.steering, (float(self.action_low), float(self.action_high))
+        if not all_packed(networks, steering):
             return CallableRun(steering, self.num_steps, self.precision, bounds)
         specs = {name: net.spec if isinstance(net, PackableNetwork) else None for name, net in networks.items()}
         spec = SamplerSpec(
@@ -221,8 +230,8 @@ class SteeredSampler(nn.Module):
             steering=steering,
             num_steps=self.num_steps,
             precision=self.precision,
-            action_low=self.action_low,
-            action_high=self.action_high,
+            action_low=bounds[0],
+            action_high=bounds[1],
         )
         return PackedRun(spec, self._modules, self._frozen, self._choices)
 
@@ -252,6 +261,16 @@ class SteeredSampler(nn.Module):
         return torch.stack(of_each, dim=-1).flatten(1)
 
     # ------------------------------------------------------------ nn.Module plumbing
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = getattr(self, name, None)
+        super().__setattr__(name, value)
+        if name in _SETTINGS and "_run" in self.__dict__:
+            try:
+                self._run = self._make_run()
+            except Exception:
+                super().__setattr__(name, before)  # type: ignore[arg-type]
+                raise
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SteeredSampler:
         moved = super()._apply(fn, recurse)

@@ -102,6 +102,17 @@ class NetworkSpec:
         widths = (self.input_dim, *self.hidden_dims, self.output_dim)
         return tuple(pairwise(widths))
 
+    @cached_property
+    def parameter_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of `flat_parameters`, in its order."""
+        lead, copies = ((self.num_members,), 1) if self.stacked else ((), self.num_members)
+        shapes: list[tuple[int, ...]] = []
+        for index, (fan_in, fan_out) in enumerate(self.layer_dims):
+            normed = index < len(self.hidden_dims) and self.layer_norm[index] is not None
+            vectors = self.biases[index] + (self.norm_weight + self.norm_bias if normed else 0)
+            shapes += [(*lead, fan_out, fan_in)] * copies + [(*lead, fan_out)] * (copies * vectors)
+        return tuple(shapes)
+
     @property
     def moving_block(self) -> str:
         return MOVING_BLOCK[self.kind]

@@ -274,7 +274,7 @@ class CpuBackend(Backend):
             sources = self._get_sources(plan, networks)
         else:
             (plan, weights), sources = packed, [None, None, None]
-        return load_module().CpuQuickCall(slots, plan.handle, *sources, weights, _torch_names())
+        return load_module().CpuQuickCall(slots, networks, plan.handle, *sources, weights, _torch_names())
 
     def sample_phases(self, call: Call) -> tuple[RawSample, dict[str, float]]:
         """`sample`, and the seconds that its first thread spent in each of PHASES."""

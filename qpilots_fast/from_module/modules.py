@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..networks import PackableNetwork, module_slots
-from ..spec import NetworkSpec
+from ..spec import BoundNetwork, NetworkSpec
 from .calling import OutputLayout, UserCall
 from .sources import Source, submodule
 
@@ -44,6 +44,7 @@ class ModuleNetwork(PackableNetwork):
         self._dropouts = [
             layer for layer in module.modules() if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0
         ]
+        self._structure = _structure(module)
         self.training = module.training  # not self.train(): parts of the module may be in another mode
 
     def slots(self) -> list[tuple[dict, str, object]] | None:
@@ -51,6 +52,16 @@ class ModuleNetwork(PackableNetwork):
             return None  # views are made anew at every call
         modes = [(layer.__dict__, name, getattr(layer, name)) for layer in self._dropouts for name in ("training", "p")]
         return module_slots(self) + modes
+
+    def bound(self) -> BoundNetwork:
+        now = _structure(self.module)
+        if now != self._structure:
+            edited = next(path for path in {**self._structure, **now} if self._structure.get(path) != now.get(path))
+            raise ValueError(
+                f"{type(self.module).__name__}.{edited} was {self._structure.get(edited, 'absent')} when from_module "
+                f"read the module, and is {now.get(edited, 'absent')} now; call from_module again."
+            )
+        return super().bound()
 
     def flat_parameters(self) -> list[Tensor]:
         """The user's live parameters, or views of them, layer by layer."""
@@ -68,6 +79,11 @@ class ModuleNetwork(PackableNetwork):
 
     def _run(self, *blocks: Tensor) -> Tensor:
         return self._layout.apply(self._call_module(self.module, blocks))
+
+
+def _structure(module: nn.Module) -> dict[str, str]:
+    """The classes of a module's parts by their paths."""
+    return {path: type(part).__name__ for path, part in module.named_modules()}
 
 
 def _as_time(t: Tensor | float, like: Tensor) -> Tensor:
