@@ -219,7 +219,7 @@ class FlowMLP(_TimedMLP):
 
     Args:
         obs_dim: S. action_dim: A, a chunk flattened. hidden_dims: one width per hidden layer.
-        activation: gelu_tanh, gelu, relu, silu, mish or tanh.
+        activation: a name in activations.ACTIVATIONS.
         layer_norm: None, "pre" (Linear, LayerNorm, activation) or "post" (Linear, activation, LayerNorm), one value
             or one per hidden layer.
         time_embedding: "raw", "sinusoidal" (QGF) or "fourier" (QAM), time_embedding_dim wide (default 1, 16, 64).

@@ -107,7 +107,7 @@ __device__ __forceinline__ float affine_or(const unsigned char* member, std::int
   return offset < 0 ? otherwise : load_constant(reinterpret_cast<const float*>(member + offset) + c);
 }
 
-// Rows of a column one after the other: keeps the six activations from being unrolled ROWS times.
+// Rows of a column one after the other: keeps the activations from being unrolled ROWS times.
 template <int ROWS, class Function>
 __device__ __forceinline__ void each_owned_cell(const Phase& p, Function f) {
   for (int c = threadIdx.x; c < p.in_dim; c += kThreads) {
