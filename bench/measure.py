@@ -149,7 +149,7 @@ def count_cost(workload: Workload, precisions: Sequence[str]) -> tuple[int, dict
     """
     footprint = workload.sampler("reference").explain(workload.batch_size).footprint
     assert footprint is not None
-    steered = len(workload.steering.steered_steps(workload.num_steps))
+    steered = sum(step.weight > 0 for step in workload.steering.schedule(workload.num_steps))
     pulled_back = steered if workload.steering.pulls_flow else 0
     networks = [(workload.flow.spec, workload.num_steps + pulled_back), (workload.critic.spec, 2 * steered)]
     if workload.posterior is not None:

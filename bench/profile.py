@@ -139,7 +139,7 @@ def record_loop(workload: Workload, backend: str, precision: str, record: Record
         raw = reference.sample(
             instrument(net, record),
             workload.steering,
-            workload.num_steps,
+            workload.steering.schedule(workload.num_steps),
             workload.noise,
             workload.posterior_noise,
             bounds,

@@ -114,7 +114,7 @@ def _sample_reference(
     dtype = compute_dtype(spec.precision, obs, noise)
     net = reference_evaluators(_bind_sampler(spec, parameters), obs.to(dtype), dtype, spec.precision)
     eps = rest[0].to(dtype) if rest else None
-    raw = reference.sample(net, spec.steering, spec.num_steps, noise.to(dtype), eps, spec.bounds)
+    raw = reference.sample(net, spec.steering, spec.schedule, noise.to(dtype), eps, spec.bounds)
     assert raw.gradient_norms is not None and raw.nonfinite is not None
     return raw.actions, raw.gradient_norms, raw.nonfinite
 

@@ -8,7 +8,7 @@ of the steering objective, w_j the critics' weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from .reference_mlp import (
 )
 from .spec import Pullback, RawSample
 from .steering import Steering
-from .times import GlassCoefficients, glass_coefficients
+from .times import GlassCoefficients, Step, glass_coefficients
 
 __all__ = [
     "Evaluators",
@@ -110,13 +110,14 @@ def steered_mask(steering: Steering, action_dim: int, like: Tensor) -> Tensor | 
 
 
 def steer_velocity(
-    v: Tensor, g: Tensor, steering: Steering, q_std: Tensor | None = None
+    v: Tensor, g: Tensor, steering: Steering, q_std: Tensor | None = None, weight: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """v' = v + scale * g, row by row.
 
     Args:
         v: velocity [B, A]. g: gradient of the steering objective [B, A].
         q_std: the critics' population std at the estimate [B], for scale="gaf".
+        weight: multiplies steering.alpha.
 
     Returns:
         v' [B, A]; norm of g over the steered dims [B] (0 where not finite); rows whose g was not finite [B].
@@ -126,16 +127,17 @@ def steer_velocity(
         g = torch.where(mask > 0, g, torch.zeros_like(g))
     norm = row_norm(g)
     finite = g.isfinite().all(-1, keepdim=True) & norm.isfinite()
+    strength = steering.alpha * weight
     if steering.scale == "norm_match":
-        scale = steering.alpha * row_norm(v if mask is None else v * mask) / (norm + steering.eps)
+        scale = strength * row_norm(v if mask is None else v * mask) / (norm + steering.eps)
     elif steering.scale == "absolute":
-        scale = torch.full_like(norm, steering.alpha)
+        scale = torch.full_like(norm, strength)
     else:
         if q_std is None:
             raise ValueError("steer_velocity: q_std is None; scale='gaf' needs the critics' std at the estimate, [B].")
         damping = torch.exp(-steering.gaf_decay * q_std.unsqueeze(-1)).clamp(min=steering.gaf_min)
         clipped = (steering.max_grad_norm / torch.where(norm > 0, norm, torch.ones_like(norm))).clamp(max=1)
-        scale = steering.alpha * damping * clipped / steering.gaf_beta
+        scale = strength * damping * clipped / steering.gaf_beta
         finite = finite & damping.isfinite()
     steered = v + torch.where(finite, scale * g, torch.zeros_like(g))
     norm = torch.where(finite, norm, torch.zeros_like(norm))
@@ -250,23 +252,21 @@ def _q_scale(q_bar: Tensor, steering: Steering) -> Tensor | float:
 def sample(
     net: Evaluators,
     steering: Steering,
-    num_steps: int,
+    schedule: Sequence[Step],
     noise: Tensor,
     posterior_noise: Tensor | None,
     bounds: tuple[float, float],
 ) -> RawSample:
-    """The K Euler steps from noise [B, A]; posterior_noise [K, B, N, A]; bounds of the actions (low, high)."""
+    """The K Euler steps of the schedule from noise [B, A]; posterior_noise [K, B, N, A]; bounds (low, high)."""
     x = noise
     no_norm = noise.new_zeros(noise.shape[0])
     all_finite = torch.zeros(noise.shape[0], dtype=torch.bool, device=noise.device)
-    norms, nonfinite = [no_norm] * num_steps, [all_finite] * num_steps
-    steered = steering.steered_steps(num_steps)
-    for k in range(num_steps):
-        t = k / num_steps
+    norms, nonfinite = [no_norm] * len(schedule), [all_finite] * len(schedule)
+    for k, (t, dt, weight) in enumerate(schedule):
         v, flow_pullback = net.flow(x, t)
-        if k in steered:
+        if weight > 0:
             eps = None if posterior_noise is None else posterior_noise[k]
             g, std = steering_gradient(net, steering, x, v, flow_pullback, t, eps, bounds)
-            v, norms[k], nonfinite[k] = steer_velocity(v, g, steering, std)
-        x = x + v / num_steps
+            v, norms[k], nonfinite[k] = steer_velocity(v, g, steering, std, weight)
+        x = x + dt * v
     return RawSample(x.clamp(*bounds), torch.stack(norms), torch.stack(nonfinite))

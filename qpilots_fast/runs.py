@@ -173,10 +173,8 @@ class CallableRun:
         check_all_finite(obs, noise, eps)
         chosen = self._choose(backend, noise.device, noise.dtype).backend
         net = evaluators(**networks, steering=self._steering, backend=chosen, precision=self._precision, obs=obs)
-        starts = noise.unbind(1)
-        raw = side_by_side(
-            [reference.sample(net, self._steering, self._num_steps, x, eps, self._bounds) for x in starts]
-        )
+        starts, schedule = noise.unbind(1), self._steering.schedule(self._num_steps)
+        raw = side_by_side([reference.sample(net, self._steering, schedule, x, eps, self._bounds) for x in starts])
         check_actions(raw.actions)
         return raw
 

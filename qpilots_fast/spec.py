@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .steering import Steering
-from .times import GlassCoefficients, glass_coefficients, time_features
+from .times import GlassCoefficients, Step, glass_coefficients, time_features
 
 Pullback = Callable[[Tensor], Tensor]
 
@@ -245,14 +245,19 @@ class SamplerSpec:
         return self.action_low, self.action_high
 
     @cached_property
+    def schedule(self) -> tuple[Step, ...]:
+        """Every step: time, length, weight of the steering."""
+        return self.steering.schedule(self.num_steps)
+
+    @cached_property
     def times(self) -> tuple[float, ...]:
-        """t_k = k / K of every step."""
-        return tuple(k / self.num_steps for k in range(self.num_steps))
+        """t_k of every step."""
+        return tuple(step.t for step in self.schedule)
 
     @cached_property
     def steered_steps(self) -> tuple[int, ...]:
         """The steps at which the critic is asked."""
-        return self.steering.steered_steps(self.num_steps)
+        return tuple(k for k, step in enumerate(self.schedule) if step.weight > 0)
 
     @property
     def pulls_flow(self) -> bool:

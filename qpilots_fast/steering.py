@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
+
+from .times import Step
 
 Estimate = Literal["noisy", "tweedie", "mfm", "glass"]
 Jacobian = Literal["full", "identity"]
@@ -173,9 +177,16 @@ class Steering:
         """Whether the loop's steps ask the "flow", the "critic" or the "posterior" network."""
         return network == "flow" or (self.steers and (network == "critic" or self.estimate == "mfm"))
 
-    def steered_steps(self, num_steps: int) -> tuple[int, ...]:
-        """The steps, of num_steps, at which the critic is asked."""
-        return tuple(range(0 if self.steer_first_step else 1, num_steps)) if self.steers else ()
+    def schedule(self, num_steps: int, time_grid: Sequence[float] | None = None) -> tuple[Step, ...]:
+        """Every step of a call: when it starts, how long it is, and how strongly it is steered.
+
+        Args:
+            num_steps: K. time_grid: K + 1 increasing times from 0 to 1; None: k / K.
+        """
+        times = [k / num_steps for k in range(num_steps)] if time_grid is None else list(time_grid)[:-1]
+        lengths = [1 / num_steps] * num_steps if time_grid is None else [b - a for a, b in pairwise(time_grid)]
+        weights = [float(self.steers and (k > 0 or self.steer_first_step)) for k in range(num_steps)]
+        return tuple(map(Step, times, lengths, weights))
 
     @classmethod
     def qpilots_u(cls, alpha: float = 0.2, rho: float = 0.5, jacobian: Jacobian = "full") -> Steering:

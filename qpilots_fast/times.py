@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 Time = TypeVar("Time", float, Tensor)
+
+
+class Step(NamedTuple):
+    """One Euler step of the flow.
+
+    Args:
+        t: flow time at its start. dt: its length.
+        weight: multiplies the strength of the steering; at 0 the critic is not asked.
+    """
+
+    t: float
+    dt: float
+    weight: float
 
 
 def time_features(t: Tensor, embedding: str, dim: int) -> Tensor:

@@ -32,7 +32,7 @@ def test_text_of_the_same_lists_matches():
         ("gelu_tanh gelu", "gelu gelu_tanh"),  # another order
         (" mish tanh", " mish tanh elu"),  # a value more
         ("norm_match absolute", "norm_match"),
-        ("rho:float32@40", "tau:float32@40"),  # another field
+        ("rho:float32@36", "tau:float32@36"),  # another field
         ("num_samples:int32", "num_samples:float32"),
         ("Stage rows state\n", ""),
     ],

@@ -135,13 +135,14 @@ def _sampler_cases(spec: SamplerSpec, sm: int, label: str, quick: bool) -> Itera
     yield KernelCase("critic", label, spec.precision, plan.critic_arguments(), quick)
     pulls_back = spec.steering.estimate != "noisy" and spec.steering.jacobian == "full"
     one_estimate = not spec.steering.uses_posterior
+    first, following, *_, last = plan.step_launches()
     step = {
-        "first": (plan.step_arguments(False, True, False), quick and one_estimate and pulls_back, True),
-        "next": (plan.step_arguments(True, True, False), quick, True),
-        "last": (plan.step_arguments(True, False, False), False, pulls_back),
+        "first": (plan.step_arguments(first, False), quick and one_estimate and pulls_back, True),
+        "next": (plan.step_arguments(following, False), quick, True),
+        "last": (plan.step_arguments(last, False), False, pulls_back),
     }
     if pulls_back and spec.steering.estimate != "glass":
-        step["next, many tiles"] = (plan.step_arguments(True, True, True), quick and one_estimate, True)
+        step["next, many tiles"] = (plan.step_arguments(following, True), quick and one_estimate, True)
     for when, (arguments, in_ci, multiplies) in step.items():
         yield KernelCase("step", f"{label}: {when}", spec.precision, arguments, in_ci, multiplies)
 

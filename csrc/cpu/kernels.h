@@ -142,6 +142,7 @@ struct CombineArgs {
 struct SteerArgs {
   int begin, end, width, padded_width;
   const SteeringParams* steering;
+  float strength;             // alpha times the step's weight
   const unsigned char* mask;  // [width] or null
   float* x;
   const float* v;
@@ -177,7 +178,7 @@ struct KernelTable {
   std::uint64_t (*fingerprint)(const void* data, std::ptrdiff_t row_stride_bytes, int rows, std::ptrdiff_t row_bytes);
   void (*combine)(const CombineArgs&);
   void (*posterior_softmax)(const float* q, int count, float scale, float* p);
-  void (*steer)(const SteerArgs&);
+  void (*steer_velocity)(const SteerArgs&);
   double (*peak)(Format, long iterations);      // flops done by one thread's loop of what the products are made of
   double (*fma_peak)(Format, long iterations);  // the same of multiply-adds on vectors
   float (*read)(const char* data, std::size_t bytes);  // sums a buffer: read bandwidth

@@ -66,7 +66,7 @@ struct SampleArgs {
   const float* inputs[4];        // obs [B][S]; time features of the flow [K][.], of the map; cotangents
   const float* noise;            // [B][A]
   const float* posterior_noise;  // [K][B][N][A]
-  const float* remaining_time;   // [K] 1 - t
+  const float* schedule;         // [K][3] 1 - t, dt, weight (0: the step is not steered)
   const unsigned char* steered;  // [A] 1 where the critic may move the action; null: all
   // outputs; the last two may be null
   float* actions;            // [B][A]
@@ -87,7 +87,6 @@ struct SampleArgs {
   std::int32_t num_members;   // E
   std::int32_t stage_stride;  // the largest in_stride
   std::uint32_t spin_limit;
-  float dt;
   SteeringParams steering;
 };
 

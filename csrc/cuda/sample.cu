@@ -98,7 +98,7 @@ __device__ __forceinline__ float estimate(const SampleArgs& a, const SharedMemor
     case Estimate::kNoisy:
       return load_shared(shared.x + cell);
     case Estimate::kTweedie:
-      return fmadd(load_constant(a.remaining_time + k), load_global(a.workspace + a.velocity + cell),
+      return fmadd(load_constant(a.schedule + 3 * k), load_global(a.workspace + a.velocity + cell),
                    load_shared(shared.x + cell));
     default:
       return posterior_noise(a, k, row, c) + load_global(a.workspace + a.map_output + cell);
@@ -206,7 +206,7 @@ __device__ __forceinline__ float steering_gradient(const SampleArgs& a, const Sh
   }
   float sum = critic_gradient(a, shared, k, b, c);
   if (s.estimate == Estimate::kTweedie && s.full_jacobian) {
-    sum = fmadd(load_constant(a.remaining_time + k),
+    sum = fmadd(load_constant(a.schedule + 3 * k),
                 load_global(pulled_back + static_cast<std::int64_t>(b) * a.action_dim), sum);
   }
   return scale * sum;
@@ -214,15 +214,16 @@ __device__ __forceinline__ float steering_gradient(const SampleArgs& a, const Sh
 
 // x <- x + dt v' in every block's own copy.
 template <class Weight>
-__device__ __forceinline__ void update(const SampleArgs& a, const SharedMemory<Weight>& shared, int k, bool steered) {
+__device__ __forceinline__ void update(const SampleArgs& a, const SharedMemory<Weight>& shared, int k, float weight) {
   const SteeringParams& s = a.steering;
   const int lane = lane_index();
+  const float dt = load_constant(a.schedule + 3 * k + 1);
   for (int b = warp_index(); b < a.batch; b += kWarps) {
     float* x = shared.x + static_cast<std::int64_t>(b) * a.action_dim;
     float* g = shared.g + static_cast<std::int64_t>(b) * a.action_dim;
     const float* v = a.workspace + a.velocity + static_cast<std::int64_t>(b) * a.action_dim;
     SteerOutcome outcome{0.0f, false};
-    if (steered) {
+    if (weight > 0.0f) {
       for (int c = lane; c < a.action_dim; c += kWarpSize) {
         store_shared(g + c, is_steered(a.steered, c) ? steering_gradient(a, shared, k, b, c) : 0.0f);
       }
@@ -231,13 +232,13 @@ __device__ __forceinline__ void update(const SampleArgs& a, const SharedMemory<W
         const int row = b * s.num_samples + n;
         q_std = fmadd(load_shared(shared.draw_weights + row), load_shared(shared.q_std + row), q_std);
       }
-      outcome = steer_row_by_warp(
-          s, a.action_dim, a.steered, q_std, a.dt, lane, [&](int c) { return load_shared(x + c); },
+      outcome = steer_velocity_by_warp(
+          s, s.alpha * weight, a.action_dim, a.steered, q_std, dt, lane, [&](int c) { return load_shared(x + c); },
           [&](int c) { return load_global(v + c); }, [&](int c) { return load_shared(g + c); },
           [&](int c, float value) { store_shared(x + c, value); });
     } else {
       for (int c = lane; c < a.action_dim; c += kWarpSize) {
-        store_shared(x + c, fmadd(a.dt, load_global(v + c), load_shared(x + c)));
+        store_shared(x + c, fmadd(dt, load_global(v + c), load_shared(x + c)));
       }
     }
     if (blockIdx.x == 0 && lane == 0) {
@@ -373,16 +374,16 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const SampleArgs a)
 
   bool alive = true;
   for (int k = -1; k < a.num_steps && alive; ++k) {  // -1: the phases before the first step
-    const bool steered = a.num_step_phases > a.num_flow_phases && (k > 0 || (k == 0 && a.steering.steer_first_step));
+    const float weight = k < 0 ? 0.0f : load_constant(a.schedule + 3 * k + 2);
     const int first = k < 0 ? 0 : a.num_once;
-    const int last = k < 0 ? a.num_once : a.num_once + (steered ? a.num_step_phases : a.num_flow_phases);
+    const int last = k < 0 ? a.num_once : a.num_once + (weight > 0.0f ? a.num_step_phases : a.num_flow_phases);
     for (int i = first; i < last && alive; ++i) {
       const Phase& p = shared.program[i];
       run_phase<ROWS>(a, shared, p, k < 0 ? 0 : k);
       if (p.ends_with_barrier) alive = grid_barrier(a.sync, arrivals, a.spin_limit, shared.barrier_flag);
       if (p.completes_critics && alive) weigh_critics(a, shared);
     }
-    if (k >= 0 && alive) update(a, shared, k, steered);
+    if (k >= 0 && alive) update(a, shared, k, weight);
   }
   if (blockIdx.x != 0) return;
   if (!alive && a.host_failure != nullptr && threadIdx.x == 0) store_relaxed(a.host_failure, 1u);

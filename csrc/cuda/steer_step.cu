@@ -26,9 +26,10 @@ __global__ void __launch_bounds__(kThreads) steer_step_kernel(const SteerStepArg
        b += static_cast<std::int64_t>(gridDim.x) * kWarps) {
     const std::int64_t first = b * a.action_dim;
     const float q_std = a.q_std == nullptr ? 0.0f : load_constant(a.q_std + b);
-    const SteerOutcome outcome = steer_row_by_warp(
-        a.steering, a.action_dim, a.steered, q_std, a.dt, lane, [&](int c) { return load_global(a.x + first + c); },
-        [&](int c) { return load_constant(a.v + first + c); }, [&](int c) { return load_constant(a.g + first + c); },
+    const SteerOutcome outcome = steer_velocity_by_warp(
+        a.steering, a.steering.alpha, a.action_dim, a.steered, q_std, a.dt, lane,
+        [&](int c) { return load_global(a.x + first + c); }, [&](int c) { return load_constant(a.v + first + c); },
+        [&](int c) { return load_constant(a.g + first + c); },
         [&](int c, float value) { store_global(a.result + first + c, value); });
     if (lane == 0 && a.gradient_norms != nullptr) store_global(a.gradient_norms + b, outcome.g_norm);
     if (lane == 0 && a.nonfinite != nullptr) {

@@ -97,12 +97,12 @@ __device__ __forceinline__ float row_norm(int count, const unsigned char* steere
 
 // One Euler step of a row, x += dt (v + coefficient g), by one warp: store(c, x + dt v').
 template <class LoadX, class LoadV, class LoadG, class Store>
-__device__ __forceinline__ SteerOutcome steer_row_by_warp(const SteeringParams& s, int count,
-                                                          const unsigned char* steered, float q_std, float dt, int lane,
-                                                          LoadX x, LoadV v, LoadG g, Store store) {
+__device__ __forceinline__ SteerOutcome steer_velocity_by_warp(const SteeringParams& s, float strength, int count,
+                                                               const unsigned char* steered, float q_std, float dt,
+                                                               int lane, LoadX x, LoadV v, LoadG g, Store store) {
   const float g_norm = row_norm(count, steered, lane, g);
   const float v_norm = row_norm(count, steered, lane, v);
-  const float coefficient = is_finite(g_norm) ? steering_coefficient(s, v_norm, g_norm, q_std) : 0.0f;
+  const float coefficient = is_finite(g_norm) ? steering_coefficient(s, strength, v_norm, g_norm, q_std) : 0.0f;
   const bool bad = !is_finite(g_norm) || !is_finite(coefficient);
   for (int c = lane; c < count; c += kWarpSize) {
     float drift = v(c);

@@ -25,7 +25,7 @@ _I32, _F32 = ctypes.c_int32, ctypes.c_float
 
 FIELDS: list[tuple[str, type[ctypes.c_int32] | type[ctypes.c_float]]] = [
     *((name, _I32) for name in ("estimate", "clip", "aggregation", "scale", "q_scale_kind", "full_jacobian")),
-    *((name, _I32) for name in ("steer_first_step", "num_samples", "glass_steps")),
+    *((name, _I32) for name in ("num_samples", "glass_steps")),
     *((name, _F32) for name in ("alpha", "rho", "tau", "q_scale", "eps", "max_grad_norm")),
     *((name, _F32) for name in ("gaf_beta", "gaf_decay", "gaf_min", "action_low", "action_high")),
 ]
@@ -45,7 +45,6 @@ def steering_params(steering: Steering, low: float, high: float) -> SteeringPara
         scale=SCALES.index(steering.scale),
         q_scale_kind=Q_SCALES.index("batch_std" if batch_std else "none" if steering.q_scale is None else "number"),
         full_jacobian=steering.jacobian == "full",
-        steer_first_step=steering.steer_first_step,
         num_samples=steering.num_samples,
         glass_steps=steering.glass_steps,
         q_scale=1.0 if batch_std or steering.q_scale is None else steering.q_scale,

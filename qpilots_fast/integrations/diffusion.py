@@ -252,16 +252,17 @@ def ddim_steered_sample(
     net = evaluators(drift, critic, None, steering, chosen, "float32", obs)
     xbar = noise / levels[0][1]
     norms, nonfinite = [], []
-    steered = steering.steered_steps(len(levels))
-    for k, level in enumerate(levels):
+    times = [alpha / (alpha + sigma) for _, alpha, sigma in levels]
+    schedule = steering.schedule(len(levels), [*times, 1.0])
+    for k, (level, step) in enumerate(zip(levels, schedule)):
         drift.level = level
         u, pullback = net.flow(xbar, 0.0)
         norm, bad = noise.new_zeros(len(noise)), torch.zeros(len(noise), dtype=torch.bool, device=noise.device)
-        if k in steered:
+        if step.weight > 0:
             # the estimate xbar + lambda u is the linear path's x + (1 - t) v with 1 - t = lambda
             bounds = (action_low, action_high)
             g, std = reference.steering_gradient(net, steering, xbar, u, pullback, 1 - lambdas[k], None, bounds)
-            u, norm, bad = reference.steer_velocity(u, g, steering, std)
+            u, norm, bad = reference.steer_velocity(u, g, steering, std, step.weight)
         norms.append(norm)
         nonfinite.append(bad)
         xbar = xbar + (lambdas[k] - lambdas[k + 1]) * u

@@ -66,7 +66,7 @@ void SampleRun::estimate_glass(int k, Tile tile, const Worker& w) {
       for (int i = begin; i < end; ++i) {
         for (int d = 0; d < pitch_; ++d) row(jg_, i)[d] = px * row(x_, i / draws_)[d] + pa * row(a_, i)[d];
       }
-      const std::size_t at = plan_.steps + static_cast<std::size_t>(k) * m + s;
+      const std::size_t at = plan_.steps() + static_cast<std::size_t>(k) * m + s;
       flow_forward(rows, w, jg_, draws_, flow_time_ + at * plan_.flow->first_padded(),
                    {flow_saves_ + plan_.flow->saves_bytes(draw_rows_) * s, draw_rows_, rows.begin}, vhat_);
       for (int i = begin; i < end; ++i) {

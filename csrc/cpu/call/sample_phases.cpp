@@ -59,9 +59,9 @@ void SampleRun::time_rows(const Network& net, const char* arena, const std::vect
 // Items: the time rows, then the observation's part of each network's first layer, tile by tile.
 void SampleRun::prepare_item(int item, const Worker& w) {
   if (item == 0) {
-    time_rows(*plan_.flow, arenas_[0], &plan_.flow_times, plan_.steps + plan_.glass.size(), flow_time_, w.scratch);
+    time_rows(*plan_.flow, arenas_[0], &plan_.flow_times, plan_.steps() + plan_.glass.size(), flow_time_, w.scratch);
     if (map_time_ != nullptr) {
-      time_rows(*plan_.posterior, arenas_[2], plan_.posterior_times, plan_.steps, map_time_, w.scratch);
+      time_rows(*plan_.posterior, arenas_[2], plan_.posterior_times, plan_.steps(), map_time_, w.scratch);
     }
     return;
   }
@@ -103,12 +103,11 @@ void SampleRun::flow_forward(Tile tile, const Worker& w, const float* src, int g
 }
 
 void SampleRun::denoise(int k, Tile tile, const Worker& w) {
-  const bool steered = plan_.steered[k];
+  const auto [t, dt, weight] = plan_.schedule[k];
+  const bool steered = weight > 0.0f;
   const Saves saves{steered && keep_flow_ ? flow_saves_ : nullptr, batch_, tile.begin};
   flow_forward(tile, w, x_, 1, flow_time_ + static_cast<std::size_t>(k) * plan_.flow->first_padded(), saves, v_);
   const int begin = tile.begin + w.team.begin(tile.rows()), end = tile.begin + w.team.end(tile.rows());
-  const float t = static_cast<float>(static_cast<double>(k) / plan_.steps);
-  const float dt = static_cast<float>(1.0 / plan_.steps);
   if (!steered) {
     for (std::ptrdiff_t i = static_cast<std::ptrdiff_t>(begin) * pitch_; i < static_cast<std::ptrdiff_t>(end) * pitch_;
          ++i) {
@@ -206,7 +205,7 @@ void SampleRun::pull_back_tweedie(int k, Tile tile, const Worker& w) {
   const int which = backward_pass(p, row(g_, tile.begin), pitch_, {flow_saves_, batch_, tile.begin}, false);
   input_vjp(p, flow.input(kX), flow.fk(), which, row(jg_, tile.begin), pitch_);
   w.team.wait();
-  const float ahead = static_cast<float>(1.0 - static_cast<double>(k) / plan_.steps);
+  const float ahead = static_cast<float>(1.0 - static_cast<double>(k) / plan_.steps());
   for (int r = tile.begin + w.team.begin(tile.rows()); r < tile.begin + w.team.end(tile.rows()); ++r) {
     for (int c = 0; c < pitch_; ++c) row(g_, r)[c] += ahead * row(jg_, r)[c];
   }
@@ -243,16 +242,17 @@ void SampleRun::update(int k, Tile tile, const Worker& w) {
                   plan_.action_dim,
                   pitch_,
                   &steering_,
+                  steering_.alpha * plan_.schedule[k].weight,
                   plan_.mask.empty() ? nullptr : plan_.mask.data(),
                   x_,
                   v_,
                   g,
                   std_,
                   draws_,
-                  static_cast<float>(1.0 / plan_.steps),
+                  plan_.schedule[k].dt,
                   args_.gradient_norms == nullptr ? nullptr : args_.gradient_norms + at,
                   args_.nonfinite == nullptr ? nullptr : args_.nonfinite + at};
-  table_.steer(steer);
+  table_.steer_velocity(steer);
 }
 
 }  // namespace qpilots::cpu

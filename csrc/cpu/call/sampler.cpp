@@ -23,7 +23,7 @@ SampleRun::SampleRun(const SamplerPlan& plan, const SampleArgs& args, int thread
       pitch_(padded(plan.action_dim)),
       threads_(threads),
       tile_rows_(plan.flow->fk().tile_rows) {
-  for (int k = 0; k < plan.steps; ++k) any_steered_ = any_steered_ || plan.steered[k];
+  for (int k = 0; k < plan.steps(); ++k) any_steered_ = any_steered_ || plan.schedule[k].weight > 0.0f;
   keep_flow_ = any_steered_ && steering_.estimate == Estimate::kTweedie && steering_.full_jacobian;
   flow_tiles_ = tile_count(batch_, tile_rows_, 1, threads_);
   critic_tiles_ = any_steered_ ? tile_count(draw_rows_, tile_rows_, plan.critic->shape().members, threads_) : 0;
@@ -36,11 +36,11 @@ std::size_t SampleRun::carve(char* base) {
   const std::size_t B = batch_, D = draw_rows_, P = pitch_;
   barriers_ = c.take<Barrier>(threads_);
   all_ = c.take<Barrier>(1);
-  queues_ = c.take<std::atomic<int>>(plan_.steps + 2);
+  queues_ = c.take<std::atomic<int>>(plan_.steps() + 2);
   x_ = c.take<float>(B * P);
   v_ = c.take<float>(B * P);
   flow_base_ = c.take<float>(B * flow.first_padded());
-  flow_time_ = c.take<float>((plan_.steps + plan_.glass.size()) * flow.first_padded());
+  flow_time_ = c.take<float>((plan_.steps() + plan_.glass.size()) * flow.first_padded());
   int width = flow.max_padded();
   if (any_steered_) {
     const Network& critic = *plan_.critic;
@@ -64,7 +64,7 @@ std::size_t SampleRun::carve(char* base) {
       const Network& map = *plan_.posterior;
       width = std::max(width, map.max_padded());
       map_base_ = c.take<float>(B * map.first_padded());
-      map_time_ = c.take<float>(static_cast<std::size_t>(plan_.steps) * map.first_padded());
+      map_time_ = c.take<float>(static_cast<std::size_t>(plan_.steps()) * map.first_padded());
       map_x_ = c.take<float>(B * map.first_padded());
       delta_sum_ = c.take<float>(B * map.first_padded());
       map_saves_ = c.take<char>(map.saves_bytes(draw_rows_));
@@ -90,7 +90,7 @@ void SampleRun::set_arenas(const std::unique_ptr<ArenaLease> (&live)[3]) {
   }
   for (int i = 0; i < threads_; ++i) new (&barriers_[i]) Barrier();
   new (all_) Barrier();
-  for (int i = 0; i < plan_.steps + 2; ++i) new (&queues_[i]) std::atomic<int>(0);
+  for (int i = 0; i < plan_.steps() + 2; ++i) new (&queues_[i]) std::atomic<int>(0);
   std::memset(zeros_, 0, sizeof(float) * scratch_width_);
 }
 
@@ -146,10 +146,10 @@ void SampleRun::run(int thread, int threads) {
     all_->wait(threads);
     lap(kPrepare);
   }
-  for (int k = 0; k < plan_.steps; ++k) {
+  for (int k = 0; k < plan_.steps(); ++k) {
     for_flow_tiles(thread, threads, [&](Tile tile, const Worker& w) { denoise(k, tile, w); });
     lap(kDenoise);
-    if (!plan_.steered[k]) continue;
+    if (!(plan_.schedule[k].weight > 0.0f)) continue;
     all_->wait(threads);
     const int items = plan_.critic->shape().members * critic_tiles_;
     for_queued_items(items, thread, threads, queues_[2 + k], barriers_, [&](int i, const Team& team, int leader) {

@@ -21,17 +21,22 @@ struct GlassStep {
   double p_x, p_xbar, c_x, c_xbar, c_v;
 };
 
+// One Euler step, from flow time t over dt; weight multiplies the strength of the steering, at 0 no critic is asked.
+struct Step {
+  float t, dt, weight;
+};
+
 struct SamplerPlan {
   std::shared_ptr<const Network> flow, critic, posterior;  // null: takes no part in a call
   SteeringParams steering{};
-  int steps = 1;
   int obs_dim = 0, action_dim = 0;
-  std::vector<unsigned char> steered;     // [K] 1 where the critic is asked
+  std::vector<Step> schedule;             // [K]
   std::vector<unsigned char> mask;        // steered dims, or empty
   std::vector<float> flow_times;          // [K (+ K m for glass), dim]
   std::vector<float> posterior_times[3];  // t, s, u: [K, dim] each
   std::vector<GlassStep> glass;           // [K, m], or empty
 
+  int steps() const { return static_cast<int>(schedule.size()); }
   const Network* network(int i) const { return i == 0 ? flow.get() : i == 1 ? critic.get() : posterior.get(); }
   bool draws() const {  // posterior noise is needed
     return critic != nullptr && (steering.estimate == Estimate::kMfm || steering.estimate == Estimate::kGlass);

@@ -13,7 +13,7 @@
 #include "path/pack-inl.h"
 #include "path/peak-inl.h"
 #include "path/rows-inl.h"
-#include "path/steer_rows-inl.h"
+#include "path/steer_velocity_rows-inl.h"
 #include "qpilots/types.h"
 #include "tuning.h"
 
@@ -75,7 +75,7 @@ static KernelTable make_table(const char* name) {
   t.fingerprint = fingerprint;
   t.combine = combine_rows;
   t.posterior_softmax = softmax_row;
-  t.steer = steer_rows;
+  t.steer_velocity = steer_velocity_rows;
   t.peak = peak_flops;
   t.fma_peak = peak_flops;
   t.read = read_bytes;

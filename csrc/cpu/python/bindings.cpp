@@ -105,18 +105,18 @@ std::shared_ptr<SamplerPlan> make_plan(const py::dict& d) {
   plan->critic = network("critic");
   plan->posterior = network("posterior");
   plan->steering = read_steering(d["steering"].cast<std::string>());
-  plan->steps = d["num_steps"].cast<int>();
+  for (const auto& [t, dt, weight] : d["schedule"].cast<std::vector<std::array<double, 3>>>()) {
+    plan->schedule.push_back({static_cast<float>(t), static_cast<float>(dt), static_cast<float>(weight)});
+  }
   plan->obs_dim = d["obs_dim"].cast<int>();
   plan->action_dim = d["action_dim"].cast<int>();
-  require(plan->flow != nullptr && plan->steps >= 1, "a sampler needs a flow and num_steps >= 1");
+  require(plan->flow != nullptr && plan->steps() >= 1, "a sampler needs a flow and a step");
   require(plan->flow->shape().members == 1, "the flow must have one member");
   const SteeringParams& s = plan->steering;
-  plan->steered.assign(plan->steps, 0);
-  for (int k : d["steered_steps"].cast<std::vector<int>>()) {
-    require(k >= 0 && k < plan->steps, "steered_steps: index out of range");
+  for (const Step& step : plan->schedule) {
+    if (!(step.weight > 0.0f)) continue;
     require(plan->critic != nullptr, "a steered step needs a critic");
     require(s.estimate != Estimate::kMfm || plan->posterior != nullptr, "estimate 'mfm' needs a posterior");
-    plan->steered[k] = 1;
   }
   for (int n = 0; n < 3; ++n) {
     const Network* net = plan->network(n);
@@ -136,18 +136,18 @@ std::shared_ptr<SamplerPlan> make_plan(const py::dict& d) {
     }
   }
   const auto glass = d["glass"].cast<std::vector<std::array<double, 5>>>();
-  const std::size_t inner = static_cast<std::size_t>(plan->steps) * s.glass_steps;
+  const std::size_t inner = static_cast<std::size_t>(plan->steps()) * s.glass_steps;
   require(glass.size() == (s.estimate == Estimate::kGlass && plan->critic != nullptr ? inner : 0), "glass: wrong size");
   for (const auto& [p_x, p_xbar, c_x, c_xbar, c_v] : glass) plan->glass.push_back({p_x, p_xbar, c_x, c_xbar, c_v});
   plan->flow_times = floats(d["flow_times"]);
-  require(plan->flow_times.size() == (plan->steps + plan->glass.size()) * plan->flow->shape().input_dims[kT],
+  require(plan->flow_times.size() == (plan->steps() + plan->glass.size()) * plan->flow->shape().input_dims[kT],
           "flow_times: wrong size");
   if (plan->posterior != nullptr) {
     const char* keys[3] = {"posterior_t", "posterior_s", "posterior_u"};
     for (int i = 0; i < 3; ++i) {
       plan->posterior_times[i] = floats(d[keys[i]]);
       require(plan->posterior_times[i].size() ==
-                  static_cast<std::size_t>(plan->steps) * plan->posterior->shape().input_dims[kT + i],
+                  static_cast<std::size_t>(plan->steps()) * plan->posterior->shape().input_dims[kT + i],
               "posterior times: wrong size");
     }
   }

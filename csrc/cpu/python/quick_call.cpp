@@ -81,7 +81,7 @@ class QuickCall {
   py::object attempt(const py::handle& obs, const py::handle& noise, const py::handle& posterior_noise) const {
     if (!parameters_stayed()) return py::none();
     SampleArgs args = weights_;
-    Py_ssize_t rows = -1, steps = plan_->steps;
+    Py_ssize_t rows = -1, steps = plan_->steps();
     args.obs = read(obs, {&rows, plan_->obs_dim});
     if (args.obs == nullptr || rows < 1 || rows > std::numeric_limits<int>::max() / 64) return py::none();
     const Py_ssize_t action_dim = plan_->action_dim, draws = plan_->steering.num_samples;

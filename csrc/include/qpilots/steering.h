@@ -103,14 +103,15 @@ QPILOTS_HD float stable_norm(const float* x, int count, const unsigned char* mas
   return maximum(largest, 1e-37f) * square_root(sum);
 }
 
-// c of v' = v + c g.  norm match: alpha ||v|| / (||g|| + eps); absolute: alpha;
-// GAF: alpha m min(1, max_grad_norm / ||g||) / beta with m = max(gaf_min, exp(-gaf_decay std_Q)).
-QPILOTS_HD float steering_coefficient(const SteeringParams& s, float v_norm, float g_norm, float q_std) {
-  if (s.scale == Scale::kNormMatch) return s.alpha * v_norm / (g_norm + s.eps);
-  if (s.scale == Scale::kAbsolute) return s.alpha;
+// c of v' = v + c g.  norm match: strength ||v|| / (||g|| + eps); absolute: strength;
+// GAF: strength m min(1, max_grad_norm / ||g||) / beta with m = max(gaf_min, exp(-gaf_decay std_Q)).
+QPILOTS_HD float steering_coefficient(const SteeringParams& s, float strength, float v_norm, float g_norm,
+                                      float q_std) {
+  if (s.scale == Scale::kNormMatch) return strength * v_norm / (g_norm + s.eps);
+  if (s.scale == Scale::kAbsolute) return strength;
   const float m = maximum(s.gaf_min, exp_clamped(-s.gaf_decay * q_std));
   const float clip = g_norm > s.max_grad_norm ? s.max_grad_norm / g_norm : 1.0f;
-  return s.alpha * m * clip / s.gaf_beta;
+  return strength * m * clip / s.gaf_beta;
 }
 
 struct SteerOutcome {
@@ -118,15 +119,16 @@ struct SteerOutcome {
   bool nonfinite;  // the row follows the unsteered velocity
 };
 
-// x += dt (v + c g) over one row of `count` dims; g counts only on the steered dims (mask, null: all).
-// A row with any non-finite g, norm or coefficient takes the plain Euler step.
-QPILOTS_HD SteerOutcome steer_row(const SteeringParams& s, float* x, const float* v, const float* g, int count,
-                                  const unsigned char* mask, float q_std, float dt) {
+// x += dt (v + c g), c of this strength, over one row of `count` dims; g counts only on the steered dims (mask, null:
+// all). A row with any non-finite g, norm or coefficient takes the plain Euler step.
+QPILOTS_HD SteerOutcome steer_velocity_row(const SteeringParams& s, float strength, float* x, const float* v,
+                                           const float* g, int count, const unsigned char* mask, float q_std,
+                                           float dt) {
   const float g_norm = stable_norm(g, count, mask);
   float c = 0.0f;
   bool bad = !is_finite(g_norm);
   if (!bad) {
-    c = steering_coefficient(s, stable_norm(v, count, mask), g_norm, q_std);
+    c = steering_coefficient(s, strength, stable_norm(v, count, mask), g_norm, q_std);
     bad = !is_finite(c);
   }
   for (int i = 0; i < count; ++i) {

@@ -71,9 +71,8 @@ QPILOTS_ENUMS(QPILOTS_DEFINE_ENUM)
   X(Scale, scale)                                                                       \
   X(QScale, q_scale_kind)                                                               \
   X(std::int32_t, full_jacobian) /* 0: the gradient at the estimate is used as it is */ \
-  X(std::int32_t, steer_first_step)                                                     \
-  X(std::int32_t, num_samples) /* N posterior draws; 1 for noisy and tweedie */         \
-  X(std::int32_t, glass_steps) /* m inner Euler steps */                                \
+  X(std::int32_t, num_samples)   /* N posterior draws; 1 for noisy and tweedie */       \
+  X(std::int32_t, glass_steps)   /* m inner Euler steps */                              \
   X(float, alpha)                                                                       \
   X(float, rho)                                                                         \
   X(float, tau)                                                                         \

@@ -164,9 +164,9 @@ class CudaBackend(Backend):
             norms = noise.new_empty(spec.num_steps, batch)
             nonfinite = torch.empty(spec.num_steps, batch, dtype=torch.uint8, device=noise.device)
         args.noise, args.posterior_noise = noise.data_ptr(), _pointer(eps)
-        args.remaining_time, args.steered = loaded.tables[-1].data_ptr(), _pointer(loaded.steered)
+        args.schedule, args.steered = loaded.tables[-1].data_ptr(), _pointer(loaded.steered)
         args.actions, args.gradient_norms, args.nonfinite = actions.data_ptr(), _pointer(norms), _pointer(nonfinite)
-        others = {"noise": noise, "posterior noise": eps, "1 - t": loaded.tables[-1], "steered dims": loaded.steered}
+        others = {"noise": noise, "posterior noise": eps, "schedule": loaded.tables[-1], "steered dims": loaded.steered}
         outputs = {"actions": actions, "gradient norms": norms, "non-finite rows": nonfinite}
         self._launch(loaded, args, weights, inputs, others, outputs)
         return RawSample(actions, norms, None if nonfinite is None else nonfinite.bool())

@@ -165,7 +165,7 @@ class Program:
     weight_bytes: int
     max_rows: int
     weights_bytes: int
-    time_tables: tuple[Tensor, ...] = ()  # flow's and map's features [K, .], 1 - t [K]; float32
+    time_tables: tuple[Tensor, ...] = ()  # flow's and map's features [K, .], schedule [K, 3]; float32
     steered: Tensor | None = None  # [A] uint8
     output: Region | None = None
     num_steered: int = 0  # steps that run all step phases
@@ -209,7 +209,7 @@ def plan_sample(spec: SamplerSpec, present: tuple[tuple[Presence, ...], ...], ba
         return layout
 
     workspace = Workspace()
-    args = SampleArgs(batch=batch, action_dim=action_dim, num_steps=spec.num_steps, dt=1 / spec.num_steps)
+    args = SampleArgs(batch=batch, action_dim=action_dim, num_steps=spec.num_steps)
     args.steering = steering_params(steering, spec.action_low, spec.action_high)
     args.velocity = workspace.plane("velocity", batch, action_dim)
     once: list[Phase] = []
@@ -255,13 +255,14 @@ def plan_sample(spec: SamplerSpec, present: tuple[tuple[Presence, ...], ...], ba
         if spec.posterior is not None or pulls_flow:
             step += pulled_back.backward(action_dim, args.estimate_vjp, {}, "cotangent")
     once[-1].ends_with_barrier = 1
-    remaining = (1 - torch.tensor(spec.times, dtype=torch.float64, device="cpu")).float()
+    steps = [[1 - step.t, step.dt, step.weight] for step in spec.schedule]
+    schedule = torch.tensor(steps, dtype=torch.float32, device="cpu")
     mask = None
     if steering.steered_dims is not None:
         mask = torch.zeros(action_dim, dtype=torch.uint8, device="cpu")
         mask[list(steering.steered_dims)] = 1
     program = Program(
-        layouts, workspace, once + step, args, weight_bytes, 0, layouts[-1].end, (*tables, remaining), mask,
+        layouts, workspace, once + step, args, weight_bytes, 0, layouts[-1].end, (*tables, schedule), mask,
         num_steered=len(spec.steered_steps),
     )  # fmt: skip
     return _finish(program, len(once), num_flow)

@@ -27,13 +27,12 @@ class SampleArgs(ctypes.Structure):
     _fields_ = [
         *((name, _POINTER) for name in ("program", "weights", "workspace", "sync", "host_failure")),
         ("inputs", _POINTER * 4),
-        *((name, _POINTER) for name in ("noise", "posterior_noise", "remaining_time", "steered")),
+        *((name, _POINTER) for name in ("noise", "posterior_noise", "schedule", "steered")),
         *((name, _POINTER) for name in ("actions", "gradient_norms", "nonfinite")),
         *((name, _I64) for name in ("velocity", "map_output", "q_values", "critic_vjp", "estimate_vjp")),
         *((name, _I32) for name in ("num_once", "num_flow_phases", "num_step_phases", "num_steps", "batch")),
         *((name, _I32) for name in ("action_dim", "num_members", "stage_stride")),
         ("spin_limit", ctypes.c_uint32),
-        ("dt", _F32),
         ("steering", SteeringParams),
     ]
 

@@ -96,13 +96,10 @@ def step_counts(plan: SamplerPlan, batch_size: int, steer: bool, propose: bool, 
 
 def call_counts(plan: SamplerPlan, batch_size: int) -> list[KernelCounts]:
     """Every launch of one call with packed weights, in order."""
-    steps, first = plan.spec.num_steps, plan.first_steered
-    if first >= steps:
-        return [step_counts(plan, batch_size, False, False, steps)]
-    found = [step_counts(plan, batch_size, False, True, first + 1)]
-    for k in range(first, steps):
-        last = k == steps - 1
-        found += [critic_counts(plan, batch_size), step_counts(plan, batch_size, True, not last, 0 if last else 1)]
+    found = []
+    for step in plan.step_launches():
+        found += [critic_counts(plan, batch_size)] if step.steer else []
+        found.append(step_counts(plan, batch_size, step.steer, step.propose, step.num_flows))
     return found
 
 

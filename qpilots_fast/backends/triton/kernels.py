@@ -216,10 +216,11 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
                  obs_ptr, eps_ptr,
                  flow_w_ptr, flow_vec_ptr, flow_bias_ptr, flow_layer_ptr,
                  map_w_ptr, map_vec_ptr, map_bias_ptr, map_layer_ptr,
-                 h_ptr, z_ptr, stat_ptr, rest_ptr, glass_ptr, dims_ptr, norm_ptr, nonfinite_ptr,
+                 h_ptr, z_ptr, stat_ptr, schedule_ptr, glass_ptr, dims_ptr, norm_ptr, nonfinite_ptr,
                  num_rows, num_draws, rows_per_tile, num_tiles, step, flow_begin, flow_end, plain_end,
-                 dt, low, high, alpha, rho, tilt, floor, max_grad_norm, gaf_decay, gaf_min, flow_eps, map_eps,
-                 STEER: tl.constexpr, PROPOSE: tl.constexpr, RECOMPUTE: tl.constexpr, ESTIMATE: tl.constexpr,
+                 low, high, alpha, rho, tilt, floor, max_grad_norm, gaf_decay, gaf_min, flow_eps, map_eps,
+                 STEER: tl.constexpr, PROPOSE: tl.constexpr, FLOW: tl.constexpr, RECOMPUTE: tl.constexpr,
+                 ESTIMATE: tl.constexpr,
                  FULL: tl.constexpr, MASKED: tl.constexpr, AGG: tl.constexpr, SCALE: tl.constexpr,
                  E: tl.constexpr, GLASS_STEPS: tl.constexpr, NUM_STEPS: tl.constexpr,
                  OBS_DIM: tl.constexpr, ACTION_DIM: tl.constexpr, COLUMN: tl.constexpr, A_PAD: tl.constexpr,
@@ -231,9 +232,10 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
                  OUT_ROWS: tl.constexpr, DOT: tl.constexpr,
                  BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """STEER: finishes step `step` from the critics' answers. PROPOSE: runs the flow at step flow_end - 1 and writes the
-    estimates that the critics see next. Unsteered steps in [flow_begin, plain_end) are taken on the way.
+    estimates that the critics see next. FLOW: unsteered steps in [flow_begin, plain_end) are taken on the way.
 
-    rest_ptr [K]: 1 - t_k. glass_ptr [K, GLASS_STEPS, 5]: p_x, p_xbar, then c_x, c_xbar, c_v over GLASS_STEPS.
+    schedule_ptr [K, 3]: 1 - t_k, dt_k, weight_k.
+    glass_ptr [K, GLASS_STEPS, 5]: p_x, p_xbar, then c_x, c_xbar, c_v over GLASS_STEPS.
     flow_bias_ptr [K (+ K GLASS_STEPS), H_PAD]: first-layer bias with that time's columns folded in.
     RECOMPUTE: the scratch holds another tile's activations by now, so each pull-back is preceded by its forward.
     """
@@ -271,7 +273,7 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
                     through_flow = _pull_back(g, h_ptr, z_ptr, stat_ptr, flow_w_ptr, flow_vec_ptr, flow_layer_ptr,
                                               COLUMN, A_PAD, FLOW_L, FLOW_H, FLOW_LD, LDH, OUT_ROWS, FLOW_ACT,
                                               FLOW_NORM, DOT, BLOCK_B, BLOCK_N, BLOCK_K)  # fmt: skip
-                    g += tl.load(rest_ptr + step) * through_flow
+                    g += tl.load(schedule_ptr + 3 * step) * through_flow
             else:
                 for c in range(0, num_virtual, BLOCK_B):
                     draws = first_draw + c + offs_b
@@ -346,13 +348,22 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
                     g += tl.load(gx_ptr + of_draw, mask=mask_a, other=0.0)
                     std += tl.load(q_std_ptr + draws, mask=mask_b, other=0.0)
             v, norm, usable = _steer_velocity(
-                v, tilt * g, std, dims, alpha, floor, max_grad_norm, gaf_decay, gaf_min, SCALE
+                v,
+                tilt * g,
+                std,
+                dims,
+                alpha * tl.load(schedule_ptr + 3 * step + 2),
+                floor,
+                max_grad_norm,
+                gaf_decay,
+                gaf_min,
+                SCALE,
             )
-            x += dt * v
+            x += tl.load(schedule_ptr + 3 * step + 1) * v
             tl.store(norm_ptr + step * num_rows + rows, norm, mask=mask_b)
             tl.store(nonfinite_ptr + step * num_rows + rows, tl.where(usable, 0, 1).to(tl.int8), mask=mask_b)
 
-        if PROPOSE or not STEER:
+        if FLOW:
             v = tl.zeros((BLOCK_B, A_PAD), dtype=tl.float32)
             for k in range(flow_begin, flow_end):
                 _write_rows(h_ptr, obs_ptr, rows, mask_b, OBS_DIM, FLOW_K0, LDH, BLOCK_B, BLOCK_K)
@@ -361,7 +372,7 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
                 v = _mlp_forward(h_ptr, z_ptr, stat_ptr, flow_w_ptr, flow_vec_ptr, flow_bias_ptr + k * FLOW_H,
                                  flow_layer_ptr, flow_eps, FLOW_L, FLOW_H, FLOW_LD, LDH, A_PAD,
                                  FLOW_ACT, FLOW_NORM, DOT, BLOCK_B, BLOCK_N, BLOCK_K)  # fmt: skip
-                x = tl.where(k < plain_end, x + dt * v, x)
+                x = tl.where(k < plain_end, x + tl.load(schedule_ptr + 3 * k + 1) * v, x)
 
         if PROPOSE:
             tl.store(x_out_ptr + element, x, mask=mask_a)
@@ -370,7 +381,7 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
             if ESTIMATE == "noisy":
                 tl.store(a_ptr + element, x, mask=mask_a)
             elif ESTIMATE == "tweedie":
-                tl.store(a_ptr + element, x + tl.load(rest_ptr + proposed) * v, mask=mask_a)
+                tl.store(a_ptr + element, x + tl.load(schedule_ptr + 3 * proposed) * v, mask=mask_a)
             else:
                 tl.debug_barrier()
                 for c in range(0, num_virtual, BLOCK_B):

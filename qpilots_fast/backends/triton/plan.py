@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -58,6 +59,31 @@ class Workspace:
 
 
 @dataclass(frozen=True)
+class StepLaunch:
+    """One launch of the step kernel.
+
+    Args:
+        steered: the step that it finishes from the critics' answers; -1: none.
+        plain_end: the unsteered steps up to here are taken.
+        flow_end: the flow runs at the steps up to here: one more where it proposes for the next steered step.
+        propose: whether it writes the estimates that the critics see next; else it writes the actions.
+    """
+
+    steered: int
+    plain_end: int
+    flow_end: int
+    propose: bool
+
+    @property
+    def steer(self) -> bool:
+        return self.steered >= 0
+
+    @property
+    def num_flows(self) -> int:
+        return self.flow_end - self.steered - 1
+
+
+@dataclass(frozen=True)
 class Grid:
     """How a batch is cut: tiles over persistent programs."""
 
@@ -95,7 +121,6 @@ class SamplerPlan:
         self.flow_layout = self.layouts[0]
         self.critic_layout = self.layouts[1] if len(self.layouts) > 1 else None
         self.map_layout = self.layouts[2] if len(self.layouts) > 2 else None
-        self.first_steered = min(spec.steered_steps, default=spec.num_steps)
         self.num_draws = spec.num_draws
         self.operand = OPERAND_DTYPES[spec.precision]
         mask = torch.zeros(action_pad, dtype=torch.float32, device="cpu")
@@ -103,7 +128,8 @@ class SamplerPlan:
         if steering.steered_dims is not None:
             mask.zero_()[list(steering.steered_dims)] = 1.0
         self.dims = mask.to(device)
-        self.rest = torch.tensor([1 - t for t in spec.times], dtype=torch.float32, device="cpu").to(device)
+        rows = [[1 - step.t, step.dt, step.weight] for step in spec.schedule]
+        self.schedule = torch.tensor(rows, dtype=torch.float32, device="cpu").to(device)
         self.glass = torch.tensor(self._glass_table(), dtype=torch.float32, device="cpu").to(device)
 
     def _glass_table(self) -> list[list[list[float]]]:
@@ -174,26 +200,24 @@ class SamplerPlan:
 
     # ------------------------------------------------------------ launching
 
+    def step_launches(self) -> list[StepLaunch]:
+        """The launches of the step kernel of one call; the critics are asked before each that steers."""
+        steps = self.spec.num_steps
+        return [
+            StepLaunch(before, k, min(k + 1, steps), k < steps)
+            for before, k in pairwise((-1, *self.spec.steered_steps, steps))
+        ]
+
     def run(
         self, ws: Workspace, packed: PackedBuffers, obs: Tensor, noise: Tensor, eps: Tensor | None, actions: Tensor
     ) -> None:
         """Enqueues the whole call on the current stream; actions [B, A] receives the result."""
-        steps = self.spec.num_steps
         grid = self.grid(len(noise))
-        first = self.first_steered
-        if first >= steps:
-            self._step(ws, packed, grid, obs, noise, actions, eps, steer=False, propose=False, flow=(0, steps))
-            return
-        self._step(
-            ws, packed, grid, obs, noise, ws.x, eps, steer=False, propose=True, flow=(0, first + 1), plain_end=first
-        )
-        for k in range(first, steps):
-            self._critic(ws, packed, grid, obs)
-            last = k == steps - 1
-            self._step(
-                ws, packed, grid, obs, ws.x, actions if last else ws.x, eps,
-                steer=True, propose=not last, step=k, flow=(k + 1, k + 2), plain_end=0,
-            )  # fmt: skip
+        for step in self.step_launches():
+            if step.steer:
+                self._critic(ws, packed, grid, obs)
+            x_in, x_out = ws.x if step.steer else noise, ws.x if step.propose else actions
+            self._step(ws, packed, grid, obs, x_in, x_out, eps, step)
 
     def critic_arguments(self) -> dict[str, Any]:
         """Constexpr arguments and options of the critic kernel."""
@@ -206,13 +230,14 @@ class SamplerPlan:
             **tile.options(), **launch_constants(layout),
         )  # fmt: skip
 
-    def step_arguments(self, steer: bool, propose: bool, recompute: bool) -> dict[str, Any]:
+    def step_arguments(self, step: StepLaunch, recompute: bool) -> dict[str, Any]:
         """Constexpr arguments and options of the step kernel."""
         steering, tile, flow = self.spec.steering, self.step_tile, self.flow_layout
         posterior = self.map_layout or flow
         _, z_size, stat_size = scratch_sizes(self.step_layouts(), tile)
         return dict(
-            STEER=steer, PROPOSE=propose, RECOMPUTE=recompute and steer, ESTIMATE=steering.estimate,
+            STEER=step.steer, PROPOSE=step.propose, FLOW=step.num_flows > 0, RECOMPUTE=recompute and step.steer,
+            ESTIMATE=steering.estimate,
             FULL=steering.jacobian == "full", MASKED=steering.clip == "masked" and steering.jacobian == "full",
             AGG=steering.aggregation, SCALE=steering.scale,
             E=1 if self.critic_layout is None else self.critic_layout.spec.num_members,
@@ -237,8 +262,7 @@ class SamplerPlan:
 
     def _step(
         self, ws: Workspace, packed: PackedBuffers, grid: Grid, obs: Tensor, x_in: Tensor, x_out: Tensor,
-        eps: Tensor | None, *, steer: bool, propose: bool, flow: tuple[int, int], step: int = 0,
-        plain_end: int | None = None,
+        eps: Tensor | None, step: StepLaunch,
     ) -> None:  # fmt: skip
         steering, net = self.spec.steering, packed.networks[0]
         posterior: PackedNetwork = packed.networks[2] if self.map_layout is not None else net
@@ -251,12 +275,13 @@ class SamplerPlan:
             flow_w_ptr=net.weights, flow_vec_ptr=net.vectors, flow_bias_ptr=net.time_bias, flow_layer_ptr=net.layers,
             map_w_ptr=posterior.weights, map_vec_ptr=posterior.vectors, map_bias_ptr=posterior.time_bias,
             map_layer_ptr=posterior.layers, h_ptr=ws.step_h, z_ptr=ws.step_z, stat_ptr=ws.step_stat,
-            rest_ptr=self.rest, glass_ptr=self.glass, dims_ptr=self.dims, norm_ptr=ws.norms, nonfinite_ptr=ws.nonfinite,
+            schedule_ptr=self.schedule, glass_ptr=self.glass, dims_ptr=self.dims, norm_ptr=ws.norms,
+            nonfinite_ptr=ws.nonfinite,
             num_rows=len(obs), num_draws=self.num_draws, rows_per_tile=grid.rows_per_tile, num_tiles=grid.step_tiles,
-            step=step, flow_begin=flow[0], flow_end=flow[1], plain_end=flow[1] if plain_end is None else plain_end,
-            dt=1.0 / self.spec.num_steps, low=float(self.spec.action_low), high=float(self.spec.action_high),
+            step=max(step.steered, 0), flow_begin=step.steered + 1, flow_end=step.flow_end, plain_end=step.plain_end,
+            low=float(self.spec.action_low), high=float(self.spec.action_high),
             alpha=float(gain), rho=float(steering.rho), tilt=float(tilt), floor=float(steering.eps),
             max_grad_norm=float(steering.max_grad_norm), gaf_decay=float(steering.gaf_decay),
             gaf_min=float(steering.gaf_min), flow_eps=float(net.layout.spec.layer_norm_eps),
-            map_eps=float(posterior.layout.spec.layer_norm_eps), **self.step_arguments(steer, propose, grid.recompute),
+            map_eps=float(posterior.layout.spec.layer_norm_eps), **self.step_arguments(step, grid.recompute),
         )  # fmt: skip

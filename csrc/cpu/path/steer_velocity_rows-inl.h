@@ -48,11 +48,12 @@ static void softmax_row(const float* q, int count, float scale, float* p) {
   posterior_softmax(q, 1, count, scale, p, 1);
 }
 
-static void steer_rows(const SteerArgs& args) {
+static void steer_velocity_rows(const SteerArgs& args) {
   for (int i = args.begin; i < args.end; ++i) {
     const std::ptrdiff_t row = static_cast<std::ptrdiff_t>(i) * args.padded_width;
-    const SteerOutcome outcome = steer_row(*args.steering, args.x + row, args.v + row, args.g + row, args.width,
-                                           args.mask, args.std[i * args.std_stride], args.dt);
+    const SteerOutcome outcome =
+        steer_velocity_row(*args.steering, args.strength, args.x + row, args.v + row, args.g + row, args.width,
+                           args.mask, args.std[i * args.std_stride], args.dt);
     if (args.norms != nullptr) args.norms[i] = outcome.g_norm;
     if (args.nonfinite != nullptr) args.nonfinite[i] = outcome.nonfinite ? 1 : 0;
   }
