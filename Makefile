@@ -19,6 +19,7 @@ test: lint types
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/vulture
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 types: $(VENV)/.built

@@ -7,10 +7,8 @@ import torch
 
 from qpilots_fast import backends
 
+
 # backends that run on plain CPU tensors in this process; Triton's interpreter has a process of its own
-LOCAL = [name for name in ("reference", "cpu") if backends.unavailable_reason(name) is None]
-
-
 @pytest.fixture(params=["reference", "cpu"])
 def backend(request: pytest.FixtureRequest) -> str:
     reason = backends.unavailable_reason(request.param)

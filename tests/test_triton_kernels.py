@@ -244,7 +244,7 @@ class Allocations(TorchDispatchMode):
 
         def paused(name: str) -> dict[object, object]:
             class Grids(dict):  # type: ignore[type-arg]
-                def __missing__(grids, grid: object) -> object:
+                def __missing__(_, grid: object) -> object:
                     def run(**arguments: object) -> None:
                         self.inside_kernel = True
                         kernel_of(name)[grid](**arguments)
