@@ -67,10 +67,11 @@ class Session:
 
     def _winners(self, workload: Workload) -> set[str]:
         smaller = [
-            cell for cell in self.cells
+            cell
+            for cell in self.cells
             if (cell.workload.case, cell.workload.method) == (workload.case, workload.method)
             and 256 <= cell.workload.batch_size < workload.batch_size
-        ]  # fmt: skip
+        ]
         if not smaller:
             return set()
         nearest = max(smaller, key=lambda cell: cell.workload.batch_size)

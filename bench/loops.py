@@ -108,13 +108,14 @@ def scaling_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """For the terminal."""
     return [
         {
-            "dimension": row["dimension"], "contestant": row["contestant"],
+            "dimension": row["dimension"],
+            "contestant": row["contestant"],
             "sizes": ", ".join(map(str, row["sizes"])),
             "p50 ms": ", ".join(f"{s * 1e3:.3g}" for s in row["p50_s"]),
             "time ~ size^": row["exponent"],
         }
         for row in rows
-    ]  # fmt: skip
+    ]
 
 
 _FIRST_CALL = """

@@ -110,11 +110,13 @@ def _native_peaks() -> Peaks | None:
     limits = [cpu.machine_limits.__wrapped__(threads) for _ in range(_PEAK_REPEATS)]
     best = cpu.MachineLimits(*(max(values) for values in zip(*limits)))
     return Peaks(
-        {"float32": best.flops_float32, "bfloat16": best.flops_bfloat16}, best.memory_bytes, best.cache_bytes,
+        {"float32": best.flops_float32, "bfloat16": best.flops_bfloat16},
+        best.memory_bytes,
+        best.cache_bytes,
         f"native micro-benchmarks on {threads} threads",
         # without tile registers it is the same loop once more
         {"bfloat16": best.fma_bfloat16} if best.flops_bfloat16 > 2 * best.fma_bfloat16 else {},
-    )  # fmt: skip
+    )
 
 
 def measure_peaks(device: str = "cpu") -> Peaks:

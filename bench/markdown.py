@@ -16,9 +16,10 @@ from .targets import TARGETS
 def _fastest(cell: dict[str, Any], ours: bool, precision: str | None, frozen: bool = False) -> dict[str, Any] | None:
     """The fastest correct result, of ours with live or with frozen weights."""
     found = [
-        r for r in cell["results"]
+        r
+        for r in cell["results"]
         if "p50_s" in r and r["ours"] == ours and r["frozen"] == frozen and precision in (None, r["precision"])
-    ]  # fmt: skip
+    ]
     return min(found, key=lambda r: r["p50_s"], default=None)
 
 

@@ -66,17 +66,19 @@ class Cell:
     def ours(self, precision: str, frozen: bool = False) -> Result | None:
         """Our fastest usable result of this kind."""
         found = [
-            r for r in self.results
+            r
+            for r in self.results
             if r.usable and r.contestant.ours and r.contestant.precision == precision and r.contestant.frozen == frozen
-        ]  # fmt: skip
+        ]
         return min(found, key=_p50, default=None)
 
     def best_peer(self, precision: str | None = None) -> Result | None:
         """The fastest usable peer, of one precision or of any."""
         found = [
-            r for r in self.results
+            r
+            for r in self.results
             if r.usable and not r.contestant.ours and precision in (None, r.contestant.precision)
-        ]  # fmt: skip
+        ]
         return min(found, key=_p50, default=None)
 
     def ratio(self, precision: str, against: str | None, frozen: bool = False) -> tuple[float, float, float] | None:
@@ -204,7 +206,7 @@ def measure_cell(
         say(f"{workload.case.name} {workload.method} B={workload.batch_size}: {len(runs)} contestants in turns")
         load = interleave(
             runs, timings, rounds=rounds, budget_s=budget_s, min_rounds=min_rounds, cuda=cuda, before_round=ask_rates
-        )  # fmt: skip
+        )
         for result in results:
             if control_loop is not None and result.contestant.key in runs:
                 say(f"control loop of {result.contestant.key}")

@@ -32,10 +32,12 @@ class StackedNetwork:
             self._row(layer.bias or tuple(w.new_zeros(w.shape[0]) for w in layer.weight)) for layer in network.layers
         ]
         self.norms = [
-            (None if layer.norm_weight is None else self._row(layer.norm_weight),
-             None if layer.norm_bias is None else self._row(layer.norm_bias))
+            (
+                None if layer.norm_weight is None else self._row(layer.norm_weight),
+                None if layer.norm_bias is None else self._row(layer.norm_bias),
+            )
             for layer in network.layers
-        ]  # fmt: skip
+        ]
         self.weights = weights[1:]  # of the layers after the first
         columns = spec.block_slices
         self.first = {block: weights[0][..., part, :].contiguous() for block, part in columns.items()}  # [.., d, H]

@@ -25,10 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="qpilots-fast",
         description="Fused sampling for flow policies steered by a critic.",
-        epilog="commands:\n" + "\n".join(f"  {name:<11} {text}" for name, text in _COMMANDS.items())
+        epilog="commands:\n"
+        + "\n".join(f"  {name:<11} {text}" for name, text in _COMMANDS.items())
         + "\n\n`qpilots-fast COMMAND --help` tells more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("command", choices=list(_COMMANDS), metavar="COMMAND", help=", ".join(_COMMANDS))
     command = parser.parse_args(arguments[:1]).command
     rest = arguments[1:]

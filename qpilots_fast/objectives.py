@@ -141,9 +141,7 @@ def td_loss(
         with torch.no_grad():
             next_actions = sampler(next_obs)
     assert next_actions is not None
-    target = td_target(
-        target_critic, rewards, discounts, next_obs, next_actions, aggregation=aggregation, rho=rho
-    )  # fmt: skip
+    target = td_target(target_critic, rewards, discounts, next_obs, next_actions, aggregation=aggregation, rho=rho)
     return (critic(obs, actions) - target).square().mean()
 
 

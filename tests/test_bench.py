@@ -271,14 +271,15 @@ def _cell_with(method: str, batch: int, times: dict[tuple[str, str, bool], float
 
 def test_float32_meets_float32_peers_and_bfloat16_the_best_of_any() -> None:
     cell = _cell_with(
-        "U", 1,
+        "U",
+        1,
         {
             ("qpilots_fast cpu", "float32", True): 10.0,
             ("qpilots_fast cpu", "bfloat16", True): 5.0,
             ("torch eager", "float32", False): 31.0,
             ("torch eager", "bfloat16", False): 29.0,
         },
-    )  # fmt: skip
+    )
     verdicts = {v.name: v for v in targets.judge_ratios([cell])}
     assert verdicts["U float32 B=1"].measured == pytest.approx(3.1) and verdicts["U float32 B=1"].passed is True
     assert verdicts["U bfloat16 B=1"].measured == pytest.approx(5.8) and verdicts["U bfloat16 B=1"].passed is False
@@ -287,9 +288,7 @@ def test_float32_meets_float32_peers_and_bfloat16_the_best_of_any() -> None:
 
 
 def test_a_ratio_says_what_the_machine_would_allow() -> None:
-    cell = _cell_with(
-        "U", 1, {("qpilots_fast cpu", "float32", True): 10.0, ("torch eager", "float32", False): 31.0}
-    )  # fmt: skip
+    cell = _cell_with("U", 1, {("qpilots_fast cpu", "float32", True): 10.0, ("torch eager", "float32", False): 31.0})
     # 10^6 flops at 10^6 a second: a call of 1 second at best
     peaks = Peaks({"float32": 1e6, "bfloat16": 1e6}, dram_bytes=1e9, cache_bytes=1e9, source="test")
     cell.explained_floor_s = {"float32": 1.0}

@@ -146,13 +146,17 @@ def test_forward_and_vjp_of_single_networks(backend, precision):
             exact = [block.double() for block in blocks]
             oracle = ReferenceBackend()
             torch.testing.assert_close(
-                backend.forward(bound, blocks, precision).double(), oracle.forward(bound, exact, "float64"),
-                rtol=tolerance, atol=tolerance,
-            )  # fmt: skip
+                backend.forward(bound, blocks, precision).double(),
+                oracle.forward(bound, exact, "float64"),
+                rtol=tolerance,
+                atol=tolerance,
+            )
             torch.testing.assert_close(
                 backend.vjp(bound, blocks, cotangent, precision).double(),
-                oracle.vjp(bound, exact, cotangent.double(), "float64"), rtol=tolerance, atol=tolerance,
-            )  # fmt: skip
+                oracle.vjp(bound, exact, cotangent.double(), "float64"),
+                rtol=tolerance,
+                atol=tolerance,
+            )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -211,9 +211,7 @@ def test_diffusion_velocity_in_the_sampler():
     """Steered by SteeredSampler as any flow is: the estimate is the clean prediction itself."""
     net, critic = networks()
     obs, noise = inputs()
-    flow = DiffusionVelocity(
-        lambda o, x, s: net(torch.cat([o, x, s[:, None] / STEPS], -1)), DDPM, "epsilon", clip=1.0
-    )  # fmt: skip
+    flow = DiffusionVelocity(lambda o, x, s: net(torch.cat([o, x, s[:, None] / STEPS], -1)), DDPM, "epsilon", clip=1.0)
     sampler = SteeredSampler(flow, critic, Steering.qpilots_u(alpha=0.3), num_steps=K, backend="reference")
     z = noise
     for k in range(K):
@@ -289,10 +287,12 @@ def test_reversed_time_with_padding(jacobian):
         x = (leaf - v / K).detach()
 
     sampler = SteeredSampler(
-        ReversedTimeFlow(expert, chunk_shape=(chunk, padded)), lambda o, a: critic(o, a[:, dims]),
-        replace(Steering.qpilots_u(alpha=alpha, jacobian=jacobian), steered_dims=tuple(dims)), num_steps=K,
+        ReversedTimeFlow(expert, chunk_shape=(chunk, padded)),
+        lambda o, a: critic(o, a[:, dims]),
+        replace(Steering.qpilots_u(alpha=alpha, jacobian=jacobian), steered_dims=tuple(dims)),
+        num_steps=K,
         backend="reference",
-    )  # fmt: skip
+    )
     got = sampler(obs, noise.flatten(1)).unflatten(1, (chunk, padded))
     torch.testing.assert_close(got, x.clamp(-1, 1), **EXACT)
     plain = SteeredSampler(sampler.flow, None, Steering.unsteered(), num_steps=K)(obs, noise.flatten(1))
@@ -303,9 +303,7 @@ def test_reversed_time_undoes_itself():
     """A flow of ours, told in their convention and brought back."""
     flow = FlowMLP(S, A, (8,)).double()
     obs, x = inputs()
-    back = ReversedTimeFlow(
-        nn.Identity(), call=lambda m, o, y, tau: -flow(o, m(y), (1 - tau)[:, None]),
-    )  # fmt: skip
+    back = ReversedTimeFlow(nn.Identity(), call=lambda m, o, y, tau: -flow(o, m(y), (1 - tau)[:, None]))
     t = torch.rand(B, 1, generator=torch.Generator().manual_seed(0)).double()
     torch.testing.assert_close(back(obs, x, t), flow(obs, x, t), **EXACT)
 

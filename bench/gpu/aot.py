@@ -21,9 +21,7 @@ _POINTERS = {
     "item_ptr": "*i64", "block_ptr": "*i64",
 }  # fmt: skip
 _OPERAND_POINTERS = {"w_ptr", "h_ptr", "z_ptr", "flow_w_ptr", "map_w_ptr", "weights_ptr"}
-_INTEGERS = {
-    "num_rows", "num_draws", "num_tiles", "rows_per_tile", "step", "flow_begin", "flow_end", "plain_end",
-}  # fmt: skip
+_INTEGERS = {"num_rows", "num_draws", "num_tiles", "rows_per_tile", "step", "flow_begin", "flow_end", "plain_end"}
 
 
 @dataclass(frozen=True)

@@ -138,9 +138,7 @@ class Agent:
             logs["flow_loss"] = loss.detach()
         if "posterior" in self.optimisers:
             assert self.posterior is not None and self.slow_posterior is not None
-            loss = meta_flow_map_loss(
-                self.posterior, self.flow, batch.obs, batch.actions, generator=self.generator
-            )  # fmt: skip
+            loss = meta_flow_map_loss(self.posterior, self.flow, batch.obs, batch.actions, generator=self.generator)
             self._step("posterior", loss)
             polyak_update(self.slow_posterior, self.posterior, self.config.posterior_polyak)
             logs["posterior_loss"] = loss.detach()

@@ -129,9 +129,11 @@ class Run:
         """Episodes in the environment, one update for each of its steps."""
         end = self.config.total_steps
         with tqdm(
-            desc="online", total=self.config.online_steps, initial=self.counters["step"] - self.config.offline_steps,
+            desc="online",
+            total=self.config.online_steps,
+            initial=self.counters["step"] - self.config.offline_steps,
             mininterval=1,
-        ) as bar:  # fmt: skip
+        ) as bar:
             while self.counters["step"] < end:
                 steps = self.collect_episode(end - self.counters["step"], bar)
                 self.counters["episodes"] += 1

@@ -42,8 +42,9 @@ def timings_table(rows: list[Timing]) -> Table:
     absent = [f"{row.backend}: {escape(row.absent)}" for row in rows if row.absent]
     table = Table(
         title=f"Time per action chunk, batch of 1, median (steered at alpha {DEFAULT_ALPHA:g})",
-        caption="\n".join(["not here:", *absent]) if absent else None, caption_justify="left",
-    )  # fmt: skip
+        caption="\n".join(["not here:", *absent]) if absent else None,
+        caption_justify="left",
+    )
     methods = next((row.seconds for row in rows if row.seconds), {})
     for name in ("backend", "precision", *methods):
         table.add_column(name, justify="left" if name == "backend" else "right")

@@ -83,9 +83,10 @@ def check_argument_order(module: nn.Module, kind: str) -> None:
     if kind == "meta_flow_map":
         return
     names = [
-        p.name for p in inspect.signature(module.forward).parameters.values()
+        p.name
+        for p in inspect.signature(module.forward).parameters.values()
         if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]  # fmt: skip
+    ]
     roles = [next((role for role, known in _ARGUMENT_NAMES.items() if n.lower() in known), None) for n in names]
     ranks = [list(_ARGUMENT_NAMES).index(role) for role in roles if role is not None]
     if ranks != sorted(ranks):

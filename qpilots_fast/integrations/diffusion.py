@@ -164,9 +164,7 @@ class DiffusionVelocity(nn.Module):
             )
         timestep, alpha, sigma = self.path.at_time(time)
         x = (alpha + sigma) * noisy_actions
-        noise, clean = _noise_and_clean(
-            self.network, self.prediction, self.clip, obs, x, timestep, alpha, sigma
-        )  # fmt: skip
+        noise, clean = _noise_and_clean(self.network, self.prediction, self.clip, obs, x, timestep, alpha, sigma)
         return clean - noise
 
 
