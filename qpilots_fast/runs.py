@@ -162,7 +162,8 @@ class CallableRun:
         return not all_packed(networks, self._steering)
 
     def __init__(self, steering: Steering, num_steps: int, precision: str, bounds: tuple[float, float]) -> None:
-        self._steering, self._num_steps, self._precision, self._bounds = steering, num_steps, precision, bounds
+        self._steering, self._precision, self._bounds = steering, precision, bounds
+        self._schedule = steering.schedule(num_steps)
 
     def quick(self, backend: str) -> QuickCall | None:
         return None
@@ -173,8 +174,10 @@ class CallableRun:
         check_all_finite(obs, noise, eps)
         chosen = self._choose(backend, noise.device, noise.dtype).backend
         net = evaluators(**networks, steering=self._steering, backend=chosen, precision=self._precision, obs=obs)
-        starts, schedule = noise.unbind(1), self._steering.schedule(self._num_steps)
-        raw = side_by_side([reference.sample(net, self._steering, schedule, x, eps, self._bounds) for x in starts])
+        starts = noise.unbind(1)
+        raw = side_by_side(
+            [reference.sample(net, self._steering, self._schedule, x, eps, self._bounds) for x in starts]
+        )
         check_actions(raw.actions)
         return raw
 

@@ -224,7 +224,7 @@ class SamplerSpec:
                 f"Steering.steered_dims has {dims[-1]}; expected indices below action_dim={flow.action_dim}."
             )
         for name in ("critic", "posterior"):
-            if not steering.asks(name):
+            if not steering.asks(name) or not self.steered_steps:
                 object.__setattr__(self, name, None)
             elif getattr(self, name) is None:
                 raise ValueError(f"{name} is None, but this steering needs one; give a network or a callable.")
@@ -262,7 +262,7 @@ class SamplerSpec:
     @property
     def pulls_flow(self) -> bool:
         """Whether a steered step pulls the gradient back through the flow at its own (x, t)."""
-        return self.steering.pulls_flow
+        return self.steering.pulls_flow and bool(self.steered_steps)
 
     @property
     def num_draws(self) -> int:
@@ -278,7 +278,7 @@ class SamplerSpec:
     @cached_property
     def glass_table(self) -> tuple[tuple[GlassCoefficients[float], ...], ...]:
         """[K][m]: the coefficients of every inner step; empty unless the estimate is "glass"."""
-        if not (self.steering.steers and self.steering.estimate == "glass"):
+        if not self.steered_steps or self.steering.estimate != "glass":
             return ()
         m = self.steering.glass_steps
         return tuple(tuple(glass_coefficients(t, i / m) for i in range(m)) for t in self.times)
