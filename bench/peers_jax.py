@@ -55,6 +55,7 @@ def _rest(arrays: dict[str, Any], spec: Any, z: Any) -> Any:
         "gelu_tanh": lambda h: jax.nn.gelu(h, approximate=True),
         "gelu": lambda h: jax.nn.gelu(h, approximate=False),
         "relu": jax.nn.relu, "silu": jax.nn.silu, "mish": jax.nn.mish, "tanh": jnp.tanh,
+        "elu": jax.nn.elu,
     }[spec.activation]  # fmt: skip
 
     def normalise(h: Any, index: int) -> Any:

@@ -71,4 +71,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "silu": Activation(F.silu, lambda z: z * torch.sigmoid(z), _silu_derivative),
     "mish": Activation(F.mish, lambda z: z * torch.tanh(_softplus(z)), _mish_derivative),
     "tanh": Activation(torch.tanh, torch.tanh, _tanh_derivative),
+    "elu": Activation(
+        F.elu, lambda z: torch.where(z > 0, z, torch.expm1(z.clamp(max=0))), lambda z: torch.exp(z.clamp(max=0))
+    ),
 }

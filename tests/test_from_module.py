@@ -701,7 +701,7 @@ class LearnedTime(nn.Module):
     [
         (Residual(), "critic", r"no known activation.*off by"),
         (mlp(S + A, 51, H), "critic", "51 outputs, expected 1"),
-        (mlp(S + A, 1, H, act=nn.ELU), "critic", r"no known activation.*off by"),
+        (mlp(S + A, 1, H, act=nn.Hardswish), "critic", r"no known activation.*off by"),
         (mlp(S + A, 1, H, act=nn.Identity), "critic", "no known activation"),
         (mlp(S + A, 1), "critic", "no hidden layer"),
         (nn.Sequential(nn.Linear(S + A, H), nn.BatchNorm1d(H), nn.ReLU(), nn.Linear(H, 1)), "critic", "BatchNorm1d"),
@@ -778,8 +778,8 @@ def test_wrong_arguments():
         from_module(module, "critic", hidden=3)
     with pytest.raises(TypeError, match="module is function"):
         from_module(lambda obs, actions: obs, "critic")
-    with pytest.raises(ValueError, match="activation is 'elu'"):
-        from_module(module, "critic", activation="elu")
+    with pytest.raises(ValueError, match="activation is 'hardswish'"):
+        from_module(module, "critic", activation="hardswish")
     with pytest.raises(ValueError, match="input_order is"):
         from_module(module, "critic", input_order=("obs",))
     with pytest.raises(ValueError, match="obs_dim is -1"):

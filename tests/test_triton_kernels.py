@@ -142,6 +142,7 @@ def test_every_setting_of_steering(name: str) -> None:
         ("silu", (None, "post"), (None, "post"), "raw"),
         ("mish", ("post", "pre"), "pre", "fourier"),
         ("tanh", None, ("pre", None), "sinusoidal"),
+        ("elu", "post", "post", "raw"),
     ],
 )
 def test_every_activation_placement_and_embedding(

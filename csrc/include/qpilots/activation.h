@@ -7,18 +7,23 @@
 
 namespace qpilots {
 
-// e^x for x in [-87.3, 88]: callers clamp. x = n ln2 + r, |r| <= ln2 / 2; minimax polynomial, error 3e-9 + rounding.
+// e^r - 1 for |r| <= ln2 / 2: minimax polynomial, error 3e-9 + rounding.
+template <class T>
+QPILOTS_HD T exp_minus_one_reduced(T r) {
+  T p = fmadd(T(0.001381446674f), r, T(0.008368780429f));
+  p = fmadd(p, r, T(0.04166839422f));
+  p = fmadd(p, r, T(0.1666652011f));
+  p = fmadd(p, r, T(0.4999999341f));
+  return fmadd(p, r * r, r);
+}
+
+// e^x for x in [-87.3, 88]: callers clamp. x = n ln2 + r, |r| <= ln2 / 2.
 template <class T>
 QPILOTS_HD T exp_bounded(T x) {
   const T n = round_even(x * T(1.44269504089f));
   T r = fmadd(n, T(-0.693359375f), x);
   r = fmadd(n, T(2.12194440e-4f), r);
-  T p = fmadd(T(0.001381446674f), r, T(0.008368780429f));
-  p = fmadd(p, r, T(0.04166839422f));
-  p = fmadd(p, r, T(0.1666652011f));
-  p = fmadd(p, r, T(0.4999999341f));
-  p = fmadd(p, r * r, r) + T(1.0f);
-  return scale_by_power_of_two(p, n);
+  return scale_by_power_of_two(exp_minus_one_reduced(r) + T(1.0f), n);
 }
 
 // What a value is used for: kBf16 is rounded to bfloat16, or meets numbers that are, and may be off by 2^-13 of itself.
@@ -145,6 +150,14 @@ QPILOTS_HD ValueSlope<T> relu(T x) {  // derivative 0 at 0, as PyTorch; NaN stay
   return {select(x <= zero, zero, x), select(x <= zero, zero, select(x == x, one, x))};
 }
 
+template <class T>
+QPILOTS_HD ValueSlope<T> elu(T x) {  // e^x - 1 below 0, its relative accuracy kept near 0
+  const T c = minimum(T(0.0f), maximum(T(-87.0f), x));
+  const T e = exp_bounded(c);
+  const T negative = select(c < T(-0.34f), e - T(1.0f), exp_minus_one_reduced(c));
+  return {select(T(0.0f) < x, x, negative), e};
+}
+
 // The activation known at compile time: value and derivative, of which an unused one is dropped by the compiler.
 template <Activation kActivation, Accuracy kAccuracy = Accuracy::kFloat32, class T>
 QPILOTS_HD ValueSlope<T> activate(T x) {
@@ -160,6 +173,8 @@ QPILOTS_HD ValueSlope<T> activate(T x) {
     return mish(x);
   else if constexpr (kActivation == Activation::kTanh)
     return hyperbolic_tangent(x);
+  else if constexpr (kActivation == Activation::kElu)
+    return elu(x);
   else
     static_assert(sizeof(T) == 0, "an activation without a formula");
 }

@@ -15,7 +15,8 @@ namespace qpilots {
   X(kRelu, "relu")             \
   X(kSilu, "silu")             \
   X(kMish, "mish")             \
-  X(kTanh, "tanh")
+  X(kTanh, "tanh")             \
+  X(kElu, "elu")
 #define QPILOTS_NORM_PLACEMENTS(X)  \
   X(kNone, "none")                  \
   X(kPre, "pre")   /* act(LN(z)) */ \

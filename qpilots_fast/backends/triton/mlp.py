@@ -43,6 +43,11 @@ def _activation(z, ACT: tl.constexpr):
         e = tl.exp(tl.minimum(z, 20.0))
         n = e * (e + 2.0)
         h = z * (n / (n + 2.0))
+    elif ACT == "elu":
+        c = tl.where(z > 0, 0.0, z)  # keeps NaN
+        # e^c - 1 by its series near 0, where the difference cancels
+        near = c * (1.0 + c * (0.5 + c * (1 / 6 + c * (1 / 24 + c * (1 / 120 + c * (1 / 720))))))
+        h = tl.where(z > 0, z, tl.where(c < -0.34, tl.exp(c) - 1.0, near))
     else:
         tl.static_assert(ACT == "tanh")
         h = 2.0 * tl.sigmoid(2.0 * z) - 1.0
@@ -66,6 +71,8 @@ def _activation_derivative(z, ACT: tl.constexpr):
         n = e * (e + 2.0)
         r = n / (n + 2.0)
         d = r + z * (1.0 - r * r) * tl.sigmoid(z)
+    elif ACT == "elu":
+        d = tl.exp(tl.where(z > 0, 0.0, z))
     else:
         tl.static_assert(ACT == "tanh")
         s = 2.0 * tl.sigmoid(2.0 * z) - 1.0
