@@ -71,6 +71,10 @@ class Steering:
         scale: ``"norm_match"``, ``"absolute"`` or ``"gaf"`` (alpha * m * clip_norm(g, max_grad_norm) / gaf_beta,
             m = max(gaf_min, exp(-gaf_decay * std_Q))).
         steer_first_step: whether step k = 0 (pure noise) is steered.
+        step_weights: K numbers >= 0 that multiply alpha step by step, the first included whatever steer_first_step
+            says. A step of weight 0 asks no critic. None: 1 at every step.
+        window: (t_from, t_until), short for weight 1 at the steps with t_from <= t_k < t_until and 0 elsewhere;
+            steer_first_step keeps its rule. Not together with step_weights.
         num_samples: N posterior draws (mfm, glass), >= 1.
         glass_steps: m inner Euler steps of the "glass" estimate, >= 1; m = 1 equals tweedie in its one draw.
         q_scale: what Q is divided by before exp(tau Q): None, "batch_std" (the std of the aggregated Q over
@@ -95,6 +99,8 @@ class Steering:
     tau: float = 1.0
     scale: Scale = "norm_match"
     steer_first_step: bool = False
+    step_weights: tuple[float, ...] | None = None
+    window: tuple[float, float] | None = None
     num_samples: int = 1
     glass_steps: int = 2
     q_scale: float | Literal["batch_std"] | None = None
@@ -144,7 +150,22 @@ class Steering:
                 raise TypeError(f"Steering.steered_dims is {dims!r}; expected a non-empty tuple of integers, or None.")
             if list(dims) != sorted(set(dims)) or dims[0] < 0:
                 raise ValueError(f"Steering.steered_dims is {dims!r}; expected sorted, distinct indices >= 0.")
+        self._check_weights()
         object.__setattr__(self, "json", json.dumps(asdict(self), sort_keys=True))
+
+    def _check_weights(self) -> None:
+        for name, count in (("step_weights", "K"), ("window", "2")):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, tuple) or not value):
+                raise TypeError(f"Steering.{name} is {value!r}; expected a tuple of {count} numbers, or None.")
+            for number in value or ():
+                check_number(f"Steering.{name} entry", number, 0.0)
+        if self.window is not None and (len(self.window) != 2 or not self.window[0] < self.window[1]):
+            raise ValueError(f"Steering.window is {self.window!r}; expected (t_from, t_until), 0 <= t_from < t_until.")
+        if self.window is not None and self.step_weights is not None:
+            raise ValueError(
+                "Steering got both window and step_weights; expected one of them (a window is short for 0s and 1s)."
+            )
 
     json: ClassVar[str]  # these settings as text, ready before torch.compile traces through
 
@@ -161,7 +182,7 @@ class Steering:
     @property
     def steers(self) -> bool:
         """Whether the critic moves the velocity at all."""
-        return self.alpha > 0
+        return self.alpha > 0 and (self.step_weights is None or any(weight > 0 for weight in self.step_weights))
 
     @property
     def draws_posterior(self) -> bool:
@@ -182,11 +203,22 @@ class Steering:
 
         Args:
             num_steps: K. time_grid: K + 1 increasing times from 0 to 1; None: k / K.
+
+        Raises:
+            ValueError: where step_weights are not K.
         """
+        if self.step_weights is not None and len(self.step_weights) != num_steps:
+            raise ValueError(
+                f"Steering.step_weights has {len(self.step_weights)} entries, the call {num_steps} steps; expected one "
+                "for each."
+            )
         times = [k / num_steps for k in range(num_steps)] if time_grid is None else list(time_grid)[:-1]
         lengths = [1 / num_steps] * num_steps if time_grid is None else [b - a for a, b in pairwise(time_grid)]
-        weights = [float(self.steers and (k > 0 or self.steer_first_step)) for k in range(num_steps)]
-        return tuple(map(Step, times, lengths, weights))
+        begin, end = self.window or (0.0, math.inf)
+        weights = self.step_weights or [
+            float(begin <= t < end and (k > 0 or self.steer_first_step)) for k, t in enumerate(times)
+        ]
+        return tuple(Step(t, dt, weight * self.steers) for t, dt, weight in zip(times, lengths, weights))
 
     @classmethod
     def qpilots_u(cls, alpha: float = 0.2, rho: float = 0.5, jacobian: Jacobian = "full") -> Steering:
@@ -248,6 +280,5 @@ class Steering:
 @lru_cache(maxsize=256)
 def _from_json(text: str) -> Steering:
     values: dict[str, Any] = json.loads(text)
-    if values["steered_dims"] is not None:
-        values["steered_dims"] = tuple(values["steered_dims"])
-    return Steering(**values)
+    listed = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return Steering(**{**values, **listed})

@@ -67,6 +67,11 @@ SETTINGS = {
     "q_scale": Steering(estimate="mfm", num_samples=3, q_scale=2.5),
     "batch_std": Steering(estimate="mfm", num_samples=3, q_scale="batch_std"),
     "first_step": Steering(steer_first_step=True),
+    "step_weights": Steering(step_weights=(0.5, 0.0, 2.0, 0.0, 0.0, 1.0, 0.0, 0.25, 1.0, 0.0)),
+    "step_weights_m": Steering(estimate="mfm", num_samples=2, step_weights=(0.0,) * 4 + (1.5,) + (0.0,) * 5),
+    "window": Steering(window=(0.3, 0.7)),
+    "window_glass": Steering(estimate="glass", num_samples=2, window=(0.5, 0.6), scale="absolute"),
+    "window_around_no_step": Steering(window=(0.01, 0.02)),
     "five_glass_steps": Steering(estimate="glass", num_samples=2, glass_steps=5),
 }  # fmt: skip
 

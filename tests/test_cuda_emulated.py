@@ -141,6 +141,8 @@ SETTINGS = {
     "batch_std": Steering(estimate="mfm", num_samples=3, q_scale="batch_std"),
     "batch_std_one_estimate": Steering(scale="absolute", q_scale="batch_std"),
     "first_step": Steering(steer_first_step=True),
+    "step_weights": Steering(step_weights=(0.5, 0.0, 1.5)),
+    "window_m": Steering(estimate="mfm", num_samples=2, window=(0.3, 0.5)),
     "one_draw": Steering(estimate="mfm", num_samples=1),
     "identity_masked": Steering(jacobian="identity", clip="masked", scale="absolute"),
 }  # fmt: skip

@@ -170,6 +170,14 @@ def test_odd_sizes(steering: Steering, settings: dict[str, object]) -> None:
     check(small(steering, **settings), MANY_TILES if settings["batch_size"] == 2 else ONE_TILE)
 
 
+@pytest.mark.parametrize("weights", [(0.0, 0.5, 0.0, 0.0, 2.0, 0.0), (1.0, 0.0, 0.0, 0.0, 0.0, 1.0)])
+@pytest.mark.parametrize("steering", [U, M], ids=["u", "m"])
+def test_unsteered_steps_between_steered_ones(steering: Steering, weights: tuple[float, ...]) -> None:
+    case = small(replace(steering, step_weights=weights), num_steps=6)
+    check(case)
+    assert len(backend().plan(spec_of(case), torch.device("cpu")).step_launches()) == 3
+
+
 @pytest.mark.parametrize("steering", [U, M, GLASS], ids=["u", "m", "glass"])
 def test_more_tiles_than_programs(steering: Steering) -> None:
     """The scratch then holds another tile's activations, and pull-backs recompute their forward."""
