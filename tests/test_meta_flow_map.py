@@ -15,16 +15,7 @@ from qpilots_fast.meta_flow_map import CONSISTENCIES, glass_velocity, meta_flow_
 from qpilots_fast.reference import Evaluators, glass_coefficients, glass_draw, steering_gradient
 
 F64 = torch.float64
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # small matrices: more threads only wait for each other
-    yield
-    torch.set_num_threads(threads)
-
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 TIMES = [(0.0, 0.0), (0.0, 0.6), (0.7, 0.0), (0.3, 0.5), (0.5, 0.3), (0.9, 0.2), (0.2, 0.9), (0.9, 0.9), (0.5, 0.95)]
 TOLERANCE = {
     "quadrature": 1e-6,  # float64 teacher against the density alone

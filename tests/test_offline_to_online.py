@@ -15,14 +15,7 @@ from qpilots_fast.objectives import td_loss
 pytest.importorskip("ogbench")
 TASK = "pointmaze-medium-navigate-singletask-task1-v0"
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny networks: more threads only wait for each other
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -377,10 +377,18 @@ def test_two_samplers_of_one_spec_keep_their_own_weights() -> None:
     assert torch.equal(results[0], results[2]) and not torch.equal(results[0], results[1])
 
 
-def test_self_check_covers_every_kernel() -> None:
-    from bench.gpu.self_check import self_check
+def test_gpu_checks_cover_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.gpu import check
 
+    tiny = dict(obs_dim=5, action_dim=3, num_critics=1, hidden_dims=(9, 12), num_steps=2)
+    for name, value in {
+        "PRESETS": {"U": U, "QGF": Steering.qgf(0.1)},
+        "ACTIVATIONS": ("relu",),
+        "_CHECKED_SHAPES": (tiny,),
+        "_CHECKED_BATCHES": (3,),
+    }.items():
+        monkeypatch.setattr(check, name, value)
     launches.reset()
-    results = self_check(torch.device("cpu"), backend=backend(), precisions=("float32",), quick=True)
+    results = [f for c in (check.check_samplers, check.check_networks) for f in c("triton", "float32", "cpu")]
     assert set(launches.by_name) == {"pack", "critic", "step", "network"}
     assert results and all(result.compared.passed for result in results)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from rich.console import Console
 
 from qpilots_fast import BackendUnavailable, backends
 from qpilots_fast.activations import ACTIVATIONS
-from qpilots_fast.testing import PRESETS, Case, Comparison, compare, make_case
+from qpilots_fast.testing import PRESETS, Comparison, compare, make_case
 
 from .. import plots, records, report
-from ..cases import CASES, PRECISIONS, make_workload
+from ..cases import CASES, make_workload
 from ..contestants import forget_compiled, our_contestants, peer_contestants
 from ..machine import header, measure_peaks
 from ..measure import measure_cell
@@ -26,6 +27,10 @@ GPU_BACKENDS = ("triton", "cuda")
 _BATCH_SIZES = (1, 16, 64, 256, 1024, 4096, 16384)
 # odd on purpose: each leaves a different remainder in every block shape
 _CHECKED_BATCHES = (1, 3, 16, 17, 257)
+_CHECKED_SHAPES: tuple[dict[str, Any], ...] = (
+    dict(hidden_dims=(96, 72)),
+    dict(hidden_dims=(512, 300), obs_dim=40, action_dim=25, num_critics=4),
+)
 
 
 @dataclass(frozen=True)
@@ -38,53 +43,45 @@ class KernelCheck:
     compared: Comparison
 
 
-def _on_gpu(case: Case) -> Case:
-    return case.to("cuda")
-
-
-def check_samplers(backend: str, precision: str) -> list[KernelCheck]:
-    """Every preset at every checked batch size."""
+def check_samplers(backend: str, precision: str, device: str = "cuda") -> list[KernelCheck]:
+    """Every preset at every checked shape and batch size."""
     found = []
-    for name, steering in PRESETS.items():
-        for batch in _CHECKED_BATCHES:
-            case = make_case(steering, batch_size=batch, hidden_dims=(96, 72))
-            expected = case.expected()
-            try:
-                actions = _on_gpu(case).run(backend, precision)
-            except BackendUnavailable:  # the backend states that it does not run this setting
-                continue
-            compared = compare(actions, expected, precision)
-            found.append(KernelCheck(backend, f"sample {name} B={batch}", precision, compared))
+    for (name, steering), shape, batch in product(PRESETS.items(), _CHECKED_SHAPES, _CHECKED_BATCHES):
+        case = make_case(steering, batch_size=batch, **shape)
+        try:
+            actions = case.to(device).run(backend, precision)
+        except BackendUnavailable:  # the backend states that it does not run this setting
+            continue
+        what = f"sample {name} B={batch} {shape['hidden_dims']}"
+        found.append(KernelCheck(backend, what, precision, compare(actions, case.expected(), precision)))
     return found
 
 
-def check_networks(backend: str, precision: str) -> list[KernelCheck]:
+def check_networks(backend: str, precision: str, device: str = "cuda") -> list[KernelCheck]:
     """forward and vjp of the three kinds of network, over activations and LayerNorm placements."""
     found = []
     engine, oracle = backends.get(backend), backends.get("reference")
-    for activation in ACTIVATIONS:
-        for norm in (None, "pre", "post"):
-            case = make_case(activation=activation, layer_norm=norm, critic_layer_norm=norm, batch_size=33)
-            there = _on_gpu(case)
-            for kind in ("flow", "critic", "posterior"):
-                exact, bound = getattr(case.double(), kind).bound(), getattr(there, kind).bound()
-                named = {"obs": case.obs, "actions": case.noise, "noisy_actions": case.noise, "xbar": case.noise}
-                times = exact.spec.time_inputs(0.3, 33, case.obs.device)
-                blocks = exact.spec.ordered({**named, **times})
-                wide = [block.double() for block in blocks]
-                here = [block.float().cuda() for block in blocks]
-                expected = oracle.forward(exact, wide, "float64")
-                cotangent = torch.ones_like(expected)
-                handle = engine.prepare(bound, precision)
-                actual = {
-                    "forward": engine.forward(handle, here, precision),
-                    "vjp": engine.vjp(handle, here, cotangent.float().cuda(), precision),
-                }
-                exactly = {"forward": expected, "vjp": oracle.vjp(exact, wide, cotangent, "float64")}
-                for what, value in actual.items():
-                    scale = max(exactly[what].abs().max().item(), 1.0) * 4  # outputs are not within [-1, 1]
-                    compared = compare(value, exactly[what], precision, scale)
-                    found.append(KernelCheck(backend, f"{what} {kind} {activation} {norm}", precision, compared))
+    generator = torch.Generator().manual_seed(0)
+    for activation, norm in product(ACTIVATIONS, (None, "pre", "post")):
+        case = make_case(activation=activation, layer_norm=norm, critic_layer_norm=norm)
+        for kind in ("flow", "critic", "posterior"):
+            exact, bound = getattr(case.double(), kind).bound(), getattr(case.to(device), kind).bound()
+            blocks = [torch.randn(33, exact.spec.block_dim(b), generator=generator) for b in exact.spec.input_order]
+            wide, here = [block.double() for block in blocks], [block.to(device) for block in blocks]
+            forward = oracle.forward(exact, wide, "float64")
+            cotangent = torch.randn(forward.shape, generator=generator)
+            handle = engine.prepare(bound, precision)
+            pairs = {
+                "forward": (engine.forward(handle, here, precision), forward),
+                "vjp": (
+                    engine.vjp(handle, here, cotangent.to(device), precision),
+                    oracle.vjp(exact, wide, cotangent.double(), "float64"),
+                ),
+            }
+            for what, (actual, expected) in pairs.items():
+                scale = max(expected.abs().max().item(), 1.0) * 4  # outputs are not within [-1, 1]
+                compared = compare(actual, expected, precision, scale)
+                found.append(KernelCheck(backend, f"{what} {kind} {activation} {norm}", precision, compared))
     return found
 
 
@@ -96,7 +93,7 @@ def check_every_kernel(console: Console) -> list[KernelCheck]:
         if reason is not None:
             console.print(f"{backend}: not here ({reason})")
             continue
-        for precision in PRECISIONS:
+        for precision in backends.get(backend).precisions:
             checks = check_samplers(backend, precision) + check_networks(backend, precision)
             wrong = [check for check in checks if not check.compared.passed]
             worst = max((check.compared.max_error for check in checks), default=float("nan"))
