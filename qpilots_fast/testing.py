@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -47,6 +48,22 @@ PRESETS: dict[str, Steering] = {
     "unsteered": Steering.unsteered(),
     "glass": Steering(estimate="glass", num_samples=2, glass_steps=2),
 }
+
+
+def settings_grid(*estimates: str) -> dict[str, Steering]:
+    """Every rule of clipping, aggregation and scale beside each estimate."""
+    rules = (
+        ("straight_through", "pessimistic", "norm_match"),
+        ("masked", "min", "absolute"),
+        ("none", "mean", "gaf"),
+        ("masked", "pessimistic", "gaf"),
+    )
+    settings = {}
+    for estimate, (clip, aggregation, scale) in product(estimates, rules):
+        steering = Steering(alpha=0.3, estimate=estimate, num_samples=2 if estimate in ("mfm", "glass") else 1, tau=1.7)
+        name = f"{estimate}-{clip}-{aggregation}-{scale}"
+        settings[name] = replace(steering, clip=clip, aggregation=aggregation, scale=scale)
+    return settings
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qpilots_fast import Steering, backends
 from qpilots_fast.activations import ACTIVATIONS
-from qpilots_fast.testing import BFLOAT16_ERROR_OVER_TORCH, PRESETS, assert_close, make_case, random_case
+from qpilots_fast.testing import BFLOAT16_ERROR_OVER_TORCH, PRESETS, assert_close, make_case, random_case, settings_grid
 
 BATCHES = (1, 3, 17, 257)  # single row, below and above every row tile, not multiples of any
 
@@ -50,19 +50,7 @@ def test_time_embeddings(time_embedding, backend):
     assert_close(case.run(backend), case.expected())
 
 
-SETTINGS = {
-    f"{estimate}-{clip}-{aggregation}-{scale}": Steering(
-        alpha=0.3, estimate=estimate, num_samples=2 if estimate in ("mfm", "glass") else 1, clip=clip,
-        aggregation=aggregation, scale=scale, tau=1.7,
-    )
-    for estimate in ("noisy", "tweedie", "mfm", "glass")
-    for clip, aggregation, scale in (
-        ("straight_through", "pessimistic", "norm_match"),
-        ("masked", "min", "absolute"),
-        ("none", "mean", "gaf"),
-        ("masked", "pessimistic", "gaf"),
-    )
-} | {
+SETTINGS = settings_grid("noisy", "tweedie", "mfm", "glass") | {
     "steered_dims": Steering(steered_dims=(0, 3)),
     "q_scale": Steering(estimate="mfm", num_samples=3, q_scale=2.5),
     "batch_std": Steering(estimate="mfm", num_samples=3, q_scale="batch_std"),
@@ -73,7 +61,7 @@ SETTINGS = {
     "window_glass": Steering(estimate="glass", num_samples=2, window=(0.5, 0.6), scale="absolute"),
     "window_around_no_step": Steering(window=(0.01, 0.02)),
     "five_glass_steps": Steering(estimate="glass", num_samples=2, glass_steps=5),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", list(SETTINGS))

@@ -18,6 +18,7 @@ from bench.contestants import our_contestants
 from bench.gpu import check
 from bench.machine import Peaks, header
 from bench.measure import rows_do_not_depend_on_batch_mates
+from qpilots_fast.activations import ACTIVATIONS
 from qpilots_fast.testing import assert_close
 
 TINY = replace(CASES["paper"], hidden_dims=(24, 24), num_critics=3, obs_dim=5, action_dim=4, num_steps=4)
@@ -147,7 +148,7 @@ def test_gpu_commands_say_what_is_missing(capsys: pytest.CaptureFixture[str]) ->
 def test_gpu_checks_compare_every_network_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check itself, with the reference backend in the GPU's place."""
     networks = check.check_networks("reference", "float32", "cpu")
-    assert len(networks) == 6 * 3 * 3 * 2 and all(check.compared.passed for check in networks)
+    assert len(networks) == len(ACTIVATIONS) * 3 * 3 * 2 and all(check.compared.passed for check in networks)
     monkeypatch.setattr(check, "_CHECKED_BATCHES", (3,))
     monkeypatch.setattr(check, "_CHECKED_SHAPES", check._CHECKED_SHAPES[:1])
     samplers = check.check_samplers("reference", "float32", "cpu")

@@ -23,7 +23,7 @@ from qpilots_fast.backends.cuda.plan import plan_sample
 from qpilots_fast.backends.reference import ReferenceBackend
 from qpilots_fast.reference import clean_actions, steer_velocity
 from qpilots_fast.spec import BoundNetwork, BoundNetworks, LayerParameters, RawSample, SamplerSpec
-from qpilots_fast.testing import PRESETS, Case, assert_close, make_case, random_case
+from qpilots_fast.testing import PRESETS, Case, assert_close, make_case, random_case, settings_grid
 
 cuda_emulator = pytest.importorskip("cuda_emulator")
 pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="g++ is missing")
@@ -123,19 +123,7 @@ def test_time_embeddings(cuda, preset, time_embedding):
     check(cuda, make_case(PRESETS[preset], batch_size=2, num_steps=4, time_embedding=time_embedding))
 
 
-SETTINGS = {
-    f"{estimate}-{clip}-{aggregation}-{scale}": Steering(
-        alpha=0.3, estimate=estimate, num_samples=2 if estimate == "mfm" else 1, clip=clip, aggregation=aggregation,
-        scale=scale, tau=1.7,
-    )
-    for estimate in ("noisy", "tweedie", "mfm")
-    for clip, aggregation, scale in (
-        ("straight_through", "pessimistic", "norm_match"),
-        ("masked", "min", "absolute"),
-        ("none", "mean", "gaf"),
-        ("masked", "pessimistic", "gaf"),
-    )
-} | {
+SETTINGS = settings_grid("noisy", "tweedie", "mfm") | {
     "steered_dims": Steering(steered_dims=(0, 3)),
     "q_scale": Steering(estimate="mfm", num_samples=3, q_scale=2.5),
     "batch_std": Steering(estimate="mfm", num_samples=3, q_scale="batch_std"),
@@ -145,7 +133,7 @@ SETTINGS = {
     "window_m": Steering(estimate="mfm", num_samples=2, window=(0.3, 0.5)),
     "one_draw": Steering(estimate="mfm", num_samples=1),
     "identity_masked": Steering(jacobian="identity", clip="masked", scale="absolute"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
