@@ -60,9 +60,9 @@ def settings_grid(*estimates: str) -> dict[str, Steering]:
     )
     settings = {}
     for estimate, (clip, aggregation, scale) in product(estimates, rules):
-        steering = Steering(alpha=0.3, estimate=estimate, num_samples=2 if estimate in ("mfm", "glass") else 1, tau=1.7)
+        steering = Steering(alpha=0.3, estimate=estimate, num_samples=2 if estimate in ("mfm", "glass") else 1, tau=1.7)  # type: ignore[arg-type]
         name = f"{estimate}-{clip}-{aggregation}-{scale}"
-        settings[name] = replace(steering, clip=clip, aggregation=aggregation, scale=scale)
+        settings[name] = replace(steering, clip=clip, aggregation=aggregation, scale=scale)  # type: ignore[arg-type]
     return settings
 
 
