@@ -180,9 +180,24 @@ def _make_spec(
 class _TimedMLP(PackableNetwork):
     """An MLP over concatenated blocks, some of which are embedded times."""
 
-    def __init__(self, spec: NetworkSpec) -> None:
+    _kind: str
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        hidden_dims: Sequence[int] = (512, 512, 512, 512),
+        activation: str = "gelu_tanh",
+        layer_norm: NormPlacement | Sequence[NormPlacement] = None,
+        time_embedding: str = "raw",
+        time_embedding_dim: int | None = None,
+        layer_norm_eps: float = 1e-6,
+    ) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec = spec = _make_spec(
+            self._kind, obs_dim, action_dim, hidden_dims, activation, layer_norm, layer_norm_eps, time_embedding,
+            time_embedding_dim, 1, type(self).__name__,
+        )  # fmt: skip
         widths = (spec.input_dim, *spec.hidden_dims)
         self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
         self.norms = nn.ModuleList(
@@ -228,23 +243,7 @@ class FlowMLP(_TimedMLP):
         ValueError: for any argument outside these.
     """
 
-    def __init__(
-        self,
-        obs_dim: int,
-        action_dim: int,
-        hidden_dims: Sequence[int] = (512, 512, 512, 512),
-        activation: str = "gelu_tanh",
-        layer_norm: NormPlacement | Sequence[NormPlacement] = None,
-        time_embedding: str = "raw",
-        time_embedding_dim: int | None = None,
-        layer_norm_eps: float = 1e-6,
-    ) -> None:
-        super().__init__(
-            _make_spec(
-                "flow", obs_dim, action_dim, hidden_dims, activation, layer_norm, layer_norm_eps, time_embedding,
-                time_embedding_dim, 1, "FlowMLP",
-            )
-        )  # fmt: skip
+    _kind = "flow"
 
     def forward(self, obs: Tensor, noisy_actions: Tensor, t: Tensor | float) -> Tensor:
         """Returns the velocity [B, A] at obs [B, S], noisy_actions [B, A], t [B, 1] (or a number)."""
@@ -258,23 +257,7 @@ class MetaFlowMap(_TimedMLP):
     `objectives.meta_flow_map_loss`. Arguments as FlowMLP; t, s and u are embedded alike.
     """
 
-    def __init__(
-        self,
-        obs_dim: int,
-        action_dim: int,
-        hidden_dims: Sequence[int] = (512, 512, 512, 512),
-        activation: str = "gelu_tanh",
-        layer_norm: NormPlacement | Sequence[NormPlacement] = None,
-        time_embedding: str = "raw",
-        time_embedding_dim: int | None = None,
-        layer_norm_eps: float = 1e-6,
-    ) -> None:
-        super().__init__(
-            _make_spec(
-                "meta_flow_map", obs_dim, action_dim, hidden_dims, activation, layer_norm, layer_norm_eps,
-                time_embedding, time_embedding_dim, 1, "MetaFlowMap",
-            )
-        )  # fmt: skip
+    _kind = "meta_flow_map"
 
     def average_velocity(
         self, obs: Tensor, xbar: Tensor, noisy_actions: Tensor, t: Tensor | float, s: Tensor | float, u: Tensor | float
