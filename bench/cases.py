@@ -44,19 +44,15 @@ class Case:
 
     def networks(self, seed: int = 0, device: str = "cpu") -> tuple[FlowMLP, CriticEnsemble, MetaFlowMap]:
         """Randomly initialised flow, critics and meta flow map, without gradients for their parameters."""
+        sizes = (self.obs_dim, self.action_dim, self.hidden_dims)
+        timed = dict(layer_norm=self.flow_norm, time_embedding=self.time_embedding)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            flow = FlowMLP(
-                self.obs_dim, self.action_dim, self.hidden_dims, layer_norm=self.flow_norm,
-                time_embedding=self.time_embedding,
-            )  # fmt: skip
+            flow = FlowMLP(*sizes, **timed)  # type: ignore[arg-type]
             critic = CriticEnsemble(
                 self.obs_dim, self.action_dim, self.num_critics, self.hidden_dims, layer_norm=self.critic_norm
             )
-            posterior = MetaFlowMap(
-                self.obs_dim, self.action_dim, self.hidden_dims, layer_norm=self.flow_norm,
-                time_embedding=self.time_embedding,
-            )  # fmt: skip
+            posterior = MetaFlowMap(*sizes, **timed)  # type: ignore[arg-type]
         return tuple(n.requires_grad_(False).eval().to(device) for n in (flow, critic, posterior))  # type: ignore[return-value]
 
 
@@ -104,11 +100,8 @@ class Workload:
 
     def rows(self, index: Tensor) -> Workload:
         """The same networks on some rows of the batch."""
-        eps = self.posterior_noise
-        return replace(
-            self, batch_size=len(index), obs=self.obs[index], noise=self.noise[index],
-            posterior_noise=None if eps is None else eps[:, index],
-        )  # fmt: skip
+        eps = None if self.posterior_noise is None else self.posterior_noise[:, index]
+        return replace(self, batch_size=len(index), obs=self.obs[index], noise=self.noise[index], posterior_noise=eps)
 
     @cached_property
     def checked_rows(self) -> Tensor:
@@ -121,14 +114,9 @@ class Workload:
     def expected(self) -> Tensor:
         """The float64 reference's actions at checked_rows, on the CPU, float64."""
         some = self.rows(self.checked_rows.to(self.obs.device))
-        flow, critic, posterior = (
-            None if n is None else _to_cpu_double(n) for n in (self.flow, self.critic, self.posterior)
-        )
-        assert flow is not None
-        sampler = SteeredSampler(
-            flow, critic, self.steering, posterior=posterior, num_steps=self.num_steps, backend="reference",
-            precision="float64",
-        )  # fmt: skip
+        named = {"flow": self.flow, "critic": self.critic, "posterior": self.posterior}
+        networks = {name: None if n is None else _to_cpu_double(n) for name, n in named.items()}
+        sampler = replace(self, **networks).sampler("reference", "float64")  # type: ignore[arg-type]
         eps = None if some.posterior_noise is None else some.posterior_noise.cpu().double()
         return sampler(some.obs.cpu().double(), some.noise.cpu().double(), eps)
 
@@ -152,13 +140,12 @@ def make_workload(
     if num_samples is not None:
         steering = replace(steering, num_samples=num_samples)
     flow, critic, posterior = case.networks(seed, device)
+    drawn_by = posterior if steering.estimate == "mfm" else None
     draw = torch.Generator().manual_seed(seed + 1)
     obs = torch.randn(batch_size, case.obs_dim, generator=draw)
     noise = torch.randn(batch_size, case.action_dim, generator=draw)
     eps = None
     if steering.uses_posterior:
         eps = torch.randn(case.num_steps, batch_size, steering.num_samples, case.action_dim, generator=draw).to(device)
-    return Workload(
-        case, method, batch_size, flow, critic, posterior if steering.estimate == "mfm" else None, steering,
-        obs.to(device), noise.to(device), eps,
-    )  # fmt: skip
+    inputs = (obs.to(device), noise.to(device), eps)
+    return Workload(case, method, batch_size, flow, critic, drawn_by, steering, *inputs)

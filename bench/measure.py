@@ -117,9 +117,8 @@ class Cell:
 
     def _result_json(self, result: Result, peaks: Peaks | None) -> dict[str, Any]:
         c = result.contestant
-        row: dict[str, Any] = {
-            "name": c.name, "precision": c.precision, "ours": c.ours, "frozen": c.frozen, "failure": result.failure,
-        }  # fmt: skip
+        row: dict[str, Any] = {key: getattr(c, key) for key in ("name", "precision", "ours", "frozen")}
+        row["failure"] = result.failure
         if result.check is not None:
             check = result.check
             row |= {"correct": check.passed, "max_error": check.max_error, "mean_error": check.mean_error}

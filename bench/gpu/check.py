@@ -127,10 +127,8 @@ def main(options: argparse.Namespace) -> int:
                 workload = make_workload(CASES[name], method, batch, device="cuda")
                 ours = our_contestants(workload, options.precision, "cuda")
                 peers = peer_contestants(workload, options.peers, device="cuda")
-                cell = measure_cell(
-                    workload, [*ours, *peers], precisions=options.precision, rounds=options.rounds,
-                    budget_s=min(options.budget, 5.0),
-                )  # fmt: skip
+                limits = dict(rounds=options.rounds, budget_s=min(options.budget, 5.0))
+                cell = measure_cell(workload, [*ours, *peers], precisions=options.precision, **limits)
                 cells.append(cell)
                 console.print(report.cell_table(cell, peaks))
     record: dict[str, Any] = header("gpu", ["--gpu"], peaks)
