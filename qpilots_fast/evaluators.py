@@ -11,6 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .backends.base import Backend
 
+from .critic_outputs import ask_critic
 from .networks import PackableNetwork
 from .reference import Evaluators
 from .reference_mlp import ReferenceNetwork
@@ -106,12 +107,11 @@ def reference_evaluators(networks: BoundNetworks, obs: Tensor, dtype: torch.dtyp
 # ---------------------------------------------------------------- users' callables
 
 
-def _checked(output: Any, shape: tuple[int | None, ...], owner: str, signature: str) -> Tensor:
+def _checked(output: Any, shape: torch.Size, owner: str, signature: str) -> Tensor:
     if not isinstance(output, Tensor):
         raise TypeError(f"{owner} returned {type(output).__name__}; expected a Tensor from {signature}.")
-    if output.ndim != len(shape) or any(want is not None and got != want for got, want in zip(output.shape, shape)):
-        expected = "[" + ", ".join("E" if want is None else str(want) for want in shape) + "]"
-        raise ValueError(f"{owner} returned shape {list(output.shape)}; expected {expected} from {signature}.")
+    if output.shape != shape:
+        raise ValueError(f"{owner} returned shape {list(output.shape)}; expected {list(shape)} from {signature}.")
     return output
 
 
@@ -157,7 +157,7 @@ def callable_flow(flow: Any, steering: Steering, obs: Any) -> Callable[[Tensor, 
     def velocity(x: Tensor, t: float) -> tuple[Tensor, Pullback]:
         def at(leaf: Tensor) -> Tensor:
             output = flow(obs, leaf, _times(t, leaf))
-            return _checked(output, tuple(x.shape), "flow", "flow(obs, noisy_actions, t)")
+            return _checked(output, x.shape, "flow", "flow(obs, noisy_actions, t)")
 
         if needs_gradient:
             return _differentiable(at, x, "flow", f"estimate={steering.estimate!r}, jacobian='full'")
@@ -166,12 +166,9 @@ def callable_flow(flow: Any, steering: Steering, obs: Any) -> Callable[[Tensor, 
     return velocity
 
 
-def callable_critic(critic: Any, obs: Any) -> Callable[[Tensor], tuple[Tensor, Pullback]]:
+def callable_critic(critic: Any, obs: Any, layout: str) -> Callable[[Tensor], tuple[Tensor, Pullback]]:
     def values(a: Tensor) -> tuple[Tensor, Pullback]:
-        def at(leaf: Tensor) -> Tensor:
-            return _checked(critic(obs, leaf), (None, len(leaf)), "critic", "critic(obs, actions)")
-
-        return _differentiable(at, a, "critic", "steering")
+        return _differentiable(lambda leaf: ask_critic(critic, obs, leaf, layout), a, "critic", "steering")
 
     return values
 
@@ -180,7 +177,7 @@ def callable_posterior(posterior: Any, obs: Any) -> Callable[[Tensor, Tensor, fl
     def draw(eps: Tensor, x: Tensor, t: float) -> tuple[Tensor, Pullback]:
         def at(leaf: Tensor) -> Tensor:
             drawn = posterior(obs, eps, leaf, _times(t, leaf))
-            return _checked(drawn, tuple(x.shape), "posterior", "posterior(obs, xbar, noisy_actions, t)")
+            return _checked(drawn, x.shape, "posterior", "posterior(obs, xbar, noisy_actions, t)")
 
         return _differentiable(at, x, "posterior", "estimate='mfm'")
 
@@ -191,8 +188,9 @@ def callable_posterior(posterior: Any, obs: Any) -> Callable[[Tensor, Tensor, fl
 
 
 def evaluators(
-    flow: Any, critic: Any, posterior: Any, steering: Steering, backend: Backend, precision: str, obs: Any
-) -> Evaluators:
+    flow: Any, critic: Any, posterior: Any, steering: Steering, backend: Backend, precision: str, obs: Any,
+    critic_layout: str,
+) -> Evaluators:  # fmt: skip
     """Packed networks run on a backend and callables in PyTorch; obs may be any object that the callables read."""
 
     def made(network: Any, packed: Any, own: Callable[[], Any]) -> Any:
@@ -208,6 +206,6 @@ def evaluators(
     asked = steering.asks
     return Evaluators(
         made(flow, packed_flow, lambda: callable_flow(flow, steering, obs)),
-        made(critic, packed_critic, lambda: callable_critic(critic, obs)) if asked("critic") else None,
+        made(critic, packed_critic, lambda: callable_critic(critic, obs, critic_layout)) if asked("critic") else None,
         made(posterior, packed_posterior, lambda: callable_posterior(posterior, obs)) if asked("posterior") else None,
     )

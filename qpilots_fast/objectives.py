@@ -7,17 +7,18 @@ action chunks (gamma^C) and terminations (0) need no flags.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .critic_outputs import ask_critic
 from .meta_flow_map import meta_flow_map_loss as meta_flow_map_loss
 from .reference import aggregate
 from .steering import AGGREGATIONS
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
-Critic = Callable[[Tensor, Tensor], Tensor]
+Critic = Callable[[Tensor, Tensor], Any]
 Sampler = Callable[[Tensor], Tensor]
 
 
@@ -37,13 +38,27 @@ def _check_rows(owner: str, obs: Tensor, **others: Tensor) -> None:
             )
 
 
-def _check_vectors(owner: str, obs: Tensor, **others: Tensor) -> None:
-    for name, tensor in others.items():
-        if tensor.shape != obs.shape[:1]:
-            raise ValueError(
-                f"{owner}: {name} has shape {tuple(tensor.shape)}; expected ({obs.shape[0]},), one number per row of "
-                "obs (a column [B, 1] would broadcast to [B, B])."
-            )
+def _as_vector(owner: str, name: str, values: Tensor, obs: Tensor) -> Tensor:
+    """[B] of [B] or a column [B, 1], which would broadcast to [B, B]."""
+    rows = obs.shape[0]
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{owner}: {name} is {type(values).__name__}; expected a Tensor [{rows}].")
+    if tuple(values.shape) not in ((rows,), (rows, 1)):
+        raise ValueError(
+            f"{owner}: {name} has shape {tuple(values.shape)}; expected ({rows},) or ({rows}, 1), one number per row "
+            "of obs."
+        )
+    return values.reshape(rows)
+
+
+def _read_rewards(owner: str, obs: Tensor, rewards: Tensor, discounts: Tensor) -> tuple[Tensor, Tensor]:
+    rewards, discounts = _as_vector(owner, "rewards", rewards, obs), _as_vector(owner, "discounts", discounts, obs)
+    if not discounts.is_floating_point():
+        raise TypeError(
+            f"{owner}: discounts is {discounts.dtype}, which looks like dones; expected floating numbers, "
+            "discount = gamma * (1 - done): discounts=gamma * (1 - dones.float())."
+        )
+    return rewards if rewards.is_floating_point() else rewards.to(discounts.dtype), discounts
 
 
 def _check_aggregation(owner: str, aggregation: str, rho: float) -> None:
@@ -85,30 +100,38 @@ def flow_matching_loss(
 @torch.no_grad()
 def td_target(
     target_critic: Critic, rewards: Tensor, discounts: Tensor, next_obs: Tensor, next_actions: Tensor, *,
-    aggregation: str = "pessimistic", rho: float = 0.5,
+    aggregation: str = "pessimistic", rho: float = 0.5, critic_layout: str = "auto",
 ) -> Tensor:  # fmt: skip
     """rewards + discounts * Qbar(next_obs, next_actions), Qbar = mean_j Q_j - rho std_j Q_j (population std).
 
     Args:
-        target_critic: (obs [B, S], actions [B, A]) -> q_values [E, B]; usually a slow copy of the critic.
-        rewards, discounts: [B]; for a chunk of C steps sum_i gamma^i r_i and gamma^C, and 0 after a termination.
+        target_critic: (obs [B, S], actions [B, A]) -> q_values [E, B], or [B, E], [B, 1], [B], [E, B, 1], or a list or
+            tuple of these; usually a slow copy of the critic.
+        rewards, discounts: [B] or [B, 1]; for a chunk of C steps sum_i gamma^i r_i and gamma^C, and 0 after a
+            termination: discounts = gamma * (1 - dones.float()).
         next_obs, next_actions: [B, S], [B, A].
         aggregation, rho: "pessimistic" (QPILOTS), "mean", or "min" (QGF).
+        critic_layout: as SteeredSampler's; settles an output [B, B].
 
     Returns:
         [B], without gradient.
+
+    Raises:
+        ValueError, TypeError: for shapes that do not fit, and for discounts that are bool or integer (dones).
     """
     _check_aggregation("td_target", aggregation, rho)
     _check_rows("td_target", next_obs, next_actions=next_actions)
-    _check_vectors("td_target", next_obs, rewards=rewards, discounts=discounts)
-    next_q = aggregate(target_critic(next_obs, next_actions), aggregation, rho)
+    rewards, discounts = _read_rewards("td_target", next_obs, rewards, discounts)
+    next_q = aggregate(
+        ask_critic(target_critic, next_obs, next_actions, critic_layout, "target_critic"), aggregation, rho
+    )
     return rewards + discounts * next_q.to(rewards.dtype)
 
 
 def td_loss(
     critic: Critic, target_critic: Critic, obs: Tensor, actions: Tensor, rewards: Tensor, discounts: Tensor,
     next_obs: Tensor, *, sampler: Sampler | None = None, next_actions: Tensor | None = None,
-    aggregation: str = "pessimistic", rho: float = 0.5,
+    aggregation: str = "pessimistic", rho: float = 0.5, critic_layout: str = "auto",
 ) -> Tensor:  # fmt: skip
     """mean_j,b (Q_j(obs, actions) - [rewards + discounts * Qbar'(next_obs, next_actions)])^2.
 
@@ -117,19 +140,21 @@ def td_loss(
     SARSA: the value of the policy that made the data.
 
     Args:
-        critic: (obs [B, S], actions [B, A]) -> q_values [E, B]; gradients flow here only.
+        critic: (obs [B, S], actions [B, A]) -> q_values, laid out as `td_target` reads them; gradients flow here only.
         target_critic: the same signature; usually a slow copy.
         obs, actions, next_obs: [B, S], [B, A], [B, S].
-        rewards, discounts: [B], see `td_target`.
+        rewards, discounts: [B] or [B, 1], see `td_target`.
         sampler: next_obs -> next actions [B, A]; called without gradient.
         next_actions: [B, A]; exactly one of sampler and next_actions is given.
         aggregation, rho: of the target ensemble.
+        critic_layout: of both critics, as SteeredSampler's.
 
     Returns:
         A scalar: the mean over members and rows.
 
     Raises:
         ValueError: for both or neither of sampler and next_actions, or shapes that do not fit.
+        TypeError: for discounts that are bool or integer (dones).
     """
     if (sampler is None) == (next_actions is None):
         given = "both" if sampler is not None else "neither"
@@ -141,14 +166,17 @@ def td_loss(
         with torch.no_grad():
             next_actions = sampler(next_obs)
     assert next_actions is not None
-    target = td_target(target_critic, rewards, discounts, next_obs, next_actions, aggregation=aggregation, rho=rho)
-    return (critic(obs, actions) - target).square().mean()
+    target = td_target(
+        target_critic, rewards, discounts, next_obs, next_actions, aggregation=aggregation, rho=rho,
+        critic_layout=critic_layout,
+    )  # fmt: skip
+    return (ask_critic(critic, obs, actions, critic_layout) - target).square().mean()
 
 
 def iql_loss(
     critic: Critic, target_critic: Critic, value: Callable[[Tensor], Tensor], obs: Tensor, actions: Tensor,
     rewards: Tensor, discounts: Tensor, next_obs: Tensor, *, expectile: float = 0.9,
-    aggregation: str = "pessimistic", rho: float = 0.5,
+    aggregation: str = "pessimistic", rho: float = 0.5, critic_layout: str = "auto",
 ) -> IQLLosses:  # fmt: skip
     """Implicit Q-learning (arXiv 2110.06169): an upper expectile of Qbar over the data's actions stands for the max.
 
@@ -158,31 +186,34 @@ def iql_loss(
     No action is sampled, so training costs no sampler call (QGF trains its critics this way).
 
     Args:
-        critic, target_critic: (obs [B, S], actions [B, A]) -> q_values [E, B].
+        critic, target_critic: (obs [B, S], actions [B, A]) -> q_values, laid out as `td_target` reads them.
         value: obs [B, S] -> [B] (or [B, 1]).
         obs, actions, next_obs: [B, S], [B, A], [B, S].
-        rewards, discounts: [B], see `td_target`.
+        rewards, discounts: [B] or [B, 1], see `td_target`.
         expectile: in (0, 1); 0.5 is the mean (SARSA), towards 1 the best action in the data.
         aggregation, rho: of the target ensemble under the value.
+        critic_layout: of both critics, as SteeredSampler's.
 
     Returns:
         Two scalars; V's target and the critics' target carry no gradient.
 
     Raises:
         ValueError: for an expectile outside (0, 1) or shapes that do not fit.
+        TypeError: for discounts that are bool or integer (dones).
     """
     if not 0 < expectile < 1:
         raise ValueError(f"iql_loss: expectile is {expectile!r}; expected a number in (0, 1).")
     _check_aggregation("iql_loss", aggregation, rho)
     _check_rows("iql_loss", obs, actions=actions, next_obs=next_obs)
-    _check_vectors("iql_loss", obs, rewards=rewards, discounts=discounts)
+    rewards, discounts = _read_rewards("iql_loss", obs, rewards, discounts)
     with torch.no_grad():
-        q = aggregate(target_critic(obs, actions), aggregation, rho)
-        target = rewards + discounts * value(next_obs).reshape(rewards.shape).to(rewards.dtype)
-    advantage = q - value(obs).reshape(q.shape)
+        q = aggregate(ask_critic(target_critic, obs, actions, critic_layout, "target_critic"), aggregation, rho)
+        next_value = _as_vector("iql_loss", "value(next_obs)", value(next_obs), obs)
+        target = rewards + discounts * next_value.to(rewards.dtype)
+    advantage = q - _as_vector("iql_loss", "value(obs)", value(obs), obs)
     weight = torch.where(advantage < 0, 1 - expectile, expectile)
     value_loss = (weight * advantage.square()).mean()
-    return IQLLosses((critic(obs, actions) - target).square().mean(), value_loss)
+    return IQLLosses((ask_critic(critic, obs, actions, critic_layout) - target).square().mean(), value_loss)
 
 
 @torch.no_grad()

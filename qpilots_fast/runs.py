@@ -161,9 +161,12 @@ class CallableRun:
         """Whether some network that is asked is still a callable."""
         return not all_packed(networks, self._steering)
 
-    def __init__(self, steering: Steering, num_steps: int, precision: str, bounds: tuple[float, float]) -> None:
+    def __init__(
+        self, steering: Steering, num_steps: int, precision: str, bounds: tuple[float, float], critic_layout: str
+    ) -> None:
         self._steering, self._precision, self._bounds = steering, precision, bounds
         self._schedule = steering.schedule(num_steps)
+        self._critic_layout = critic_layout
 
     def quick(self, backend: str) -> QuickCall | None:
         return None
@@ -173,7 +176,10 @@ class CallableRun:
         obs, noise, eps = inputs.obs, inputs.noise, inputs.posterior_noise
         check_all_finite(obs, noise, eps)
         chosen = self._choose(backend, noise.device, noise.dtype).backend
-        net = evaluators(**networks, steering=self._steering, backend=chosen, precision=self._precision, obs=obs)
+        net = evaluators(
+            **networks, steering=self._steering, backend=chosen, precision=self._precision, obs=obs,
+            critic_layout=self._critic_layout,
+        )  # fmt: skip
         starts = noise.unbind(1)
         raw = side_by_side(
             [reference.sample(net, self._steering, self._schedule, x, eps, self._bounds) for x in starts]

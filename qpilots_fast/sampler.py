@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import backends, ops
 from .candidates import as_rows, keep_best
+from .critic_outputs import ask_critic, check_layout
 from .info import Explanation, SampleInfo
 from .inputs import check_bound, check_network, read_inputs
 from .networks import PackableNetwork
@@ -20,11 +21,12 @@ from .steering import Steering
 
 _log = logging.getLogger("qpilots_fast")
 
-Network = PackableNetwork | Callable[..., Tensor]
-
+Network = PackableNetwork | Callable[..., Any]
 
 # what a run is made from: assigning one makes another
-_SETTINGS = ("flow", "critic", "posterior", "steering", "num_steps", "precision", "action_low", "action_high")
+_SETTINGS = (
+    "flow", "critic", "posterior", "steering", "num_steps", "precision", "action_low", "action_high", "critic_layout",
+)  # fmt: skip
 
 
 class SteeredSampler(nn.Module):
@@ -32,8 +34,8 @@ class SteeredSampler(nn.Module):
 
     Args:
         flow: FlowMLP, `from_module(...)`, or any callable (obs, noisy_actions [B, A], t [B, 1]) -> velocity [B, A].
-        critic: CriticEnsemble, `from_module(...)`, or any callable (obs, actions) -> q_values [E, B]; None where the
-            steering asks no critic.
+        critic: CriticEnsemble, `from_module(...)`, or any callable (obs, actions) -> q_values [E, B], or [B, E],
+            [B, 1], [B], [E, B, 1], or a list or tuple of these; None where the steering asks no critic.
         steering: how to steer; see Steering.
         posterior: MetaFlowMap or callable (obs, xbar, noisy_actions, t) -> [B, A]; for estimate="mfm" alone.
         num_steps: K >= 1.
@@ -41,6 +43,8 @@ class SteeredSampler(nn.Module):
         precision: of weights and products: "float32" or "bfloat16" (float32 accumulation and state); "tf32" and
             "float16" where the backend offers them; "float64" on the reference backend.
         action_low, action_high: bounds of the actions, and of the estimates where the steering clips them.
+        critic_layout: of a callable critic's output: "members_first" [E, B] or "batch_first" [B, E]; "auto" reads it
+            from the shape, and asks a critic that returned [B, B] once more at another batch size.
 
     Raises:
         ValueError, TypeError: for arguments outside these, or networks that do not fit each other.
@@ -59,6 +63,7 @@ class SteeredSampler(nn.Module):
         precision: str = "float32",
         action_low: float = -1.0,
         action_high: float = 1.0,
+        critic_layout: str = "auto",
     ) -> None:
         super().__init__()
         self.flow = flow
@@ -69,6 +74,7 @@ class SteeredSampler(nn.Module):
         self.backend = backend
         self.precision = precision
         self.action_low, self.action_high = action_low, action_high
+        self.critic_layout = critic_layout
         self._frozen = False
         self._choices = Choices()
         self._run = self._make_run()
@@ -211,6 +217,7 @@ class SteeredSampler(nn.Module):
         low, high = check_bound("action_low", self.action_low), check_bound("action_high", self.action_high)
         if not low < high:
             raise ValueError(f"action_low is {low:g} and action_high {high:g}; expected action_low < action_high.")
+        check_layout(self.critic_layout)
         for name, network, needed in (
             ("flow", self.flow, True),
             ("critic", self.critic, steering.steers or steering.num_candidates > 1),
@@ -223,7 +230,7 @@ class SteeredSampler(nn.Module):
         self._check_settings()
         networks, steering, bounds = self.networks, self.steering, (float(self.action_low), float(self.action_high))
         if not all_packed(networks, steering):
-            return CallableRun(steering, self.num_steps, self.precision, bounds)
+            return CallableRun(steering, self.num_steps, self.precision, bounds, self.critic_layout)
         specs = {name: net.spec if isinstance(net, PackableNetwork) else None for name, net in networks.items()}
         spec = SamplerSpec(
             **specs,  # type: ignore[arg-type]
@@ -257,8 +264,8 @@ class SteeredSampler(nn.Module):
         if isinstance(critic, PackableNetwork) and isinstance(obs, Tensor):
             wide = as_rows(obs, count)
             return ops.critic_values(wide, actions, critic, precision=self.precision, backend=self.backend)
-        of_each = [critic(obs, actions[n::count]).detach().to(actions.dtype) for n in range(count)]
-        return torch.stack(of_each, dim=-1).flatten(1)
+        of_each = [ask_critic(critic, obs, actions[n::count], self.critic_layout) for n in range(count)]
+        return torch.stack(of_each, dim=-1).flatten(1).detach().to(actions.dtype)
 
     # ------------------------------------------------------------ nn.Module plumbing
 

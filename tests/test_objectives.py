@@ -177,7 +177,7 @@ def test_wrong_arguments_are_named(batch, critics):
     with pytest.raises(ValueError, match="both of sampler and next_actions"):
         td_loss(critic, target, **batch, sampler=lambda o: next_actions, next_actions=next_actions)
     with pytest.raises(ValueError, match="rewards has shape"):
-        td_loss(critic, target, **{**batch, "rewards": batch["rewards"][:, None]}, next_actions=next_actions)
+        td_loss(critic, target, **{**batch, "rewards": batch["rewards"][None]}, next_actions=next_actions)
     with pytest.raises(ValueError, match="aggregation is 'max'"):
         td_loss(critic, target, **batch, next_actions=next_actions, aggregation="max")
     with pytest.raises(ValueError, match=r"expectile is 1\.0"):

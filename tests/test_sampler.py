@@ -322,8 +322,8 @@ def test_callables_with_wrong_outputs():
     case = make_case()
     with pytest.raises(ValueError, match=r"flow returned shape \[17, 4\]; expected \[17, 5\]"):
         SteeredSampler(lambda o, x, t: x[:, :4], case.critic, case.steering)(case.obs, case.noise)
-    with pytest.raises(ValueError, match=r"critic returned shape \[17\]; expected \[E, 17\]"):
-        SteeredSampler(case.flow, lambda o, a: a.sum(-1), case.steering)(case.obs, case.noise)
+    with pytest.raises(ValueError, match=r"critic returned shape \[16\] for 17 rows; expected \[E, 17\]"):
+        SteeredSampler(case.flow, lambda o, a: a[1:].sum(-1), case.steering)(case.obs, case.noise)
     with pytest.raises(RuntimeError, match="does not depend differentiably"):
         SteeredSampler(case.flow, lambda o, a: a.detach().sum(-1)[None], case.steering)(case.obs, case.noise)
 

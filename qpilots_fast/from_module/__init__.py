@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import ACTIVATIONS
+from ..critic_outputs import describe, layout_of, read_output
 from ..networks import PackableNetwork
 from ..spec import INPUT_ORDER, KINDS, TIME_EMBEDDINGS, NetworkSpec
 from . import layers, stacked
-from .calling import OutputLayout, UserCall, check_argument_order, critic_layout, describe
+from .calling import OutputLayout, UserCall, check_argument_order
 from .modules import ModuleNetwork, network_class
 from .proof import batch_size_apart_from, prove, random_blocks
 from .refusal import Refused
@@ -220,14 +221,18 @@ def _layout(kind: str, output: Any, batch_size: int, members: int) -> OutputLayo
     if kind != "critic":
         if not isinstance(output, Tensor):
             raise Refused(f"it returns {describe(output)}; expected a tensor [B, action_dim] (use the hint call)")
-        return OutputLayout("plain")
-    found = critic_layout(output, batch_size, members)
-    if found is None or found[1] != members:
+        return OutputLayout()
+    try:
+        layout = layout_of(output, batch_size)
+        found = len(read_output(output, layout))
+    except (TypeError, ValueError):
+        found = None
+    if found != members:
         raise Refused(
             f"it returns {describe(output)} for a batch of {batch_size} and {members} member(s); expected [E, B], "
             "[B, E], [E, B, 1], or a list of [B, 1] (use the hint call)"
         )
-    return found[0]
+    return OutputLayout(layout)
 
 
 def _from_layers(
@@ -254,7 +259,7 @@ def _from_layers(
         layers.read_columns(found, {name: block.detach() for name, block in inputs.items()}, spec.time_embedding)
         return found
 
-    layouts = [layout] if kind != "meta_flow_map" else [layout, OutputLayout("plain", is_velocity=True)]
+    layouts = [layout] if kind != "meta_flow_map" else [layout, OutputLayout(is_velocity=True)]
     for candidate in layouts:
         try:
             prove(probe, call, candidate, spec, sources, generator, first_columns)
@@ -302,6 +307,6 @@ def _search(
     with torch.no_grad():
         output = call(probe, list(named.values()))
         layout = _layout(kind, output, size, members)
-        layouts = [layout] if kind != "meta_flow_map" else [layout, OutputLayout("plain", is_velocity=True)]
+        layouts = [layout] if kind != "meta_flow_map" else [layout, OutputLayout(is_velocity=True)]
         specs = stacked.propose_specs(kind, dims, shapes, roles, hints)
         return stacked.search(probe, specs, roles, named, layout.apply(output), layouts)

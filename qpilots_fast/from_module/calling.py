@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..critic_outputs import Layout, read_output
 from ..spec import INPUT_ORDER
 from ..times import time_features
 from .refusal import Refused
@@ -102,54 +103,12 @@ class OutputLayout:
     """How a module's output becomes velocity [B, A], mapped points [B, A], or q_values [E, B].
 
     Args:
-        form: "plain" (flow, meta flow map), "list" (E tensors [B] or [B, 1]), "member_first" ([E, B] or [E, B, 1]),
-            "batch_first" ([B, E] or [B, E, 1]), "single" ([B]).
+        of_critic: a critic's; None for a flow or a meta flow map, whose output is taken as it is.
         is_velocity: a meta flow map that returns vhat rather than the mapped point.
     """
 
-    form: str
+    of_critic: Layout | None = None
     is_velocity: bool = False
 
     def apply(self, output: Any) -> Tensor:
-        if self.form == "plain":
-            return output
-        if self.form == "list":
-            return torch.stack([value.squeeze(-1) if value.ndim == 2 else value for value in output])
-        if self.form == "single":
-            return output.unsqueeze(0)
-        if output.ndim == 3:
-            output = output.squeeze(-1)
-        return output if self.form == "member_first" else output.transpose(0, 1)
-
-
-def describe(output: Any) -> str:
-    """An output's structure, for messages."""
-    if isinstance(output, Tensor):
-        return str(list(output.shape))
-    if isinstance(output, (list, tuple)):
-        return f"{type(output).__name__} of " + ", ".join(describe(value) for value in output)
-    return type(output).__name__
-
-
-def critic_layout(output: Any, batch_size: int, members: int | None = None) -> tuple[OutputLayout, int] | None:
-    """The layout of a critic's output, and its number of members; batch_size must be no plausible E."""
-    if isinstance(output, (list, tuple)):
-        if not output or not all(
-            isinstance(value, Tensor) and tuple(value.shape) in ((batch_size,), (batch_size, 1)) for value in output
-        ):
-            return None
-        return OutputLayout("list"), len(output)
-    if not isinstance(output, Tensor):
-        return None
-    shape = tuple(output.shape)
-    if shape == (batch_size,):
-        return OutputLayout("single"), 1
-    if len(shape) == 3 and shape[-1] == 1:
-        shape = shape[:2]
-    if len(shape) != 2 or (shape[0] == batch_size) == (shape[1] == batch_size):
-        return None
-    first = shape[1] == batch_size
-    count = shape[0] if first else shape[1]
-    if members is not None and count != members:
-        return None
-    return OutputLayout("member_first" if first else "batch_first"), count
+        return output if self.of_critic is None else read_output(output, self.of_critic)

@@ -259,7 +259,7 @@ def search(
         Refused: with the closest miss.
     """
     flat = [source.find(module).double()[:1] for source in roles.flat]
-    target = output[:1] if layouts[0].form != "plain" else output
+    target = output[:1] if layouts[0].of_critic is not None else output
     closest: tuple[float, str] | None = None
     for spec in specs:
         ours, _ = evaluate(replace(spec, num_members=1), flat, named, None)

@@ -205,6 +205,7 @@ def ddim_steered_sample(
     action_low: float = -1.0,
     action_high: float = 1.0,
     backend: str = "auto",
+    critic_layout: str = "auto",
 ) -> tuple[Tensor, SampleInfo]:
     """DDIM, each step steered: xbar += (lambda_k - lambda_k+1) (u + alpha ||u|| / (||g|| + eps) g), u = -e.
 
@@ -213,7 +214,8 @@ def ddim_steered_sample(
 
     Args:
         network: (obs, x [B, A], timestep [B]) -> [B, A].
-        critic: CriticEnsemble, from_module(...), or any (obs, actions) -> q_values [E, B]; None if unsteered.
+        critic: CriticEnsemble, from_module(...), or any (obs, actions) -> q_values that SteeredSampler reads; None
+            if unsteered.
         steering: with estimate="tweedie" and one candidate.
         path: alpha and sigma; alpha > 0 at the timesteps used.
         obs: any object that network and critic read. noise: x at the first timestep, [B, A].
@@ -222,6 +224,7 @@ def ddim_steered_sample(
         prediction, clip: as in DiffusionVelocity.
         action_low, action_high: bounds of the estimates (where the steering clips them) and of the result.
         backend: where a packed critic runs.
+        critic_layout: of a callable critic's output, as SteeredSampler's.
 
     Returns:
         actions [B, A], and a SampleInfo (q_values None).
@@ -247,7 +250,7 @@ def ddim_steered_sample(
         raise ValueError(f"ddim_steered_sample: timesteps is {list(timesteps)}; expected indices from noise to clean.")
     drift = _DDIMDrift(network, prediction, clip)
     chosen = _critic_backend(backend, noise)
-    net = evaluators(drift, critic, None, steering, chosen, "float32", obs)
+    net = evaluators(drift, critic, None, steering, chosen, "float32", obs, critic_layout)
     xbar = noise / levels[0][1]
     norms, nonfinite = [], []
     times = [alpha / (alpha + sigma) for _, alpha, sigma in levels]

@@ -1,0 +1,166 @@
+"""The one reader of what critics return: [E, B], however a user's own critic spells it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from .steering import check_choice
+from .trees import with_rows
+
+CRITIC_LAYOUTS = ("auto", "members_first", "batch_first")
+
+# How an output is to be read: "members_first" [E, B] or [E, B, 1]; "batch_first" [B, E] or [B, E, 1] (so [B, 1]);
+# "single" [B]; a tuple of one of these for each entry of a list. "either" [B, B] could be both of the first two.
+Layout = str | tuple[Any, ...]
+
+# what a probe found, by critic; a layout is a property of the function
+_settled: MutableMapping[Any, Layout] = WeakKeyDictionary()
+
+
+def describe(output: Any) -> str:
+    """An output's structure, for messages."""
+    if isinstance(output, Tensor):
+        return str(list(output.shape))
+    if isinstance(output, (list, tuple)):
+        return f"{type(output).__name__} of " + (", ".join(describe(value) for value in output) or "nothing")
+    return type(output).__name__
+
+
+def layout_of(output: Any, batch_size: int, wanted: str = "auto", owner: str = "critic") -> Layout:
+    """How to read a critic's output for batch_size rows, by its shape alone.
+
+    Args:
+        wanted: one of CRITIC_LAYOUTS; settles [B, B].
+        owner: who returned it, for messages.
+
+    Raises:
+        TypeError: for what is no tensor, nor a list or tuple of them.
+        ValueError: for shapes that are none of those expected, and members that differ in shape or dtype.
+    """
+    if isinstance(output, (list, tuple)):
+        layouts = tuple(layout_of(entry, batch_size, wanted, owner) for entry in output)
+        kinds = {(describe(entry), getattr(entry, "dtype", None)) for entry in output}
+        if len(kinds) != 1:
+            got = ", ".join(f"{describe(entry)} {getattr(entry, 'dtype', '')}".rstrip() for entry in output)
+            raise ValueError(
+                f"{owner} returned a {type(output).__name__} of {got or 'nothing'}; expected at least one member, all "
+                "of one shape and dtype."
+            )
+        return layouts
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"{owner} returned {type(output).__name__}; expected a Tensor [E, B] (or [B, E], [B, 1], [B], a list of "
+            f"these) from {owner}(obs, actions). Where the values are inside, take them out: "
+            "qpilots_fast.as_critic(module, call=lambda module, obs, actions: module(obs, actions)[...])."
+        )
+    shape = tuple(output.shape)
+    if shape == (batch_size,):
+        return "single"
+    if len(shape) == 3 and shape[2] == 1:
+        shape = shape[:2]
+    if len(shape) == 2:
+        if shape == (batch_size, batch_size) and batch_size > 1:
+            return "either" if wanted == "auto" else wanted
+        if shape[1] == batch_size and (wanted != "batch_first" or batch_size == 1 == shape[0]):
+            return "members_first"
+        if shape[0] == batch_size and wanted != "members_first":
+            return "batch_first"
+    b = batch_size
+    expected = {
+        "auto": f"[E, {b}], [{b}, E], [{b}, 1], [{b}], [E, {b}, 1]",
+        "members_first": f"[E, {b}], [{b}], [E, {b}, 1]",
+        "batch_first": f"[{b}, E], [{b}, 1], [{b}]",
+    }[wanted]
+    because = "" if wanted == "auto" else f" with critic_layout={wanted!r}"
+    raise ValueError(
+        f"{owner} returned shape {list(output.shape)} for {b} rows{because}; expected {expected}, or a list or tuple "
+        f"of these, from {owner}(obs, actions)."
+    )
+
+
+def read_output(output: Any, layout: Layout) -> Tensor:
+    """The output as q_values [E, B]."""
+    if isinstance(layout, tuple):
+        return torch.cat([read_output(entry, part) for entry, part in zip(output, layout)])
+    if layout == "single":
+        return output.unsqueeze(0)
+    if output.ndim == 3:
+        output = output.squeeze(-1)
+    return output if layout == "members_first" else output.transpose(0, 1)
+
+
+def ask_critic(
+    critic: Callable[[Any, Tensor], Any], obs: Any, actions: Tensor, layout: str = "auto", owner: str = "critic"
+) -> Tensor:
+    """q_values [E, B] = critic(obs, actions), whichever way the critic lays them out.
+
+    An output [B, B] is [E, B] or [B, E]: with layout="auto" the critic is asked once more, at another batch size, and
+    what this shows is remembered for that critic.
+
+    Raises:
+        TypeError, ValueError: for outputs that cannot be read, and where such a question cannot be asked.
+    """
+    output = critic(obs, actions)
+    if type(output) is Tensor and output.ndim == 2:  # what most critics return, without a further look
+        rows, columns = output.shape
+        if columns == len(actions) and rows != columns and layout != "batch_first":
+            return output
+    found = layout_of(output, len(actions), layout, owner)
+    if _is_open(found):
+        found = _remembered(critic, found) or _probe(critic, obs, actions, found, owner)
+    return read_output(output, found)
+
+
+def _is_open(layout: Layout) -> bool:
+    return layout == "either" or (isinstance(layout, tuple) and any(map(_is_open, layout)))
+
+
+def _agrees(shape: Layout, found: Layout) -> bool:
+    """Whether what was found settles what the shape left open, and says the same elsewhere."""
+    if isinstance(shape, tuple) and isinstance(found, tuple) and len(shape) == len(found):
+        return all(map(_agrees, shape, found))
+    return found in ("members_first", "batch_first") if shape == "either" else shape == found
+
+
+def _remembered(critic: Any, shape: Layout) -> Layout | None:
+    try:
+        found = _settled.get(critic)
+    except TypeError:  # neither hashable nor weakly referable: asked anew at every call
+        return None
+    return found if found is not None and _agrees(shape, found) else None
+
+
+def _probe(critic: Any, obs: Any, actions: Tensor, shape: Layout, owner: str) -> Layout:
+    """The layout of an output [B, B], from the critic's output for another number of rows."""
+    size = len(actions)
+    other = size - 1 if size > 2 else size + 1  # never 1: one row would broadcast against what could not be cut
+    devices = [actions.device] if actions.device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):  # a critic with dropout draws no more than without
+            output = critic(with_rows(obs, size, other), with_rows(actions, size, other))
+        found, reason = layout_of(output, other, "auto", owner), None
+        if not _agrees(shape, found):
+            reason = f"there it returned {describe(output)}"
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"
+    if reason is not None:
+        raise ValueError(
+            f"{owner} returned [{size}, {size}] for {size} rows: [members, rows] or [rows, members]? Asking it for "
+            f"{other} rows instead did not tell ({reason}). Say it: critic_layout='members_first' where it returns "
+            "[E, B], critic_layout='batch_first' where it returns [B, E]."
+        )
+    try:
+        _settled[critic] = found
+    except TypeError:
+        pass
+    return found
+
+
+def check_layout(value: object) -> None:
+    """Raises unless value is one of CRITIC_LAYOUTS."""
+    check_choice("critic_layout", value, CRITIC_LAYOUTS)
