@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .backends import Footprint
+from .inputs import Layout
+from .spec import RawSample
 
 
 @dataclass(frozen=True)
 class SampleInfo:
-    """What happened in one call.
+    """What happened in one call; B stands for the leading dimensions of obs: none for [S], two for [B, T, S].
 
     Args:
         q_values: [E, B], the critics at the returned actions; None without a critic.
@@ -22,6 +24,13 @@ class SampleInfo:
     q_values: Tensor | None
     gradient_norms: Tensor
     nonfinite: Tensor
+
+    @staticmethod
+    def of(raw: RawSample, q_values: Tensor | None, layout: Layout) -> SampleInfo:
+        """From a backend's rows."""
+        assert raw.gradient_norms is not None and raw.nonfinite is not None
+        q_values = None if q_values is None else layout.unfold(q_values, first=1)
+        return SampleInfo(q_values, layout.unfold(raw.gradient_norms, first=1), layout.unfold(raw.nonfinite, first=1))
 
     @property
     def nonfinite_rows(self) -> Tensor:

@@ -1,40 +1,20 @@
-"""The checks on what a sampler is given, and the noise that a call starts from."""
+"""What a sampler is called with: checked, folded to rows, and the noise drawn that was not given."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .candidates import rotated_starts
+from .draws import drawn, drawn_by_row, read_seeds
 from .networks import PackableNetwork
 from .steering import Steering
-
-
-def check_bound(name: str, value: object) -> float:
-    """An action bound as a float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; expected a finite number (actions are scaled to one common box).")
-    return float(value)
-
-
-def check_network(name: str, network: object, needed: bool) -> None:
-    """Raises unless the network fits its place."""
-    kinds = {"flow": "flow", "critic": "critic", "posterior": "meta_flow_map"}
-    if network is None:
-        if needed:
-            raise ValueError(f"{name} is None, but this steering needs one; give a network or a callable.")
-        return
-    if isinstance(network, PackableNetwork):
-        if network.spec.kind != kinds[name]:
-            raise TypeError(
-                f"{name} is a {network.spec.kind} network ({type(network).__name__}); expected a {kinds[name]}."
-            )
-    elif not callable(network):
-        raise TypeError(f"{name} is {type(network).__name__}; expected a network or a callable.")
 
 
 def check_finite(name: str, value: Tensor | None) -> None:
@@ -57,118 +37,268 @@ def check_all_finite(obs: Any, noise: Tensor, posterior_noise: Tensor | None) ->
 
 def check_actions(actions: Tensor) -> None:
     """Raises where an action is not finite: the flow itself returned a non-finite velocity."""
-    if actions.device.type == "cpu" and not math.isfinite(actions.sum().item()):  # each is in bounds or NaN
-        rows = (~torch.isfinite(actions)).any(-1).nonzero().flatten().tolist()
+    if actions.device.type != "cpu" or math.isfinite(actions.sum().item()):
+        return  # a finite sum has finite terms; the sum of unbounded actions may overflow
+    rows = (~torch.isfinite(actions)).any(-1).nonzero().flatten().tolist()
+    if rows:
         raise ValueError(
             f"the flow's velocity is not finite in rows {rows[:8]}{'...' if len(rows) > 8 else ''}; expected finite "
             "velocities (are the flow's weights finite, and obs in the range it was trained on?)."
         )
 
 
+def as_tensor(name: str, value: Any, device: torch.device) -> Any:
+    """A numpy array as a tensor on a device (a copy, so that an environment may use its buffer again); else itself."""
+    if not isinstance(value, np.ndarray):
+        return value
+    if value.dtype.kind not in "fiub":
+        raise TypeError(f"{name} is an array of {value.dtype}; expected floating numbers, e.g. np.float32.")
+    if value.dtype.kind == "f":  # torch knows no long double and no foreign byte order
+        value = value.astype({2: np.float16, 4: np.float32}.get(value.dtype.itemsize, np.float64))
+    return torch.from_numpy(np.array(value, order="C")).to(device)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a call's own shapes fold to rows.
+
+    Args:
+        lead: obs and noise have these dimensions first: () for one observation, [B], [B, T] and so on.
+        action: the shape of one action: [A], or [C, D] with A = C D.
+        chunk: [C, D] where callables are shown chunks.
+    """
+
+    lead: tuple[int, ...]
+    action: tuple[int, ...]
+    chunk: tuple[int, int] | None = None
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.lead)
+
+    @property
+    def action_dim(self) -> int:
+        return math.prod(self.action)
+
+    def unfold(self, value: Tensor, *rest: int, first: int = 0) -> Tensor:
+        """[..., rows, *rest]'s rows as the leading dimensions, after `first` dimensions of the value's own."""
+        if len(self.lead) == 1 and len(rest) <= 1:
+            return value
+        return value.reshape(*value.shape[:first], *self.lead, *rest)
+
+
 @dataclass(frozen=True)
 class Inputs:
-    """What a call starts from: obs as given; noise [B, n, A] of n candidates; posterior_noise [K, B, N, A] or None."""
+    """What a call starts from, in rows: obs [B, S] or any object, noise [B, n, A], posterior_noise [K, B, N, A]."""
 
     obs: Any
     noise: Tensor
     posterior_noise: Tensor | None
+    layout: Layout
 
 
-def read_inputs(
-    obs: Any,
-    noise: Tensor | None,
-    posterior_noise: Tensor | None,
-    generator: torch.Generator | None,
-    *,
-    steering: Steering,
-    num_steps: int,
-    packed: PackableNetwork | None,
-    device: torch.device,
-) -> Inputs:
-    """Checks what a sampler was called with, and draws what was not given.
+@dataclass(frozen=True)
+class Reader:
+    """Reads what one sampler is called with.
 
     Args:
-        packed: any network that tells S and A. device: the networks'.
-
-    Raises:
-        ValueError, TypeError: wrong shapes, dtypes or devices.
+        packed: a network that tells S and A. reads_obs: whether a packed one takes part, so that obs must be [..., S].
+        device: the networks'. float64: whether the sampler computes in float64; None: as its inputs say.
     """
-    batch_size, device, dtype = _read_batch(obs, noise, packed, device)
-    if packed is not None:
-        action_dim = packed.spec.action_dim
-    elif noise is None:
-        raise ValueError("noise is None and no network tells the action width; give noise [B, A].")
-    else:
-        action_dim = noise.shape[-1]
-    start = _start_noise(noise, steering.num_candidates, batch_size, action_dim, device, dtype, generator)
-    shape = (num_steps, batch_size, steering.num_samples, action_dim)
-    eps = _posterior_noise(posterior_noise, shape, device, dtype, generator) if steering.draws_posterior else None
-    return Inputs(obs, start, eps)
 
+    steering: Steering
+    num_steps: int
+    packed: PackableNetwork | None
+    reads_obs: bool
+    device: torch.device
+    chunk_shape: tuple[int, int] | None
+    float64: Callable[[], bool | None]
 
-def _read_batch(
-    obs: Any, noise: Tensor | None, packed: PackableNetwork | None, device: torch.device
-) -> tuple[int, torch.device, torch.dtype]:
-    """Batch size, device and state dtype of a call; packed is any network that tells S, device is the networks'."""
-    if isinstance(obs, Tensor) and packed is not None:
-        if obs.ndim != 2 or obs.shape[1] != packed.spec.obs_dim:
-            raise ValueError(f"obs has shape {list(obs.shape)}; expected [B, {packed.spec.obs_dim}].")
+    def read(self, obs: Any, noise: Any, posterior_noise: Any, generator: torch.Generator | None, seeds: Any) -> Inputs:
+        """Checks what was given, and draws what was not.
+
+        Raises:
+            ValueError, TypeError: wrong shapes, dtypes or devices; generator together with seeds.
+        """
+        if self.reads_obs:
+            obs = self._check_obs(as_tensor("obs", obs, self.device))
+        noise = self._check_noise("noise", as_tensor("noise", noise, self.device), obs)
+        posterior_noise = as_tensor("posterior_noise", posterior_noise, self.device)
+        layout = self._layout(obs, noise)
+        device = next((v.device for v in (noise, obs) if isinstance(v, Tensor)), self.device)
+        dtype = self._dtype(obs, noise)
+        if isinstance(obs, Tensor) and obs.dtype == torch.float64 != dtype:
+            obs = obs.to(dtype)
+        start = None if noise is None else self._start(noise.to(dtype), layout)
+        eps = self._posterior_noise(posterior_noise, layout, device, dtype) if self.steering.draws_posterior else None
+        start, eps = self._drawn(layout, (start, eps), (device, dtype), generator, seeds)
+        return Inputs(self._rows_of(obs, layout), start, eps, layout)
+
+    # ------------------------------------------------------------ checks
+
+    def _check_obs(self, obs: Any) -> Tensor:
+        packed = self.packed
+        assert packed is not None
+        obs_dim = packed.spec.obs_dim
+        if not isinstance(obs, Tensor):
+            cure = (
+                "torch.as_tensor(obs)"
+                if isinstance(obs, (list, tuple))
+                else "the tensor itself (obs['state'], say), or give flow and critic as callables that read your obs"
+            )
+            raise TypeError(
+                f"obs is {type(obs).__name__}, but {type(packed).__name__} reads a Tensor or numpy array "
+                f"[..., {obs_dim}]: give {cure}."
+            )
+        if obs.ndim < 1 or obs.shape[-1] != obs_dim:
+            raise ValueError(
+                f"obs has shape {list(obs.shape)}; expected [B, {obs_dim}], [{obs_dim}], or more leading dimensions."
+            )
         if not obs.is_floating_point():
             raise TypeError(f"obs is {obs.dtype}; expected a floating dtype, e.g. obs.float().")
-        if obs.device != device:
-            raise ValueError(f"obs is on {obs.device}, the networks are on {device}; move one with .to(...).")
-    if noise is None:
-        if not isinstance(obs, Tensor) or obs.ndim < 1:
+        if obs.device != self.device:
+            raise ValueError(f"obs is on {obs.device}, the networks are on {self.device}; move one with .to(...).")
+        return obs
+
+    def _check_noise(self, name: str, noise: Any, obs: Any) -> Tensor | None:
+        if noise is None:
+            return None
+        if not isinstance(noise, Tensor) or not noise.is_floating_point():
+            cure = " (torch.as_tensor(...) makes one)" if isinstance(noise, (list, tuple)) else ""
+            got = getattr(noise, "dtype", type(noise).__name__)
+            raise TypeError(f"{name} is {got}; expected a floating Tensor or numpy array{cure}.")
+        if isinstance(obs, Tensor) and noise.device != obs.device:
+            raise ValueError(f"{name} is on {noise.device}, obs on {obs.device}; expected one device.")
+        return noise
+
+    def _dtype(self, obs: Any, noise: Tensor | None) -> torch.dtype:
+        given = [value for value in (obs, noise) if isinstance(value, Tensor) and value.dtype == torch.float64]
+        # float64 observations (gymnasium's, numpy's) do not make a float32 sampler compute in float64
+        return torch.float64 if given and self.float64() is not False else torch.float32
+
+    # ------------------------------------------------------------ shapes
+
+    def _layout(self, obs: Any, noise: Tensor | None) -> Layout:
+        chunk = self.chunk_shape
+        action_dim = math.prod(chunk) if chunk else None if self.packed is None else self.packed.spec.action_dim
+        if noise is None:
+            if not isinstance(obs, Tensor) or obs.ndim < 1:
+                raise ValueError(
+                    f"noise is None and obs is {type(obs).__name__}, so the batch size is unknown; give noise [B, A]."
+                )
+            if action_dim is None:
+                raise ValueError(
+                    "noise is None and no network tells the action width; give noise [B, A], or the sampler a "
+                    "chunk_shape."
+                )
+            return Layout(self._lead(obs), chunk or (action_dim,), chunk)
+        lead = self._lead(obs) if self.reads_obs else self._lead_beside(obs, noise)
+        rest, count = tuple(noise.shape[len(lead) :]), self.steering.num_candidates
+        if tuple(noise.shape[: len(lead)]) != lead:
+            if len(lead) == 1 and noise.ndim > 1:
+                raise ValueError(f"noise has {noise.shape[0]} rows, obs {lead[0]}; expected the same.")
+            rest = ()
+        elif count > 1 and len(rest) > 1 and rest != chunk:  # candidates stand before the action's own dimensions
+            rest = rest[1:] if rest[0] == count else ()
+        if (
+            len(rest) not in (1, 2)
+            or math.prod(rest) != (action_dim or math.prod(rest))
+            or (len(rest) == 2 and chunk not in (None, rest))
+        ):
+            raise ValueError(f"noise has shape {list(noise.shape)}; expected {self._expected(lead, action_dim)}.")
+        return Layout(lead, rest, chunk if len(rest) == 1 else (rest[0], rest[1]))
+
+    def _lead(self, obs: Tensor) -> tuple[int, ...]:
+        """The leading dimensions that obs alone says."""
+        if self.reads_obs:
+            return tuple(obs.shape[:-1])
+        return () if obs.ndim == 1 and obs.is_floating_point() else tuple(obs.shape[:1])
+
+    def _lead_beside(self, obs: Any, noise: Tensor) -> tuple[int, ...]:
+        """The leading dimensions that noise says, where callables alone read obs, which may have any shape."""
+        chunk, shape = self.chunk_shape, tuple(noise.shape)
+        one = len(shape) == 1 or (shape == chunk and isinstance(obs, Tensor) and obs.ndim == 1)
+        if one:
+            if not isinstance(obs, Tensor):
+                raise ValueError(
+                    f"noise has shape {list(shape)}, for one observation, but obs is {type(obs).__name__}; expected "
+                    "noise [1, A] and obs with a batch dimension of its own."
+                )
+            return ()
+        if self.steering.num_candidates > 1 or (chunk is None and len(shape) < 4):
+            return shape[:1]
+        lead = shape[:-1] if chunk is not None and shape[-2:] != chunk else shape[:-2]
+        if len(lead) > 1 and not (isinstance(obs, Tensor) and tuple(obs.shape[: len(lead)]) == lead):
+            got = list(obs.shape) if isinstance(obs, Tensor) else type(obs).__name__
             raise ValueError(
-                f"noise is None and obs is {type(obs).__name__}, so the batch size is unknown; give noise [B, A]."
+                f"noise has leading dimensions {list(lead)}, obs is {got}; expected a tensor with the same."
             )
-        dtype = torch.float64 if obs.dtype == torch.float64 else torch.float32
-        return obs.shape[0], obs.device, dtype
-    if not isinstance(noise, Tensor) or not noise.is_floating_point():
-        raise TypeError(f"noise is {getattr(noise, 'dtype', type(noise).__name__)}; expected a floating Tensor.")
-    if isinstance(obs, Tensor):
-        if packed is not None and noise.shape[:1] != obs.shape[:1]:
-            raise ValueError(f"noise has {noise.shape[0]} rows, obs {obs.shape[0]}; expected the same.")
-        if noise.device != obs.device:
-            raise ValueError(f"noise is on {noise.device}, obs on {obs.device}; expected one device.")
-    wide = noise.dtype == torch.float64 or (isinstance(obs, Tensor) and obs.dtype == torch.float64)
-    return noise.shape[0], noise.device, torch.float64 if wide else torch.float32
+        return lead
 
+    def _expected(self, lead: tuple[int, ...], action_dim: int | None) -> str:
+        """The shapes of noise in words."""
+        count, chunk = self.steering.num_candidates, self.chunk_shape
+        a = "A" if action_dim is None else action_dim
+        shapes = [[*lead, a], [*lead, *(chunk or ("C", "D"))]]
+        if count > 1:
+            shapes = [shapes[0], [*lead, count, a], [*lead, count, *(chunk or ("C", "D"))]]
+        words = ["[" + ", ".join(map(str, shape)) + "]" for shape in shapes]
+        return " or ".join(words) + ("" if chunk or action_dim is None else f" (chunks, C D = {action_dim})")
 
-def _start_noise(
-    noise: Tensor | None,
-    count: int,
-    batch_size: int,
-    action_dim: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """The flow's start [B, n, A] for count = n candidates."""
-    if noise is None:
-        return torch.randn(batch_size, count, action_dim, device=device, dtype=dtype, generator=generator)
-    if tuple(noise.shape) == (batch_size, action_dim):
-        return rotated_starts(noise.to(dtype), count)
-    if count > 1 and tuple(noise.shape) == (batch_size, count, action_dim):
-        return noise.to(dtype)
-    also = f" or [{batch_size}, {count}, {action_dim}]" if count > 1 else ""
-    raise ValueError(f"noise has shape {list(noise.shape)}; expected [{batch_size}, {action_dim}]{also}.")
+    def _rows_of(self, obs: Any, layout: Layout) -> Any:
+        """obs with one leading dimension, where it is a tensor."""
+        if not isinstance(obs, Tensor) or len(layout.lead) == 1:
+            return obs
+        return obs.reshape(layout.rows, *obs.shape[len(layout.lead) :])
 
+    # ------------------------------------------------------------ what a call starts from
 
-def _posterior_noise(
-    eps: Tensor | None,
-    shape: tuple[int, ...],
-    device: torch.device,
-    dtype: torch.dtype,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """The draws' noise [K, B, N, A]."""
-    if eps is None:
-        return torch.randn(shape, device=device, dtype=dtype, generator=generator)
-    if not isinstance(eps, Tensor) or not eps.is_floating_point():
-        raise TypeError(f"posterior_noise is {getattr(eps, 'dtype', type(eps).__name__)}; expected a floating Tensor.")
-    if tuple(eps.shape) != shape:
-        raise ValueError(f"posterior_noise has shape {list(eps.shape)}; expected {list(shape)} ([K, B, N, A]).")
-    if eps.device != device:
-        raise ValueError(f"posterior_noise is on {eps.device}, noise on {device}; expected one device.")
-    return eps.to(dtype)
+    def _start(self, noise: Tensor, layout: Layout) -> Tensor:
+        """The start [B, n, A] of n candidates, from noise that the layout fits."""
+        rows, action_dim, count = layout.rows, layout.action_dim, self.steering.num_candidates
+        if noise.ndim > len(layout.lead) + len(layout.action):
+            return noise.reshape(rows, count, action_dim)
+        return rotated_starts(noise.reshape(rows, action_dim), count)
+
+    def _posterior_noise(self, eps: Any, layout: Layout, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+        """The draws' noise [K, B, N, A], where it was given."""
+        if eps is None:
+            return None
+        eps = self._check_noise("posterior_noise", eps, None)
+        shape = (self.num_steps, *layout.lead, self.steering.num_samples, layout.action_dim)
+        if tuple(eps.shape) not in (shape, (*shape[:-1], *(layout.chunk or layout.action))):
+            in_words = ", ".join(["K", *("B" if len(layout.lead) == 1 else map(str, layout.lead)), "N", "A"])
+            raise ValueError(
+                f"posterior_noise has shape {list(eps.shape)}; expected {list(shape)} ([{in_words}])"
+                + (f", or with {list(layout.chunk)} last." if layout.chunk else ".")
+            )
+        if eps.device != device:
+            raise ValueError(f"posterior_noise is on {eps.device}, noise on {device}; expected one device.")
+        return eps.to(dtype).reshape(self.num_steps, layout.rows, self.steering.num_samples, layout.action_dim)
+
+    def _drawn(
+        self, layout: Layout, kept: tuple[Tensor | None, Tensor | None], like: tuple[torch.device, torch.dtype],
+        generator: torch.Generator | None, seeds: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Start and posterior noise: what was given of them, and the rest drawn."""
+        start, eps = kept
+        rows, action_dim, steering = layout.rows, layout.action_dim, self.steering
+        draws_eps = steering.draws_posterior and eps is None
+        if seeds is None:
+            if start is None:
+                start = drawn((rows, steering.num_candidates, action_dim), *like, generator)
+            if draws_eps:
+                eps = drawn((self.num_steps, rows, steering.num_samples, action_dim), *like, generator)
+            return start, eps
+        if generator is not None:
+            raise ValueError("both generator and seeds were given; expected one of them (seeds draws row by row).")
+        if start is not None and not draws_eps:
+            raise ValueError(
+                "both noise and seeds were given, and nothing is left to draw; expected one of them (beside noise, "
+                "seeds draws posterior_noise where a call needs it)."
+            )
+        # the start is drawn even where it was given: a seed's posterior noise is then the same beside any noise
+        shapes = [(steering.num_candidates, action_dim), (self.num_steps, steering.num_samples, action_dim)]
+        found = drawn_by_row(read_seeds(seeds, rows), shapes[: 1 + draws_eps])
+        start = found[0].to(*like) if start is None else start
+        return start, found[1].to(*like).movedim(1, 0) if draws_eps else eps

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from . import backends, ops, reference
 from .backends import Backend, Call, Choice, QuickCall, Request, Slots
 from .candidates import as_rows, side_by_side
+from .chunks import in_chunks
+from .critic_outputs import ask_critic
 from .errors import BackendUnavailable
 from .evaluators import evaluators
 from .info import Explanation
@@ -97,6 +99,13 @@ class PackedRun:
             taking_part = (networks[name] for name in self.spec.networks)
             flat = [parameter for network in taking_part for parameter in network.flat_parameters()]
             return RawSample(*ops.sample(obs, noise, eps, flat, self.spec, backend))
+        obs, noise = obs.to(noise.dtype).contiguous(), noise.contiguous()
+        eps = None if eps is None else eps.contiguous()
+        if count == 1 and not return_info:  # what had to be cast or folded is plain now
+            quick = self.quick(backend)
+            actions = None if quick is None else quick(obs, noise, eps)
+            if actions is not None:
+                return RawSample(actions)
         bound = self.bound()
         check_all_finite(obs, noise, eps)
         chosen = self._choices.backend(backend, self.spec, noise)
@@ -105,10 +114,7 @@ class PackedRun:
             if chosen.name not in self._packs:
                 self._packs[chosen.name] = (bound, chosen.pack(self.spec, bound))
             bound, packed = self._packs[chosen.name]
-        eps = None if eps is None else eps.contiguous()
-        raw = chosen.sample(
-            Call(self.spec, bound, obs.to(noise.dtype).contiguous(), noise.contiguous(), eps, packed, return_info)
-        )
+        raw = chosen.sample(Call(self.spec, bound, obs, noise, eps, packed, return_info))
         check_actions(raw.actions)
         if count == 1:
             self._make_quick(backend, chosen, bound, packed)
@@ -176,8 +182,9 @@ class CallableRun:
         obs, noise, eps = inputs.obs, inputs.noise, inputs.posterior_noise
         check_all_finite(obs, noise, eps)
         chosen = self._choose(backend, noise.device, noise.dtype).backend
+        shown = {name: in_chunks(name, network, inputs.layout.chunk) for name, network in networks.items()}
         net = evaluators(
-            **networks, steering=self._steering, backend=chosen, precision=self._precision, obs=obs,
+            **shown, steering=self._steering, backend=chosen, precision=self._precision, obs=obs,
             critic_layout=self._critic_layout,
         )  # fmt: skip
         starts = noise.unbind(1)
@@ -196,3 +203,18 @@ class CallableRun:
 
     def _choose(self, backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
         return backends.choose(Request(backend, self._precision, device, dtype))
+
+
+def finished_values(
+    critic: Any, inputs: Inputs, actions: Tensor, precision: str, backend: str, critic_layout: str
+) -> Tensor | None:
+    """q_values [E, B n] of finished actions [B n, A], n of them for each row of obs; None without a critic."""
+    obs, count = inputs.obs, inputs.noise.shape[1]
+    if critic is None:
+        return None
+    if isinstance(critic, PackableNetwork) and isinstance(obs, Tensor):
+        wide = as_rows(obs, count)
+        return ops.critic_values(wide, actions, critic, precision=precision, backend=backend)
+    shown = in_chunks("critic", critic, inputs.layout.chunk)
+    of_each = [ask_critic(shown, obs, actions[n::count], critic_layout) for n in range(count)]
+    return torch.stack(of_each, dim=-1).flatten(1).detach().to(actions.dtype)

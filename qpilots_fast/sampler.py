@@ -9,14 +9,15 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from . import backends, ops
-from .candidates import as_rows, keep_best
-from .critic_outputs import ask_critic, check_layout
+from . import backends
+from .candidates import keep_best
+from .draws import Seeds
 from .info import Explanation, SampleInfo
-from .inputs import check_bound, check_network, read_inputs
+from .inputs import Reader
 from .networks import PackableNetwork
-from .runs import CallableRun, Choices, PackedRun, all_packed
-from .spec import PRECISIONS, RawSample, SamplerSpec
+from .runs import CallableRun, Choices, PackedRun, all_packed, finished_values
+from .settings import check_settings, read_setting
+from .spec import RawSample, SamplerSpec
 from .steering import Steering
 
 _log = logging.getLogger("qpilots_fast")
@@ -26,6 +27,7 @@ Network = PackableNetwork | Callable[..., Any]
 # what a run is made from: assigning one makes another
 _SETTINGS = (
     "flow", "critic", "posterior", "steering", "num_steps", "precision", "action_low", "action_high", "critic_layout",
+    "chunk_shape",
 )  # fmt: skip
 
 
@@ -45,6 +47,8 @@ class SteeredSampler(nn.Module):
         action_low, action_high: bounds of the actions, and of the estimates where the steering clips them.
         critic_layout: of a callable critic's output: "members_first" [E, B] or "batch_first" [B, E]; "auto" reads it
             from the shape, and asks a critic that returned [B, B] once more at another batch size.
+        chunk_shape: (C, D) where an action is a chunk: drawn noise and its actions are [B, C, D], and callables see
+            [B, C, D] whatever noise's shape; packed networks read the flat A = C D.
 
     Raises:
         ValueError, TypeError: for arguments outside these, or networks that do not fit each other.
@@ -64,6 +68,7 @@ class SteeredSampler(nn.Module):
         action_low: float = -1.0,
         action_high: float = 1.0,
         critic_layout: str = "auto",
+        chunk_shape: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.flow = flow
@@ -75,6 +80,7 @@ class SteeredSampler(nn.Module):
         self.precision = precision
         self.action_low, self.action_high = action_low, action_high
         self.critic_layout = critic_layout
+        self.chunk_shape = chunk_shape
         self._frozen = False
         self._choices = Choices()
         self._run = self._make_run()
@@ -91,6 +97,8 @@ class SteeredSampler(nn.Module):
         posterior_noise: Tensor | None = ...,
         generator: torch.Generator | None = ...,
         return_info: Literal[False] = ...,
+        *,
+        seeds: Seeds | None = ...,
     ) -> Tensor: ...
 
     @overload
@@ -102,6 +110,7 @@ class SteeredSampler(nn.Module):
         generator: torch.Generator | None = ...,
         *,
         return_info: Literal[True],
+        seeds: Seeds | None = ...,
     ) -> tuple[Tensor, SampleInfo]: ...
 
     def forward(
@@ -111,56 +120,61 @@ class SteeredSampler(nn.Module):
         posterior_noise: Tensor | None = None,
         generator: torch.Generator | None = None,
         return_info: bool = False,
+        *,
+        seeds: Seeds | None = None,
     ) -> Tensor | tuple[Tensor, SampleInfo]:
         """Samples one action per observation; not tracked by autograd.
 
         Args:
-            obs: [B, S]; any object where flow and critic are callables that read it (then noise gives B and A).
-            noise: [B, A] start of the flow; drawn where None. With num_candidates = n > 1 also [B, n, A]; from
-                [B, A] the candidates start at n fixed rotations of the noise, so that the result stays a function
-                of it.
-            posterior_noise: [K, B, N, A], entry k serves step k; drawn where None and needed.
+            obs: [B, S], or [S] for one, or [B, T, S] and so on, as a tensor or numpy array; any object where flow and
+                critic are callables that read it (then noise gives B and A).
+            noise: [B, A] start of the flow; drawn where None. Chunks [B, C, D] with A = C D: actions then are too,
+                and callables see them so. With num_candidates = n > 1 also [B, n, A] and [B, n, C, D]; from [B, A]
+                the candidates start at n fixed rotations of the noise, so that the result stays a function of it.
+            posterior_noise: [K, B, N, A] or [K, B, N, C, D], entry k serves step k; drawn where None and needed.
             generator: for what is drawn.
             return_info: also return a SampleInfo.
+            seeds: B integers, or B generators of the CPU, in place of generator: what row i draws follows from its
+                seed alone, so a row is the same in any batch and on any device (draws are made on the CPU and moved).
+                Beside noise, for posterior_noise alone.
+        float64 obs and noise are cast to float32 unless networks or precision are float64. [B, ...] stands for the
+        leading dimensions of obs, whatever their number.
 
         Returns:
-            actions [B, A] in [action_low, action_high], or (actions, SampleInfo).
+            actions in [action_low, action_high], of noise's shape, or (actions, SampleInfo). Where noise is drawn:
+            [B, A], or [B, C, D] with a chunk_shape.
 
         Raises:
             ValueError, TypeError: wrong shapes, dtypes, devices, or non-finite obs or noise.
         """
         run = self._run
-        if not (torch.compiler.is_compiling() or generator is not None or return_info):  # traced: no guard on it
+        plain = generator is None and seeds is None and not return_info
+        if plain and not torch.compiler.is_compiling():  # traced: no guard on it
             quick = run.quick(self.backend)
             actions = None if quick is None else quick(obs, noise, posterior_noise)
             if actions is not None:
-                return actions
+                chunk = self.chunk_shape
+                return actions if chunk is None or noise is not None else actions.unflatten(1, chunk)
         with torch.no_grad():
             networks = self.networks
             if not run.fits(networks):
                 run = self._run = self._make_run()
-            inputs = read_inputs(
-                obs,
-                noise,
-                posterior_noise,
-                generator,
-                steering=self.steering,
-                num_steps=self.num_steps,
-                packed=self._a_packed_network(),
-                device=self._device(),
-            )
-            count, needs_values = inputs.noise.shape[1], return_info or inputs.noise.shape[1] > 1
+            inputs = self._reader().read(obs, noise, posterior_noise, generator, seeds)
+            layout, count = inputs.layout, inputs.noise.shape[1]
             if len(inputs.noise) == 0:
                 raw, q_values = self._empty(inputs.noise)
             else:
                 raw = run.sample(networks, self.backend, inputs, return_info)
-                q_values = self._q_values(obs, raw.actions, count) if needs_values else None
+                q_values = None
+                if return_info or count > 1:
+                    how = (self.precision, self.backend, self.critic_layout)
+                    q_values = finished_values(self.critic, inputs, raw.actions, *how)
                 if q_values is not None and count > 1:
                     raw, q_values = keep_best(raw, q_values, self.steering)
+            actions = layout.unfold(raw.actions, *layout.action)
             if not return_info:
-                return raw.actions
-            assert raw.gradient_norms is not None and raw.nonfinite is not None
-            return raw.actions, SampleInfo(q_values, raw.gradient_norms, raw.nonfinite)
+                return actions
+            return actions, SampleInfo.of(raw, q_values, layout)
 
     def freeze(self) -> SteeredSampler:
         """Packs the weights at the next call and keeps them: later changes of the parameters are not seen.
@@ -204,30 +218,9 @@ class SteeredSampler(nn.Module):
         """The networks as they were given, by name: "flow", "critic", "posterior"."""
         return {"flow": self.flow, "critic": self.critic, "posterior": self.posterior}
 
-    def _check_settings(self) -> None:
-        if not isinstance(self.steering, Steering):
-            raise TypeError(
-                f"steering is {type(self.steering).__name__}; expected a Steering, e.g. Steering.qpilots_u()."
-            )
-        steering = self.steering
-        if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
-            raise ValueError(f"num_steps is {self.num_steps!r}; expected an integer >= 1.")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision is {self.precision!r}; expected one of {', '.join(map(repr, PRECISIONS))}.")
-        low, high = check_bound("action_low", self.action_low), check_bound("action_high", self.action_high)
-        if not low < high:
-            raise ValueError(f"action_low is {low:g} and action_high {high:g}; expected action_low < action_high.")
-        check_layout(self.critic_layout)
-        for name, network, needed in (
-            ("flow", self.flow, True),
-            ("critic", self.critic, steering.steers or steering.num_candidates > 1),
-            ("posterior", self.posterior, steering.steers and steering.estimate == "mfm"),
-        ):
-            check_network(name, network, needed)
-
     def _make_run(self) -> PackedRun | CallableRun:
         """The way that calls take; made anew where what earlier calls kept must be forgotten."""
-        self._check_settings()
+        check_settings(self)
         networks, steering, bounds = self.networks, self.steering, (float(self.action_low), float(self.action_high))
         if not all_packed(networks, steering):
             return CallableRun(steering, self.num_steps, self.precision, bounds, self.critic_layout)
@@ -242,9 +235,23 @@ class SteeredSampler(nn.Module):
         )
         return PackedRun(spec, self._modules, self._frozen, self._choices)
 
-    def _a_packed_network(self) -> PackableNetwork | None:
-        """Any network that tells S and A."""
-        return next((n for n in self.networks.values() if isinstance(n, PackableNetwork)), None)
+    def _reader(self) -> Reader:
+        packed = {name: net for name, net in self.networks.items() if isinstance(net, PackableNetwork)}
+        asked = {name: net for name, net in packed.items() if self._asks(name)}
+        tells = next(iter((asked or packed).values()), None)
+        return Reader(
+            self.steering, self.num_steps, tells, bool(asked), self._device(), self.chunk_shape, self._is_float64
+        )
+
+    def _asks(self, name: str) -> bool:
+        return self.steering.asks(name) or (name == "critic" and self.steering.num_candidates > 1)
+
+    def _is_float64(self) -> bool | None:
+        """Whether calls compute in float64; None where no network says it."""
+        dtypes = [parameter.dtype for parameter in self.parameters() if parameter.is_floating_point()]
+        if self.precision == "float64" or torch.float64 in dtypes:
+            return True
+        return False if dtypes else None
 
     def _device(self) -> torch.device:
         parameter = next(self.parameters(), None)
@@ -256,22 +263,11 @@ class SteeredSampler(nn.Module):
         norms = noise.new_empty(self.num_steps, 0)
         return RawSample(noise[:, 0], norms, norms > 0), q_values
 
-    def _q_values(self, obs: Any, actions: Tensor, count: int) -> Tensor | None:
-        """q_values [E, B n] of finished actions [B n, A], count = n of them for each row of obs."""
-        critic = self.critic
-        if critic is None:
-            return None
-        if isinstance(critic, PackableNetwork) and isinstance(obs, Tensor):
-            wide = as_rows(obs, count)
-            return ops.critic_values(wide, actions, critic, precision=self.precision, backend=self.backend)
-        of_each = [ask_critic(critic, obs, actions[n::count], self.critic_layout) for n in range(count)]
-        return torch.stack(of_each, dim=-1).flatten(1).detach().to(actions.dtype)
-
     # ------------------------------------------------------------ nn.Module plumbing
 
     def __setattr__(self, name: str, value: Any) -> None:
         before = getattr(self, name, None)
-        super().__setattr__(name, value)
+        super().__setattr__(name, read_setting(name, value))
         if name in _SETTINGS and "_run" in self.__dict__:
             try:
                 self._run = self._make_run()

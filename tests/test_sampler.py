@@ -274,7 +274,11 @@ def test_guards(backend):
     nan_obs[0, 0], inf_noise[0, 0] = float("nan"), float("inf")
     for call, error, message in (
         (lambda: sampler(case.obs[:, :3]), ValueError, r"obs has shape \[17, 3\]; expected \[B, 7\]"),
-        (lambda: sampler(case.obs[0]), ValueError, r"obs has shape \[7\]; expected \[B, 7\]"),
+        (
+            lambda: sampler(case.obs[0], case.noise),
+            ValueError,
+            r"noise has shape \[17, 5\]; expected \[5\] or \[C, D\]",
+        ),
         (lambda: sampler(case.obs.long()), TypeError, "expected a floating dtype"),
         (lambda: sampler(case.obs, case.noise[:3]), ValueError, "noise has 3 rows, obs 17"),
         (lambda: sampler(case.obs, case.noise[:, :2]), ValueError, r"expected \[17, 5\]"),

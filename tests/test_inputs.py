@@ -1,0 +1,196 @@
+"""What a sampler may be called with: leading dimensions, numpy arrays, dtypes, chunks and seeds."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from qpilots_fast import SteeredSampler, Steering
+from qpilots_fast.testing import make_case
+
+M = Steering.qpilots_m()
+
+
+def chunked_case(steering: Steering = M):
+    return make_case(steering, batch_size=6, action_dim=12, hidden_dims=(16,))
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (6,), (2, 3), (1, 2, 3)])
+def test_any_leading_dimensions(lead, backend):
+    case = make_case(M, batch_size=6)
+    sampler, rows = case.sampler(backend), int(np.prod(lead))
+    obs, noise, eps = case.obs[:rows], case.noise[:rows], case.posterior_noise[:, :rows]
+    expected, flat = sampler(obs, noise, eps, return_info=True)
+    for _ in range(2):  # the second by the quick way
+        folded = obs.reshape(*lead, 7), noise.reshape(*lead, 5), eps.reshape(10, *lead, 4, 5)
+        assert torch.equal(sampler(*folded), expected.reshape(*lead, 5))
+    info = sampler(*folded, return_info=True)[1]
+    assert info.q_values.shape == (3, *lead) and info.gradient_norms.shape == info.nonfinite.shape == (10, *lead)
+    assert torch.equal(info.gradient_norms.reshape(10, rows), flat.gradient_norms)
+    assert info.nonfinite_rows.shape == lead
+    assert sampler(folded[0]).shape == (*lead, 5)
+    with pytest.raises(ValueError, match="noise has"):
+        sampler(folded[0], torch.randn(*lead, 4))
+
+
+def test_numpy_arrays(backend):
+    case = make_case(M)
+    sampler = case.sampler(backend)
+    expected = sampler(case.obs, case.noise, case.posterior_noise)
+    arrays = [value.numpy() for value in (case.obs, case.noise, case.posterior_noise)]
+    read_only = arrays[0].copy()
+    read_only.flags.writeable = False
+    assert torch.equal(sampler(read_only, *arrays[1:]), expected)
+    swapped = arrays[0].astype(arrays[0].dtype.newbyteorder())
+    assert torch.equal(sampler(swapped, *arrays[1:]), expected)
+    assert torch.equal(sampler(arrays[0][::-1][::-1].astype(np.float64), *arrays[1:]), expected)
+    for bad, message in (
+        ({"state": case.obs}, "obs is dict.*callables that read your obs"),
+        (case.obs.tolist(), r"obs is list.*torch\.as_tensor"),
+        (arrays[0].astype(np.int64), "expected a floating dtype"),
+        (arrays[0].astype(object), "expected floating numbers"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            sampler(bad, case.noise, case.posterior_noise)
+    with pytest.raises(TypeError, match="noise is list"):
+        sampler(case.obs, case.noise.tolist())
+
+
+def test_float64_inputs_of_float32_networks_are_cast(backend):
+    case = make_case()
+    sampler = case.sampler(backend)
+    expected = sampler(case.obs, case.noise)
+    for obs, noise in ((case.obs.double(), case.noise), (case.obs, case.noise.double())):
+        actions = sampler(obs, noise)
+        assert actions.dtype == torch.float32 and torch.equal(actions, expected)
+    own = SteeredSampler(lambda *a: case.flow(*a), case.critic, case.steering)
+    assert own(case.obs.double(), case.noise.double()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name, steering", [("U", Steering.qpilots_u()), ("M", M), ("best", Steering.best_of_n(3))])
+def test_chunks_are_bitwise_the_flat_call(name, steering, backend):
+    case = chunked_case(steering)
+    sampler = case.sampler(backend)
+    eps = case.posterior_noise
+    expected = sampler(case.obs, case.noise, eps)
+    chunk_eps = None if eps is None else eps.unflatten(-1, (3, 4))
+    noise = case.noise.view(6, 3, 4)
+    if name == "best":
+        noise, expected = torch.randn(6, 3, 3, 4), None
+        expected = sampler(case.obs, noise.flatten(2))
+    actions = sampler(case.obs, noise, chunk_eps)
+    assert torch.equal(actions, expected.view(6, 3, 4))
+    assert torch.equal(sampler(case.obs, noise, eps), actions)
+    assert torch.equal(sampler(case.obs.view(2, 3, 7), noise.view(2, 3, *noise.shape[1:]), None), actions.view(
+        2, 3, 3, 4)) or eps is not None  # fmt: skip
+
+
+def test_candidates_of_three_dimensions_are_flat(backend):
+    sampler = chunked_case(Steering.best_of_n(4)).sampler(backend)
+    obs = torch.randn(6, 7)
+    assert sampler(obs, torch.randn(6, 4, 12)).shape == (6, 12)
+    with pytest.raises(ValueError, match=r"expected \[6, 12\] or \[6, 4, 12\] or \[6, 4, C, D\]"):
+        sampler(obs, torch.randn(6, 3, 4))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_callables_see_chunks(count):
+    case = chunked_case()
+    steering = replace(case.steering, num_candidates=count)
+    seen = set()
+
+    def flow(obs, x, t):
+        seen.add(tuple(x.shape))
+        return case.flow(obs, x.flatten(1), t).view_as(x)
+
+    def critic(obs, a):
+        seen.add(tuple(a.shape))
+        return case.critic(obs, a.flatten(1))
+
+    def posterior(obs, xbar, x, t):
+        seen.update((tuple(xbar.shape), tuple(x.shape)))
+        return case.posterior(obs, xbar.flatten(1), x.flatten(1), t).view_as(x)
+
+    own = SteeredSampler(flow, critic, steering, posterior=posterior, chunk_shape=(3, 4))
+    packed = replace(case, steering=steering).sampler("reference")
+    expected = packed(case.obs, case.noise, case.posterior_noise)
+    chunked = own(case.obs, case.noise.view(6, 3, 4), case.posterior_noise.unflatten(-1, (3, 4)))
+    torch.testing.assert_close(chunked, expected.view(6, 3, 4), rtol=0, atol=1e-5)
+    flat = own(case.obs, case.noise, case.posterior_noise)
+    assert torch.equal(flat, chunked.flatten(1)), "the actions have the noise's shape"
+    assert own(case.obs, seeds=range(6)).shape == (6, 3, 4) and own(case.obs[0]).shape == (3, 4)
+    assert seen == {(6, 3, 4), (1, 3, 4)}
+    wrong = SteeredSampler(lambda obs, x, t: x.flatten(1), critic, replace(steering, alpha=0.0))
+    with pytest.raises(ValueError, match=r"flow returned shape \[6, 12\]; expected \[6, 3, 4\]"):
+        wrong(case.obs, torch.randn(6, count, 3, 4) if count > 1 else torch.randn(6, 3, 4))
+
+
+def test_chunk_shape_where_noise_is_drawn(backend):
+    case = chunked_case()
+    sampler = SteeredSampler(
+        case.flow, case.critic, case.steering, posterior=case.posterior, backend=backend, chunk_shape=[np.int64(3), 4]
+    )
+    for _ in range(2):
+        torch.manual_seed(5)
+        chunked = sampler(case.obs)
+        torch.manual_seed(5)
+        assert torch.equal(chunked.flatten(1), case.sampler(backend)(case.obs)) and chunked.shape == (6, 3, 4)
+    for bad in ((5, 4), (3, 0), 12, (True, 12)):
+        with pytest.raises(ValueError, match="chunk_shape is"):
+            sampler.chunk_shape = bad
+    assert sampler.chunk_shape == (3, 4)
+
+
+@pytest.mark.parametrize("steering", [Steering.qpilots_u(), M, Steering.best_of_n(3)])
+def test_a_row_of_seeds_is_the_same_in_any_batch(steering, backend):
+    case = make_case(steering)
+    sampler = case.sampler(backend)
+    seeds = [3, 2**63, -1, *range(14)]
+    together = sampler(case.obs, seeds=seeds)
+    # torch's products, those of the reference, round otherwise in another batch
+    same = torch.equal if backend == "cpu" else torch.allclose
+    for row in (0, 2, 16):
+        assert same(sampler(case.obs[row], seeds=[np.int64(seeds[row])]), together[row])
+    assert same(sampler(case.obs.flip(0), seeds=seeds[::-1]), together.flip(0))
+    assert not torch.equal(sampler(case.obs, seeds=[9, *seeds[1:]])[0], together[0])
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    assert torch.equal(sampler(case.obs, seeds=generators), together)
+    assert not torch.equal(sampler(case.obs, seeds=generators), together), "a generator goes on"
+
+
+def test_seeds_beside_noise():
+    case = make_case(M)
+    sampler, seeds = case.sampler("reference"), torch.arange(17)
+    whole = sampler(case.obs, seeds=seeds)
+    first = torch.cat([torch.empty(1, 5).normal_(generator=torch.Generator().manual_seed(s)) for s in range(17)])
+    assert torch.equal(sampler(case.obs, first, seeds=seeds), whole)
+    for arguments, error, message in (
+        (
+            {"noise": first, "posterior_noise": case.posterior_noise, "seeds": seeds},
+            ValueError,
+            "nothing is left to draw",
+        ),
+        ({"generator": torch.Generator(), "seeds": seeds}, ValueError, "both generator and seeds"),
+        ({"seeds": [1, 2]}, ValueError, "2 entries, the call 17 rows"),
+        ({"seeds": [True] * 17}, TypeError, "seeds has True"),
+        ({"seeds": [0.5] * 17}, TypeError, r"seeds has 0\.5"),
+        ({"seeds": 3}, TypeError, "seeds is int"),
+        ({"seeds": [2**64] * 17}, ValueError, "64 bits"),
+    ):
+        with pytest.raises(error, match=message):
+            sampler(case.obs, **arguments)
+
+
+def test_seeds_of_a_large_batch_are_cheap():
+    from qpilots_fast.draws import drawn_by_row
+
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        drawn_by_row(list(range(256)), [(1, 25), (10, 4, 25)])
+        times.append(time.perf_counter() - start)
+    assert min(times) < 20e-3  # 2 to 4 ms on a quiet machine
