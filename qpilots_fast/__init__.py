@@ -1,6 +1,7 @@
 """Fused sampling for flow policies steered by a critic (QPILOTS-U, QPILOTS-M and their rivals)."""
 
 from . import networks, objectives, ops
+from .callables import as_critic, as_flow
 from .errors import BackendUnavailable
 from .from_module import from_module
 from .networks import CriticEnsemble, FlowMLP, MetaFlowMap
@@ -17,6 +18,8 @@ __all__ = [
     "SampleInfo",
     "SteeredSampler",
     "Steering",
+    "as_critic",
+    "as_flow",
     "from_module",
     "networks",
     "objectives",

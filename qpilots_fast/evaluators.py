@@ -11,6 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .backends.base import Backend
 
+from .callables import inference_tensor_error
 from .critic_outputs import ask_critic
 from .networks import PackableNetwork
 from .reference import Evaluators
@@ -116,19 +117,17 @@ def _checked(output: Any, shape: torch.Size, owner: str, signature: str) -> Tens
 
 
 def _differentiable(
-    function: Callable[[Tensor], Tensor], x: Tensor, owner: str, needed_for: str
+    function: Callable[[Tensor], Tensor], x: Tensor, owner: str, network: Any, needed_for: str
 ) -> tuple[Tensor, Pullback]:
     """function(x) and its pullback, recorded by autograd."""
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            f"{owner} is your own callable, and {needed_for} needs its gradient from autograd, which "
-            "torch.inference_mode() turns off for good. Call the sampler under torch.no_grad() instead, or give a "
-            "network that runs without autograd (FlowMLP, CriticEnsemble, MetaFlowMap or from_module(...))"
-            + (", or use jacobian='identity'." if owner == "flow" else ".")
-        )
     with torch.enable_grad():
         leaf = x.detach().clone().requires_grad_()
-        output = function(leaf)
+        try:
+            output = function(leaf)
+        except RuntimeError as error:
+            if "nference tensor" in str(error):
+                raise inference_tensor_error(owner, network, error) from error
+            raise
     if not output.requires_grad:
         raise RuntimeError(
             f"{owner}'s output does not depend differentiably on its actions (was it detached, or computed under "
@@ -160,7 +159,7 @@ def callable_flow(flow: Any, steering: Steering, obs: Any) -> Callable[[Tensor, 
             return _checked(output, x.shape, "flow", "flow(obs, noisy_actions, t)")
 
         if needs_gradient:
-            return _differentiable(at, x, "flow", f"estimate={steering.estimate!r}, jacobian='full'")
+            return _differentiable(at, x, "flow", flow, f"estimate={steering.estimate!r}, jacobian='full'")
         return at(x).detach().to(x.dtype), _no_pullback
 
     return velocity
@@ -168,7 +167,7 @@ def callable_flow(flow: Any, steering: Steering, obs: Any) -> Callable[[Tensor, 
 
 def callable_critic(critic: Any, obs: Any, layout: str) -> Callable[[Tensor], tuple[Tensor, Pullback]]:
     def values(a: Tensor) -> tuple[Tensor, Pullback]:
-        return _differentiable(lambda leaf: ask_critic(critic, obs, leaf, layout), a, "critic", "steering")
+        return _differentiable(lambda leaf: ask_critic(critic, obs, leaf, layout), a, "critic", critic, "steering")
 
     return values
 
@@ -179,7 +178,7 @@ def callable_posterior(posterior: Any, obs: Any) -> Callable[[Tensor, Tensor, fl
             drawn = posterior(obs, eps, leaf, _times(t, leaf))
             return _checked(drawn, x.shape, "posterior", "posterior(obs, xbar, noisy_actions, t)")
 
-        return _differentiable(at, x, "posterior", "estimate='mfm'")
+        return _differentiable(at, x, "posterior", posterior, "estimate='mfm'")
 
     return draw
 

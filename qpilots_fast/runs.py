@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import backends, ops, reference
 from .backends import Backend, Call, Choice, QuickCall, Request, Slots
+from .callables import out_of_inference, run_outside_inference
 from .candidates import as_rows, side_by_side
 from .chunks import in_chunks
 from .critic_outputs import ask_critic
@@ -178,8 +179,11 @@ class CallableRun:
         return None
 
     def sample(self, networks: Networks, backend: str, inputs: Inputs, return_info: bool) -> RawSample:
-        """The loop from each candidate's noise, one after the other: rows [B n]."""
-        obs, noise, eps = inputs.obs, inputs.noise, inputs.posterior_noise
+        """The loop from each candidate's noise, one after the other: rows [B n]; outside of any inference mode."""
+        return run_outside_inference(lambda: self._sample(networks, backend, inputs))
+
+    def _sample(self, networks: Networks, backend: str, inputs: Inputs) -> RawSample:
+        obs, noise, eps = out_of_inference((inputs.obs, inputs.noise, inputs.posterior_noise))
         check_all_finite(obs, noise, eps)
         chosen = self._choose(backend, noise.device, noise.dtype).backend
         shown = {name: in_chunks(name, network, inputs.layout.chunk) for name, network in networks.items()}

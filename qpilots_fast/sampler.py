@@ -37,7 +37,7 @@ class SteeredSampler(nn.Module):
     Args:
         flow: FlowMLP, `from_module(...)`, or any callable (obs, noisy_actions [B, A], t [B, 1]) -> velocity [B, A].
         critic: CriticEnsemble, `from_module(...)`, or any callable (obs, actions) -> q_values [E, B], or [B, E],
-            [B, 1], [B], [E, B, 1], or a list or tuple of these; None where the steering asks no critic.
+            [B, 1], [B], [E, B, 1], a list or tuple of these; or a list of such modules; None where no critic is asked.
         steering: how to steer; see Steering.
         posterior: MetaFlowMap or callable (obs, xbar, noisy_actions, t) -> [B, A]; for estimate="mfm" alone.
         num_steps: K >= 1.
@@ -71,9 +71,7 @@ class SteeredSampler(nn.Module):
         chunk_shape: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.flow = flow
-        self.critic = critic
-        self.posterior = posterior
+        self.flow, self.critic, self.posterior = flow, critic, posterior
         self.steering = steering
         self.num_steps = num_steps
         self.backend = backend

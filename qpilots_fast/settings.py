@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import nn
 
+from .callables import CriticList
 from .critic_outputs import check_layout
 from .networks import PackableNetwork
 from .spec import PRECISIONS
@@ -29,6 +31,8 @@ def read_setting(name: str, value: Any) -> Any:
         return _integer(value)
     if name == "chunk_shape" and isinstance(value, (tuple, list)):
         return tuple(map(_integer, value))
+    if name == "critic" and isinstance(value, (list, tuple, nn.ModuleList)):
+        return CriticList(value)
     return value
 
 

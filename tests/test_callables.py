@@ -1,0 +1,91 @@
+"""Users' own networks as they are: under inference mode, as lists, with another signature."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import qpilots_fast as qf
+from qpilots_fast import SteeredSampler, Steering
+from qpilots_fast.testing import PRESETS, assert_close, make_case
+
+
+@dataclass(frozen=True)
+class Observation:
+    parts: Any
+
+
+WRAPS = {
+    "tensor": (lambda state: state, lambda obs: obs),
+    "dict": (lambda state: {"a": [{"s": state}]}, lambda obs: obs["a"][0]["s"]),
+    "dataclass": (lambda state: Observation((state, "text")), lambda obs: obs.parts[0]),
+}
+
+
+@pytest.mark.parametrize("wrap", list(WRAPS))
+@pytest.mark.parametrize("preset", ["qpilots_u", "qpilots_m", "qgf"])
+def test_inference_mode_gives_the_same_bits(preset, wrap):
+    make, read = WRAPS[wrap]
+    case = make_case(PRESETS[preset])
+    sampler = SteeredSampler(
+        lambda obs, x, t: case.flow(read(obs), x, t),
+        lambda obs, a: case.critic(read(obs), a),
+        case.steering,
+        posterior=lambda obs, e, x, t: case.posterior(read(obs), e, x, t),
+    )
+    expected = sampler(make(case.obs), case.noise, case.posterior_noise)
+    with torch.inference_mode():
+        eps = None if case.posterior_noise is None else case.posterior_noise.clone()
+        obs, noise = make(case.obs.clone()), case.noise.clone()
+        inside = sampler(obs, noise, eps)
+        assert read(obs).is_inference()  # the caller's own is left alone
+    assert torch.equal(inside, expected) and not inside.requires_grad
+    assert torch.equal(sampler(obs, noise, eps), expected)  # made in there, read out here
+
+
+def test_a_cached_inference_tensor_is_named():
+    class Normalised(nn.Module):
+        def __init__(self, critic):
+            super().__init__()
+            self.critic = critic
+            with torch.inference_mode():
+                self.register_buffer("scale", torch.ones(1))
+
+        def forward(self, obs, actions):
+            return self.critic(obs, actions * self.scale)
+
+    case = make_case()
+    critic = Normalised(case.critic)
+    sampler = SteeredSampler(case.flow, critic, case.steering)
+    with pytest.raises(RuntimeError, match=r"critic \(Normalised\).*inference_mode\(\): its scale\..*\.clone\(\)"):
+        sampler(case.obs, case.noise)
+    critic.scale = critic.scale.clone()  # the advice
+    assert_close(sampler(case.obs, case.noise), case.expected())
+
+
+@pytest.mark.parametrize("kind", [list, tuple, nn.ModuleList])
+def test_critics_in_a_list(kind):
+    case = make_case(num_critics=1)
+    other = make_case(seed=1, num_critics=1).critic
+    both = SteeredSampler(case.flow, lambda o, a: torch.cat([case.critic(o, a), other(o, a)]), case.steering)
+    sampler = SteeredSampler(case.flow, kind([case.critic, other]), case.steering)
+    assert_close(sampler(case.obs, case.noise), both(case.obs, case.noise))
+    assert {"critic.0.weights.0", "critic.1.weights.0"} <= set(sampler.state_dict())
+    assert sampler.double().critic[1].weights[0].dtype == torch.float64
+
+
+def test_another_signature():
+    case = make_case(replace(Steering.qpilots_u(), jacobian="identity"))
+    sampler = SteeredSampler(
+        qf.as_flow(case.flow, call=lambda flow, obs, x, t: flow(obs, x, t)),
+        qf.as_critic(case.critic, call=lambda critic, obs, actions: {"q": critic(obs, actions)}["q"].T),
+        case.steering,
+    )
+    assert_close(sampler(case.obs, case.noise), case.expected())
+    assert len(list(sampler.parameters())) == len([*case.flow.parameters(), *case.critic.parameters()])
+    with pytest.raises(TypeError, match="as_critic: call is NoneType"):
+        qf.as_critic(case.critic, call=None)
