@@ -47,6 +47,17 @@ def as_critic(module: Any, call: Callable[..., Any]) -> nn.Module:
     return _Called("as_critic", module, call)
 
 
+def unwrapped(network: Any) -> Any:
+    """The network inside DistributedDataParallel, DataParallel and torch.compile, at any depth."""
+    while True:
+        if isinstance(network, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            network = network.module
+        elif isinstance(network, nn.Module) and "_orig_mod" in network._modules:
+            network = network._modules["_orig_mod"]
+        else:
+            return network
+
+
 def out_of_inference(tree: Any) -> Any:
     """The tree with clones of the tensors made under torch.inference_mode(), which autograd cannot read."""
 

@@ -89,3 +89,16 @@ def test_another_signature():
     assert len(list(sampler.parameters())) == len([*case.flow.parameters(), *case.critic.parameters()])
     with pytest.raises(TypeError, match="as_critic: call is NoneType"):
         qf.as_critic(case.critic, call=None)
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager"), lambda m: nn.DataParallel(torch.compile(m))]
+)
+def test_wrappers_of_packed_networks_are_taken_off(wrap):
+    case = make_case()
+    sampler = SteeredSampler(wrap(case.flow), wrap(case.critic), case.steering)
+    assert sampler.explain(1).footprint is not None
+    assert_close(sampler(case.obs, case.noise), case.expected())
+    assert qf.from_module(wrap(case.flow), "flow") is case.flow
+    critics = nn.ModuleList(nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 1)) for _ in range(2))
+    assert qf.from_module([wrap(q) for q in critics], "critic", obs_dim=7, action_dim=5).spec.num_members == 2

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import ACTIVATIONS
+from ..callables import unwrapped
 from ..critic_outputs import describe, layout_of, read_output
 from ..networks import PackableNetwork
 from ..spec import INPUT_ORDER, KINDS, TIME_EMBEDDINGS, NetworkSpec
@@ -61,16 +62,16 @@ def from_module(module: nn.Module | Sequence[nn.Module], kind: str = "flow", **h
     """
     if kind not in KINDS:
         raise ValueError(f"from_module: kind is {kind!r}; expected one of {', '.join(map(repr, KINDS))}.")
+    module = unwrapped(module)  # a compiled module would compile anew for the proof
     if isinstance(module, PackableNetwork):
         if module.spec.kind != kind:
             raise ValueError(f"from_module: kind is {kind!r}, but the module is a packed {module.spec.kind}.")
         return module
     if isinstance(module, (list, tuple)) and module and all(isinstance(member, nn.Module) for member in module):
-        module = nn.ModuleList(module)
+        module = nn.ModuleList(map(unwrapped, module))
     if not isinstance(module, nn.Module):
         raise TypeError(f"from_module: module is {type(module).__name__}; expected an nn.Module or a list of them.")
     _check_hints(kind, hints)
-    module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper would compile anew for the proof
     try:
         _check_layers(module)
         if hints.get("call") is None:
