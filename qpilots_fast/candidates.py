@@ -24,11 +24,16 @@ def _rotations(count: int, dim: int) -> Tensor:
     return rotations
 
 
+@torch.compiler.assume_constant_result  # a generator cannot be traced; the matrices depend on no tensor
+def _constant_rotations(count: int, dim: int) -> Tensor:
+    return _rotations(count, dim)
+
+
 def rotated_starts(noise: Tensor, count: int) -> Tensor:
     """[B, n, A] starts of n candidates, a function of noise [B, A]: n fixed rotations of it, the first itself."""
     if count == 1:
         return noise.unsqueeze(1)
-    rotations = _rotations(count, noise.shape[-1]).to(noise.device)
+    rotations = _constant_rotations(count, noise.shape[-1]).to(noise.device)
     return torch.einsum("nij,bj->bni", rotations, noise.double()).to(noise.dtype)
 
 

@@ -222,3 +222,10 @@ def finished_values(
     shown = in_chunks("critic", critic, inputs.layout.chunk)
     of_each = [ask_critic(shown, obs, actions[n::count], critic_layout) for n in range(count)]
     return torch.stack(of_each, dim=-1).flatten(1).detach().to(actions.dtype)
+
+
+def empty_sample(critic: Any, noise: Tensor, num_steps: int) -> tuple[RawSample, Tensor | None]:
+    """What a call of no rows returns, and its q_values."""
+    members = critic.spec.num_members if isinstance(critic, PackableNetwork) else 1
+    norms = noise.new_empty(num_steps, 0)
+    return RawSample(noise[:, 0], norms, norms > 0), None if critic is None else noise.new_empty(members, 0)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,11 +14,11 @@ from . import backends
 from .candidates import keep_best
 from .draws import Seeds
 from .info import Explanation, SampleInfo
-from .inputs import Reader
+from .inputs import Reader, as_tensor
 from .networks import PackableNetwork
-from .runs import CallableRun, Choices, PackedRun, all_packed, finished_values
-from .settings import check_settings, read_setting
-from .spec import RawSample, SamplerSpec
+from .runs import CallableRun, Choices, PackedRun, all_packed, empty_sample, finished_values
+from .settings import check_settings, computes_float64, read_setting
+from .spec import SamplerSpec
 from .steering import Steering
 
 _log = logging.getLogger("qpilots_fast")
@@ -160,7 +161,7 @@ class SteeredSampler(nn.Module):
             inputs = self._reader().read(obs, noise, posterior_noise, generator, seeds)
             layout, count = inputs.layout, inputs.noise.shape[1]
             if len(inputs.noise) == 0:
-                raw, q_values = self._empty(inputs.noise)
+                raw, q_values = empty_sample(self.critic, inputs.noise, self.num_steps)
             else:
                 raw = run.sample(networks, self.backend, inputs, return_info)
                 q_values = None
@@ -173,6 +174,17 @@ class SteeredSampler(nn.Module):
             if not return_info:
                 return actions
             return actions, SampleInfo.of(raw, q_values, layout)
+
+    def act(self, obs: Any, seeds: Seeds | None = None) -> np.ndarray:
+        """What an environment loop calls: actions as a float32 array, not tracked by autograd.
+
+        obs is as in a call ([S], [B, S] or more), an array, or a tensor on any device; seeds one integer for each
+        observation, [s] for one. Returns [A] for one observation, [B, A] for B; chunks where a chunk_shape says so.
+        """
+        device = self._device()
+        obs = as_tensor("obs", obs, device)
+        actions = self(obs.to(device) if isinstance(obs, Tensor) else obs, seeds=seeds)
+        return actions.to("cpu", torch.float32).numpy()
 
     def freeze(self) -> SteeredSampler:
         """Packs the weights at the next call and keeps them: later changes of the parameters are not seen.
@@ -238,28 +250,21 @@ class SteeredSampler(nn.Module):
         asked = {name: net for name, net in packed.items() if self._asks(name)}
         tells = next(iter((asked or packed).values()), None)
         return Reader(
-            self.steering, self.num_steps, tells, bool(asked), self._device(), self.chunk_shape, self._is_float64
+            self.steering,
+            self.num_steps,
+            tells,
+            bool(asked),
+            self._device(),
+            self.chunk_shape,
+            lambda: computes_float64(self),
         )
 
     def _asks(self, name: str) -> bool:
         return self.steering.asks(name) or (name == "critic" and self.steering.num_candidates > 1)
 
-    def _is_float64(self) -> bool | None:
-        """Whether calls compute in float64; None where no network says it."""
-        dtypes = [parameter.dtype for parameter in self.parameters() if parameter.is_floating_point()]
-        if self.precision == "float64" or torch.float64 in dtypes:
-            return True
-        return False if dtypes else None
-
     def _device(self) -> torch.device:
         parameter = next(self.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
-
-    def _empty(self, noise: Tensor) -> tuple[RawSample, Tensor | None]:
-        members = self.critic.spec.num_members if isinstance(self.critic, PackableNetwork) else 1
-        q_values = None if self.critic is None else noise.new_empty(members, 0)
-        norms = noise.new_empty(self.num_steps, 0)
-        return RawSample(noise[:, 0], norms, norms > 0), q_values
 
     # ------------------------------------------------------------ nn.Module plumbing
 

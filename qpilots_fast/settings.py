@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from .callables import CriticList, unwrapped
@@ -97,3 +98,11 @@ def check_settings(sampler: SteeredSampler) -> None:
         ("posterior", sampler.posterior, steering.steers and steering.estimate == "mfm"),
     ):
         check_network(name, network, needed)
+
+
+def computes_float64(sampler: SteeredSampler) -> bool | None:
+    """Whether float64 inputs are computed in float64; None where no network says it."""
+    dtypes = [parameter.dtype for parameter in sampler.parameters() if parameter.is_floating_point()]
+    if sampler.precision == "float64" or torch.float64 in dtypes:
+        return True
+    return False if dtypes else None

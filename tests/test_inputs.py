@@ -194,3 +194,27 @@ def test_seeds_of_a_large_batch_are_cheap():
         drawn_by_row(list(range(256)), [(1, 25), (10, 4, 25)])
         times.append(time.perf_counter() - start)
     assert min(times) < 20e-3  # 2 to 4 ms on a quiet machine
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_act_is_what_an_environment_loop_calls(dtype, backend):
+    case = make_case(M)
+    sampler, obs = case.sampler(backend), case.obs.numpy().astype(dtype)
+    many = sampler.act(obs, seeds=range(17))
+    one = sampler.act(obs[4], seeds=[4])
+    assert many.shape == (17, 5) and one.shape == (5,) and many.dtype == one.dtype == np.float32
+    np.testing.assert_allclose(one, many[4], rtol=0, atol=0 if backend == "cpu" else 1e-6)
+    assert np.array_equal(sampler.act(torch.from_numpy(obs), seeds=range(17)), many)
+    assert sampler.act(obs.reshape(1, 17, 7)).shape == (1, 17, 5)
+    assert case.double().sampler("reference").act(obs).dtype == np.float32
+
+
+@pytest.mark.parametrize("steering", [Steering.qpilots_u(), Steering.best_of_n(4)])
+def test_compiled_with_drawn_noise_at_other_batch_sizes(steering):
+    case = make_case(steering, hidden_dims=(8,))
+    sampler = case.sampler("reference")
+    compiled = torch.compile(sampler, fullgraph=True, backend="eager")
+    for batch in (4, 8, 16):
+        assert compiled(case.obs[:batch]).shape == (batch, 5)
+        actual = compiled(case.obs[:batch], case.noise[:batch])
+        torch.testing.assert_close(actual, sampler(case.obs[:batch], case.noise[:batch]), rtol=0, atol=1e-5)
