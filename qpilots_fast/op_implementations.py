@@ -80,17 +80,38 @@ def _posterior_weights_reference(
     return reference.posterior_weights(tensors[0], tau, q_scale)
 
 
-def _steer_step_reference(tensors: Sequence[Tensor], parameters: Sequence[Tensor], *args: Any) -> Tensor:
+_Place = Callable[[NetworkSpec, str, str], NetworkCall]
+
+
+def _reference_place(tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> _Place:
+    return lambda spec, precision, backend: reference_call(
+        bind(spec, parameters), compute_dtype(precision, tensors[1]), precision
+    )
+
+
+def _backend_place(tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> _Place:
     def place(spec: NetworkSpec, precision: str, backend: str) -> NetworkCall:
-        return reference_call(bind(spec, parameters), compute_dtype(precision, tensors[1]), precision)
+        chosen = _network_backend(backend, precision, tensors[1])
+        return backend_call(chosen, bind(spec, [p.detach() for p in parameters]), precision)
 
-    return _steer_step(tensors, place, *args)
+    return place
 
 
-def _steer_step(
+def _steer_step_reference(tensors: Sequence[Tensor], parameters: Sequence[Tensor], *args: Any) -> Tensor:
+    return _steer_step(tensors, _reference_place(tensors, parameters), *args)
+
+
+def _steer_step(tensors: Sequence[Tensor], place: _Place, dt: float, *args: Any) -> Tensor:
+    return tensors[1] + dt * _steer_velocity(tensors, place, *args)
+
+
+def _steer_velocity_reference(tensors: Sequence[Tensor], parameters: Sequence[Tensor], *args: Any) -> Tensor:
+    return _steer_velocity(tensors, _reference_place(tensors, parameters), *args)
+
+
+def _steer_velocity(
     tensors: Sequence[Tensor],
-    place: Callable[[NetworkSpec, str, str], NetworkCall],
-    dt: float,
+    place: _Place,
     spec_json: str,
     steering_json: str,
     low: float,
@@ -103,7 +124,7 @@ def _steer_step(
     critic = packed_critic(spec, place(spec, precision, backend), obs)
     net = reference.Evaluators(flow=lambda *_: (v, lambda d: d), critic=critic)
     g, std = reference.steering_gradient(net, steering, noisy_actions, v, lambda d: d, t, None, (low, high))
-    return noisy_actions + dt * reference.steer_velocity(v, g, steering, std)[0]
+    return reference.steer_velocity(v, g, steering, std)[0]
 
 
 def _sample_reference(
@@ -179,11 +200,11 @@ def _pessimistic_q_forward(
 
 
 def _steer_step_forward(tensors: Sequence[Tensor], parameters: Sequence[Tensor], *args: Any) -> Tensor:
-    def place(spec: NetworkSpec, precision: str, backend: str) -> NetworkCall:
-        chosen = _network_backend(backend, precision, tensors[1])
-        return backend_call(chosen, bind(spec, [p.detach() for p in parameters]), precision)
+    return _steer_step(tensors, _backend_place(tensors, parameters), *args)
 
-    return _steer_step(tensors, place, *args)
+
+def _steer_velocity_forward(tensors: Sequence[Tensor], parameters: Sequence[Tensor], *args: Any) -> Tensor:
+    return _steer_velocity(tensors, _backend_place(tensors, parameters), *args)
 
 
 def _sample_forward(
@@ -280,6 +301,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "steer_update": _steer_update_reference,
     "posterior_weights": _posterior_weights_reference,
     "steer_step": _steer_step_reference,
+    "steer_velocity": _steer_velocity_reference,
     "sample": _sample_reference,
 }
 FORWARDS: dict[str, Callable[..., Any]] = {
@@ -288,5 +310,6 @@ FORWARDS: dict[str, Callable[..., Any]] = {
     "critic_values": _critic_values_forward,
     "pessimistic_q": _pessimistic_q_forward,
     "steer_step": _steer_step_forward,
+    "steer_velocity": _steer_velocity_forward,
     "sample": _sample_forward,
 }

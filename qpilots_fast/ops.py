@@ -8,16 +8,16 @@ vector-Jacobian product, gradients of parameters, t, and of whole samples from a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .loop_conventions import NOISE_AT_ZERO, check_step, check_time, from_convention, time_rows
 from .networks import PackableNetwork
-from .op_implementations import FORWARDS, NETWORK_OPS, REFERENCES, backend_vjp, no_autocast, recompute_vjp
-from .spec import NetworkSpec, SamplerSpec, network_spec_from_json
+from .op_transforms import call
+from .spec import NetworkSpec, SamplerSpec
 from .steering import AGGREGATIONS, Steering, check_choice, check_number
 
 __all__ = [
@@ -28,161 +28,9 @@ __all__ = [
     "sample",
     "steer_step",
     "steer_update",
+    "steer_velocity",
     "velocity",
 ]
-
-_lib = torch.library.Library("qpilots", "DEF")
-
-_NETWORK_ARGS = "str spec, str precision, str backend"
-_SCHEMAS = {
-    "velocity": f"(Tensor obs, Tensor noisy_actions, Tensor t, Tensor[] parameters, {_NETWORK_ARGS}) -> Tensor",
-    "critic_values": f"(Tensor obs, Tensor actions, Tensor[] parameters, {_NETWORK_ARGS}) -> Tensor",
-    "pessimistic_q": "(Tensor obs, Tensor actions, Tensor[] parameters, str spec, float rho, str aggregation, "
-    "str precision, str backend) -> Tensor",
-    "clean_actions": "(Tensor noisy_actions, Tensor velocity, Tensor t) -> Tensor",
-    "steer_update": "(Tensor noisy_actions, Tensor velocity, Tensor q_grad, float dt, float alpha=0.2, "
-    "float eps=1e-8, int[]? steered_dims=None) -> Tensor",
-    "posterior_weights": "(Tensor q_values, float tau=1.0, float q_scale=1.0) -> Tensor",
-    "steer_step": "(Tensor obs, Tensor noisy_actions, Tensor velocity, Tensor t, Tensor[] parameters, float dt, "
-    "str critic, str steering, float low, float high, str precision, str backend) -> Tensor",
-    "sample": "(Tensor obs, Tensor noise, Tensor? posterior_noise, Tensor[] parameters, str spec, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
-}
-
-
-def _vjp_fake(
-    name: str,
-    tensors: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    args_json: str,
-    grad: Tensor,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    return [torch.empty_like(x) for x, need in zip(tensors, needs) if need]
-
-
-def _gradients(
-    name: str, tensors: list[Tensor], parameters: list[Tensor], args: list[Any], grad: Tensor, needs: list[bool]
-) -> list[Tensor]:
-    """Gradients of the tensors and parameters that need one, in order."""
-    if name in NETWORK_OPS and not any(needs[2:]):
-        return torch.ops.qpilots._vjp(name, tensors, parameters, json.dumps(args), grad.contiguous(), needs)
-    with no_autocast(tensors[0]):
-        found = recompute_vjp(REFERENCES[name], tensors, parameters, args, grad, needs)
-    if torch.is_grad_enabled():  # create_graph=True: make a second derivative raise rather than vanish
-        return list(_FirstOrderOnly.apply(len(found), *found, grad, *tensors, *parameters))
-    return found
-
-
-class _FirstOrderOnly(torch.autograd.Function):
-    """Passes gradients through; refuses to be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *values: Tensor) -> tuple[Tensor, ...]:
-        return tuple(value.clone() for value in values[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _refuse_second_order(ctx, *grads)
-
-
-def _split(name: str, arguments: Sequence[Any]) -> tuple[list[Tensor], list[Tensor], list[Any]]:
-    """An operator's arguments as (tensors, parameters, the rest)."""
-    tensors = [a for a in arguments if isinstance(a, Tensor)]
-    parameters = next(
-        (list(a) for a in arguments if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)), []
-    )
-    skip = 3 if name == "sample" else len(tensors)
-    rest = list(arguments[skip + 1 :]) if parameters else list(arguments[skip:])
-    return tensors, parameters, rest
-
-
-def _fake_result(name: str, tensors: Sequence[Tensor], rest: Sequence[Any]) -> Any:
-    if name in ("critic_values", "pessimistic_q"):
-        dtype = torch.float64 if tensors[1].dtype == torch.float64 else torch.float32
-        if name == "pessimistic_q":
-            return tensors[1].new_empty(tensors[1].shape[0], dtype=dtype)
-        return tensors[1].new_empty(network_spec_from_json(rest[0]).num_members, tensors[1].shape[0], dtype=dtype)
-    if name == "velocity":
-        dtype = torch.float64 if tensors[1].dtype == torch.float64 else torch.float32
-        return tensors[1].new_empty(tensors[1].shape, dtype=dtype)
-    if name == "sample":
-        dtype = torch.float64 if torch.float64 in (tensors[0].dtype, tensors[1].dtype) else torch.float32
-        steps = SamplerSpec.from_json(rest[0]).num_steps
-        noise = tensors[1]
-        per_step = (steps, noise.shape[0])
-        return (
-            noise.new_empty(noise.shape, dtype=dtype),
-            noise.new_empty(per_step, dtype=dtype),
-            noise.new_empty(per_step, dtype=torch.bool),
-        )
-    like = tensors[1] if name == "steer_step" else tensors[0]
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
-
-
-def _register(name: str) -> None:
-    def forward(*arguments: Any) -> Any:
-        tensors, parameters, rest = _split(name, arguments)
-        with torch.no_grad(), no_autocast(tensors[0]):
-            return FORWARDS[name](tensors, parameters, *rest)
-
-    def fake(*arguments: Any) -> Any:
-        tensors, _, rest = _split(name, arguments)
-        return _fake_result(name, tensors, rest)
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        tensors, parameters, rest = _split(name, inputs)
-        ctx.save_for_backward(*tensors, *parameters)
-        ctx.counts = (len(tensors), len(parameters))
-        ctx.rest = rest
-        ctx.positions = [index for index, a in enumerate(inputs) if isinstance(a, Tensor)]
-        ctx.list_position = next(
-            (i for i, a in enumerate(inputs) if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)), None
-        )
-        ctx.num_inputs = len(inputs)
-        if isinstance(output, tuple):  # gradient_norms and nonfinite are reports, not functions to differentiate
-            ctx.mark_non_differentiable(*output[1:])
-
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        tensors, parameters = list(saved[: ctx.counts[0]]), list(saved[ctx.counts[0] :])
-        needs = [bool(ctx.needs_input_grad[p]) for p in ctx.positions]
-        parameter_needs: list[bool] = []
-        if ctx.list_position is not None:
-            flags = ctx.needs_input_grad[ctx.list_position]
-            parameter_needs = list(flags) if isinstance(flags, (list, tuple)) else [bool(flags)] * len(parameters)
-        results = iter(_gradients(name, tensors, parameters, ctx.rest, grads[0], [*needs, *parameter_needs]))
-        answer: list[Any] = [None] * ctx.num_inputs
-        for position, need in zip(ctx.positions, needs):
-            answer[position] = next(results) if need else None
-        if ctx.list_position is not None:
-            answer[ctx.list_position] = [next(results) if need else None for need in parameter_needs]
-        return tuple(answer)
-
-    _lib.define(name + _SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
-    _lib.impl(name, forward, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"qpilots::{name}", fake, lib=_lib)
-    torch.library.register_autograd(f"qpilots::{name}", backward, setup_context=setup_context, lib=_lib)
-
-
-def _refuse_second_order(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError(
-        "qpilots operators have first-order gradients only, but a gradient of a gradient was asked for "
-        "(create_graph=True). Use the networks' own forward (flow(...), critic(...)) where you need second order."
-    )
-
-
-_lib.define(
-    "_vjp(str op, Tensor[] tensors, Tensor[] parameters, str args, Tensor grad, bool[] needs) -> Tensor[]",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_lib.impl("_vjp", backend_vjp, "CompositeExplicitAutograd")
-torch.library.register_fake("qpilots::_vjp", _vjp_fake, lib=_lib)
-torch.library.register_autograd("qpilots::_vjp", _refuse_second_order, lib=_lib)
-for _name in _SCHEMAS:
-    _register(_name)
-
-# ---------------------------------------------------------------- the functions users call
 
 
 def _parameters(network: PackableNetwork, kind: str, op: str) -> tuple[list[Tensor], str]:
@@ -201,13 +49,6 @@ def _check_rows(op: str, obs: Tensor, actions: Tensor, spec: NetworkSpec) -> Non
         )
 
 
-def _time(t: Tensor | float, like: Tensor) -> Tensor:
-    """t as [B, 1] or [1, 1]."""
-    if not isinstance(t, Tensor):
-        return torch.full((1, 1), float(t), dtype=torch.float64, device=like.device)
-    return t.reshape(-1, 1)
-
-
 def velocity(
     obs: Tensor,
     noisy_actions: Tensor,
@@ -220,7 +61,9 @@ def velocity(
     """v(obs, x, t): obs [B, S], noisy_actions [B, A], t [B, 1] or a number in [0, 1] -> [B, A]."""
     parameters, spec = _parameters(flow, "flow", "velocity")
     _check_rows("velocity", obs, noisy_actions, flow.spec)
-    return torch.ops.qpilots.velocity(obs, noisy_actions, _time(t, obs), parameters, spec, precision, backend)
+    return call(
+        "velocity", obs, noisy_actions, time_rows("velocity", t, noisy_actions), parameters, spec, precision, backend
+    )
 
 
 def critic_values(
@@ -229,7 +72,7 @@ def critic_values(
     """q_values [E, B] at obs [B, S], actions [B, A]."""
     parameters, spec = _parameters(critic, "critic", "critic_values")
     _check_rows("critic_values", obs, actions, critic.spec)
-    return torch.ops.qpilots.critic_values(obs, actions, parameters, spec, precision, backend)
+    return call("critic_values", obs, actions, parameters, spec, precision, backend)
 
 
 def pessimistic_q(
@@ -250,13 +93,24 @@ def pessimistic_q(
     _check_rows("pessimistic_q", obs, actions, critic.spec)
     check_choice("pessimistic_q: aggregation", aggregation, AGGREGATIONS)
     check_number("pessimistic_q: rho", rho, 0.0)
-    return torch.ops.qpilots.pessimistic_q(obs, actions, parameters, spec, rho, aggregation, precision, backend)
+    return call("pessimistic_q", obs, actions, parameters, spec, rho, aggregation, precision, backend)
 
 
 def clean_actions(noisy_actions: Tensor, velocity: Tensor, t: Tensor | float) -> Tensor:
-    """Posterior mean of the clean action, x + (1 - t) v: [B, A]; t [B, 1] or a number in [0, 1]."""
+    """Posterior mean of the clean action, x + (1 - t) v: [B, A] or [B, C, D].
+
+    Args:
+        noisy_actions, velocity: [B, A] or chunks [B, C, D]; half precision is computed in float32, returned as given.
+        t: in [0, 1], 0 at the noise: a number, [B], [B, 1], or per token [B, C].
+
+    Raises:
+        ValueError: for other shapes, and t outside [0, 1] (looked at where it is a number or on the CPU).
+    """
     _same_shape("clean_actions", noisy_actions=noisy_actions, velocity=velocity)
-    return torch.ops.qpilots.clean_actions(noisy_actions, velocity, _time(t, noisy_actions).to(noisy_actions.dtype))
+    check_time("clean_actions", t)
+    x, v = _float_rows(noisy_actions, velocity)
+    result = call("clean_actions", x, v, time_rows("clean_actions", t, noisy_actions).to(x.dtype))
+    return _as_given(result, noisy_actions)
 
 
 def steer_update(
@@ -268,24 +122,41 @@ def steer_update(
     eps: float = 1e-8,
     steered_dims: Sequence[int] | None = None,
 ) -> Tensor:
-    """x + dt (v + alpha ||v|| / (||g|| + eps) g), row by row: [B, A].
+    """x + dt (v + alpha ||v|| / (||g|| + eps) g), row by row: [B, A] or [B, C, D], dt > 0.
 
-    Norms and g count only over steered_dims where given; a row whose g is not finite takes the plain step.
+    Norms and g count only over steered_dims of the flattened row where given (a chunk is one row: its norms run over
+    all tokens); a row whose g is not finite takes the plain step.
     """
-    _same_shape("steer_update", noisy_actions=noisy_actions, velocity=velocity, q_grad=q_grad)
+    check_step("steer_update", NOISE_AT_ZERO, dt)
+    x, v, g, *rest = _update_arguments("steer_update", noisy_actions, velocity, q_grad, alpha, eps, steered_dims)
+    return _as_given(call("steer_update", x, v, g, dt, *rest), noisy_actions)
+
+
+def _update_arguments(
+    op: str,
+    noisy_actions: Tensor,
+    velocity: Tensor,
+    q_grad: Tensor,
+    alpha: float,
+    eps: float,
+    steered_dims: Sequence[int] | None,
+) -> tuple[Any, ...]:
+    """What the operator steer_update takes, without dt."""  # fmt: skip
+    _same_shape(op, noisy_actions=noisy_actions, velocity=velocity, q_grad=q_grad)
+    x, v, g = _float_rows(noisy_actions, velocity, q_grad)
     dims = None if steered_dims is None else list(steered_dims)
-    check_number("steer_update: alpha", alpha, 0.0)
-    check_number("steer_update: eps", eps, 0.0, strict=True)
-    if dims is not None and not all(0 <= d < noisy_actions.shape[1] for d in dims):
-        raise ValueError(f"steer_update: steered_dims is {dims}; expected indices in [0, {noisy_actions.shape[1]}).")
-    return torch.ops.qpilots.steer_update(noisy_actions, velocity, q_grad, dt, alpha, eps, dims)
+    check_number(f"{op}: alpha", alpha, 0.0)
+    check_number(f"{op}: eps", eps, 0.0, strict=True)
+    if dims is not None and not all(0 <= d < x.shape[1] for d in dims):
+        raise ValueError(f"{op}: steered_dims is {dims}; expected indices in [0, {x.shape[1]}).")
+    return x, v, g, alpha, eps, dims
 
 
 def posterior_weights(q_values: Tensor, tau: float = 1.0, q_scale: float = 1.0) -> Tensor:
     """softmax_n(tau Qbar_n / q_scale) over the first axis: q_values [N, B] -> [N, B]."""
     check_number("posterior_weights: tau", tau, 0.0, strict=True)
     check_number("posterior_weights: q_scale", q_scale, 0.0, strict=True)
-    return torch.ops.qpilots.posterior_weights(q_values, tau, q_scale)
+    return call("posterior_weights", q_values, tau, q_scale)
 
 
 _DEFAULT_STEP = Steering.qpilots_u(jacobian="identity")
@@ -303,51 +174,130 @@ def steer_step(
     steering: Steering | None = None,
     action_low: float = -1.0,
     action_high: float = 1.0,
+    convention: str = NOISE_AT_ZERO,
     precision: str = "float32",
     backend: str = "auto",
 ) -> Tensor:
     """One steered Euler step for anybody's loop: project, critic gradient, norm match, update.
 
     With obs and a packed critic, the gradient is taken at the clean-action estimate x + (1 - t) v (clipped as
-    steering says) and used as it is (jacobian="identity"); no autograd is involved. With q_grad [B, A], computed
-    by the caller, only the update remains.
+    steering says) and used as it is (jacobian="identity"); no autograd is involved. With q_grad, computed by the
+    caller, only the update remains.
 
     Args:
-        noisy_actions, velocity: [B, A]. t: [B, 1] or a number in [0, 1]. dt: step length, 1/K.
+        noisy_actions, velocity, q_grad: [B, A], or chunks [B, C, D]: one row each, whose norms run over all tokens
+            and whose steered_dims index the flattened C D. Half precision is computed in float32, returned as given.
+        t: in [0, 1]: a number, [B], [B, 1], or per token [B, C]. dt: step length.
         steering: defaults to Steering.qpilots_u(jacobian="identity").
+        convention: "noise_at_zero" (time runs from 0 to 1, dt > 0, velocity = action - noise) or "noise_at_one"
+            (openpi, LeRobot, diffusers: from 1 to 0, dt < 0, velocity = noise - action).
 
     Returns:
-        noisy actions [B, A] at t + dt.
+        noisy actions at t + dt, in the shape and dtype of noisy_actions.
 
     Raises:
         ValueError: unless exactly one of (obs and critic) and q_grad is given; for steering that needs the flow's
-            Jacobian or posterior draws.
+            Jacobian or posterior draws; for dt or t that convention does not allow.
+        TypeError: for a critic that is not packed; the message says what to pass.
     """
-    steering = _DEFAULT_STEP if steering is None else steering
-    _same_shape("steer_step", noisy_actions=noisy_actions, velocity=velocity)
-    if (q_grad is None) == (critic is None):
-        raise ValueError("steer_step: expected either obs and critic, or q_grad, and not both.")
+    check_step("steer_step", convention, dt)
+    arguments = _step_arguments(
+        "steer_step", noisy_actions, velocity, t, obs, critic, q_grad, steering, action_low, action_high, convention,
+        precision, backend,
+    )  # fmt: skip
+    length = dt if convention == NOISE_AT_ZERO else -dt
     if q_grad is not None:
-        _same_shape("steer_step", noisy_actions=noisy_actions, q_grad=q_grad)
+        x, v, g, *rest = arguments
+        stepped = call("steer_update", x, v, g, length, *rest)
+    else:
+        obs, x, v, times, parameters, *rest = arguments
+        stepped = call("steer_step", obs, x, v, times, parameters, length, *rest)
+    return _as_given(stepped, noisy_actions)
+
+
+def steer_velocity(
+    noisy_actions: Tensor,
+    velocity: Tensor,
+    t: Tensor | float,
+    *,
+    obs: Tensor | None = None,
+    critic: PackableNetwork | None = None,
+    q_grad: Tensor | None = None,
+    steering: Steering | None = None,
+    action_low: float = -1.0,
+    action_high: float = 1.0,
+    convention: str = NOISE_AT_ZERO,
+    precision: str = "float32",
+    backend: str = "auto",
+) -> Tensor:
+    """The steered velocity v + alpha ||v|| / (||g|| + eps) g alone, for any integrator (Heun, multistep, a scheduler).
+
+    Arguments, shapes and errors are those of `steer_step`, without dt. What is returned is a velocity of the same
+    convention as the one given, in its shape and dtype: a Euler step of it is `steer_step`.
+    """
+    arguments = _step_arguments(
+        "steer_velocity", noisy_actions, velocity, t, obs, critic, q_grad, steering, action_low, action_high,
+        convention, precision, backend,
+    )  # fmt: skip
+    if q_grad is not None:
+        x, v, g, *rest = arguments
+        steered = call("steer_update", torch.zeros_like(x), v, g, 1.0, *rest)  # 0 + 1 v' is v', exactly
+    else:
+        steered = call("steer_velocity", *arguments)
+    return _as_given(steered if convention == NOISE_AT_ZERO else -steered, velocity)
+
+
+def _step_arguments(
+    op: str,
+    noisy_actions: Tensor,
+    velocity: Tensor,
+    t: Tensor | float,
+    obs: Tensor | None,
+    critic: PackableNetwork | None,
+    q_grad: Tensor | None,
+    steering: Steering | None,
+    action_low: float,
+    action_high: float,
+    convention: str,
+    precision: str,
+    backend: str,
+) -> tuple[Any, ...]:
+    """What the operators of one step take, without dt: of steer_update with q_grad, else of steer_velocity."""
+    steering = _DEFAULT_STEP if steering is None else steering
+    _same_shape(op, noisy_actions=noisy_actions, velocity=velocity)
+    if (q_grad is None) == (critic is None):
+        raise ValueError(f"{op}: expected either obs and critic, or q_grad, and not both.")
+    v, time = from_convention(op, convention, velocity, t)
+    times = time_rows(op, time, noisy_actions)
+    if q_grad is not None:
         if steering.scale != "norm_match":
-            raise ValueError(
-                f"steer_step: q_grad with scale={steering.scale!r}; expected 'norm_match', or obs and critic."
-            )
-        return steer_update(noisy_actions, velocity, q_grad, dt, steering.alpha, steering.eps, steering.steered_dims)
+            raise ValueError(f"{op}: q_grad with scale={steering.scale!r}; expected 'norm_match', or obs and critic.")
+        return _update_arguments(op, noisy_actions, v, q_grad, steering.alpha, steering.eps, steering.steered_dims)
+    if not isinstance(critic, PackableNetwork):
+        raise TypeError(_callable_critic(op, critic, convention))
     if steering.uses_posterior or (steering.estimate == "tweedie" and steering.jacobian == "full"):
         raise ValueError(
-            f"steer_step: estimate={steering.estimate!r} with jacobian={steering.jacobian!r} needs the flow network, "
+            f"{op}: estimate={steering.estimate!r} with jacobian={steering.jacobian!r} needs the flow network, "
             "and only its velocity was given; expected jacobian='identity', or q_grad computed by you."
         )
     if obs is None:
-        raise ValueError("steer_step: obs is None; the critic needs obs [B, S].")
-    parameters, spec = _parameters(critic, "critic", "steer_step")  # type: ignore[arg-type]
-    _check_rows("steer_step", obs, noisy_actions, critic.spec)  # type: ignore[union-attr]
-    times = _time(t, noisy_actions).to(noisy_actions.dtype)
-    return torch.ops.qpilots.steer_step(
-        obs, noisy_actions, velocity, times, parameters, dt, spec, steering.json, action_low, action_high,
-        precision, backend,
-    )  # fmt: skip
+        raise ValueError(f"{op}: obs is None; the critic needs obs [B, S].")
+    parameters, spec = _parameters(critic, "critic", op)
+    obs, x, v = _float_rows(obs, noisy_actions, v)
+    _check_rows(op, obs, x, critic.spec)
+    times = times.to(x.dtype)
+    return obs, x, v, times, parameters, spec, steering.json, action_low, action_high, precision, backend
+
+
+def _callable_critic(op: str, critic: object, convention: str) -> str:
+    clean = "ops.clean_actions(x, v, t)" if convention == NOISE_AT_ZERO else "ops.clean_actions(x, -v, 1 - t)"
+    return (
+        f"{op}: the critic is {type(critic).__name__}; expected CriticEnsemble or from_module(module, kind='critic'). "
+        "For a critic that from_module refuses, take the gradient yourself and pass it in place of obs and critic: "
+        f"a = {clean}.detach().clamp(-1, 1).requires_grad_(); "
+        "q_grad = torch.autograd.grad(critic(obs, a).sum(), a)[0] "
+        "(the gradient of the members' mean, up to its length, which the norm match takes out)."
+    )
 
 
 def sample(
@@ -363,13 +313,24 @@ def sample(
     What SteeredSampler calls inside torch.compile; parameters are flow's, critic's and posterior's
     flat_parameters(), joined. Its gradients are those of the unrolled reference loop.
     """
-    return torch.ops.qpilots.sample(obs, noise, posterior_noise, list(parameters), spec.json, backend)
+    return call("sample", obs, noise, posterior_noise, list(parameters), spec.json, backend)
 
 
 def _same_shape(op: str, **tensors: Tensor) -> None:
     (first_name, first), *others = tensors.items()
-    if first.ndim != 2:
-        raise ValueError(f"{op}: {first_name} has shape {list(first.shape)}; expected [B, A].")
+    if first.ndim not in (2, 3):
+        raise ValueError(f"{op}: {first_name} has shape {list(first.shape)}; expected [B, A] or [B, C, D].")
     for name, tensor in others:
         if tensor.shape != first.shape:
             raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}; expected {list(first.shape)}.")
+
+
+def _float_rows(*tensors: Tensor) -> list[Tensor]:
+    """Chunks as rows; half precision as float32, as norms and steps in it would lose the push."""
+    rows = (t.flatten(1) if t.ndim == 3 else t for t in tensors)
+    return [t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in rows]
+
+
+def _as_given(rows: Tensor, given: Tensor) -> Tensor:
+    rows = rows.reshape(given.shape) if given.ndim == 3 else rows
+    return rows.to(given.dtype) if given.dtype in (torch.bfloat16, torch.float16) else rows
