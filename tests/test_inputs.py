@@ -43,7 +43,7 @@ def test_numpy_arrays(backend):
     expected = sampler(case.obs, case.noise, case.posterior_noise)
     arrays = [value.numpy() for value in (case.obs, case.noise, case.posterior_noise)]
     read_only = arrays[0].copy()
-    read_only.flags.writeable = False
+    read_only.setflags(write=False)
     assert torch.equal(sampler(read_only, *arrays[1:]), expected)
     swapped = arrays[0].astype(arrays[0].dtype.newbyteorder())
     assert torch.equal(sampler(swapped, *arrays[1:]), expected)
