@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .reference import aggregate
-from .spec import RawSample
+from .spec import RawSample, StepReport
 from .steering import Steering
 
 
@@ -55,18 +55,12 @@ def keep_best(raw: RawSample, q_values: Tensor, steering: Steering) -> tuple[Raw
     rank = aggregate(q_values, steering.candidate_aggregation, steering.rho).view(-1, count)
     best = torch.where(rank.isfinite(), rank, torch.full_like(rank, -math.inf)).argmax(-1)
     rows = torch.arange(len(best), device=best.device) * count + best
-    norms, nonfinite = (None if value is None else value[:, rows] for value in (raw.gradient_norms, raw.nonfinite))
-    return RawSample(raw.actions[rows], norms, nonfinite), q_values[:, rows]
+    report = None if raw.report is None else StepReport(*(value[:, rows] for value in raw.report))
+    return RawSample(raw.actions[rows], report), q_values[:, rows]
 
 
 def side_by_side(raws: Sequence[RawSample]) -> RawSample:
     """Runs of one candidate each as one run whose rows are [B n]."""
-
-    def joined(values: list[Tensor | None], dim: int) -> Tensor | None:
-        present = [value for value in values if value is not None]
-        return torch.stack(present, dim).flatten(dim - 1, dim) if present else None
-
-    actions = joined([raw.actions for raw in raws], 1)
-    assert actions is not None
-    norms = joined([raw.gradient_norms for raw in raws], 2)
-    return RawSample(actions, norms, joined([raw.nonfinite for raw in raws], 2))
+    actions = torch.stack([raw.actions for raw in raws], 1).flatten(0, 1)
+    reports = [raw.report for raw in raws if raw.report is not None]
+    return RawSample(actions, StepReport(*(torch.stack(values, 2).flatten(1, 2) for values in zip(*reports))))

@@ -19,18 +19,23 @@ class SampleInfo:
         q_values: [E, B], the critics at the returned actions; None without a critic.
         gradient_norms: [K, B], the norm of the steering gradient at each step; 0 at unsteered steps.
         nonfinite: [K, B] bool, where a row had no finite gradient and followed the unsteered flow for that step.
+        q_std: [K, B], the critics' population std at the estimate (of several draws, their weighted mean); 0 at
+            unsteered steps and where nonfinite.
+        gated: [K, B] bool, where q_std exceeded Steering.max_disagreement and the row followed the unsteered flow.
     """
 
     q_values: Tensor | None
     gradient_norms: Tensor
     nonfinite: Tensor
+    q_std: Tensor
+    gated: Tensor
 
     @staticmethod
     def of(raw: RawSample, q_values: Tensor | None, layout: Layout) -> SampleInfo:
         """From a backend's rows."""
-        assert raw.gradient_norms is not None and raw.nonfinite is not None
+        assert raw.report is not None
         q_values = None if q_values is None else layout.unfold(q_values, first=1)
-        return SampleInfo(q_values, layout.unfold(raw.gradient_norms, first=1), layout.unfold(raw.nonfinite, first=1))
+        return SampleInfo(q_values, *(layout.unfold(value, first=1) for value in raw.report))
 
     @property
     def nonfinite_rows(self) -> Tensor:
@@ -41,6 +46,11 @@ class SampleInfo:
     def nonfinite_count(self) -> int:
         """How many (step, row) pairs fell back to the unsteered flow."""
         return int(self.nonfinite.sum())
+
+    @property
+    def gated_count(self) -> int:
+        """How many (step, row) pairs the gate on the critics' disagreement left unsteered."""
+        return int(self.gated.sum())
 
 
 @dataclass(frozen=True)

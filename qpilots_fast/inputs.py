@@ -89,12 +89,16 @@ class Layout:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a call starts from, in rows: obs [B, S] or any object, noise [B, n, A], posterior_noise [K, B, N, A]."""
+    """What a call starts from, in rows: obs [B, S] or any object, noise [B, n, A], posterior_noise [K, B, N, A].
+
+    alpha: [B], the strength of each row; None: the steering's.
+    """
 
     obs: Any
     noise: Tensor
     posterior_noise: Tensor | None
     layout: Layout
+    alpha: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,9 @@ class Reader:
     chunk_shape: tuple[int, int] | None
     float64: Callable[[], bool | None]
 
-    def read(self, obs: Any, noise: Any, posterior_noise: Any, generator: torch.Generator | None, seeds: Any) -> Inputs:
+    def read(
+        self, obs: Any, noise: Any, posterior_noise: Any, generator: torch.Generator | None, seeds: Any, alpha: Any
+    ) -> Inputs:
         """Checks what was given, and draws what was not.
 
         Raises:
@@ -132,7 +138,8 @@ class Reader:
         start = None if noise is None else self._start(noise.to(dtype), layout)
         eps = self._posterior_noise(posterior_noise, layout, device, dtype) if self.steering.draws_posterior else None
         start, eps = self._drawn(layout, (start, eps), (device, dtype), generator, seeds)
-        return Inputs(self._rows_of(obs, layout), start, eps, layout)
+        strength = None if alpha is None else self._row_alpha(as_tensor("alpha", alpha, self.device), layout, start)
+        return Inputs(self._rows_of(obs, layout), start, eps, layout, strength)
 
     # ------------------------------------------------------------ checks
 
@@ -259,6 +266,29 @@ class Reader:
         if noise.ndim > len(layout.lead) + len(layout.action):
             return noise.reshape(rows, count, action_dim)
         return rotated_starts(noise.reshape(rows, action_dim), count)
+
+    def _row_alpha(self, alpha: Any, layout: Layout, start: Tensor) -> Tensor:
+        """The strength of each row [B]."""
+        if not isinstance(alpha, Tensor) or not alpha.is_floating_point():
+            got = getattr(alpha, "dtype", type(alpha).__name__)
+            raise TypeError(f"alpha is {got}; expected a floating Tensor or numpy array [B], one strength a row.")
+        if tuple(alpha.shape) != layout.lead:
+            raise ValueError(f"alpha has shape {list(alpha.shape)}; expected {list(layout.lead)}, one strength a row.")
+        if alpha.device != start.device:
+            raise ValueError(f"alpha is on {alpha.device}, noise on {start.device}; expected one device.")
+        if not self.steering.steers:
+            raise ValueError(
+                "alpha was given to a sampler whose steering asks no critic (its own alpha, or every step weight, is "
+                "0); build it with a Steering of alpha > 0, which alpha= then replaces row by row."
+            )
+        alpha = alpha.detach().reshape(-1)
+        # a GPU tensor is not looked at: it would stop the stream at every call; there a bad row follows the base flow
+        if alpha.device.type == "cpu" and not torch.compiler.is_compiling():
+            bad = ~(alpha.isfinite() & (alpha >= 0))
+            if bool(bad.any()):
+                row = int(bad.nonzero()[0])
+                raise ValueError(f"alpha is {alpha[row].item():g} in row {row}; expected numbers >= 0.")
+        return alpha.to(start.dtype)
 
     def _posterior_noise(self, eps: Any, layout: Layout, device: torch.device, dtype: torch.dtype) -> Tensor | None:
         """The draws' noise [K, B, N, A], where it was given."""

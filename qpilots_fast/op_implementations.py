@@ -130,14 +130,21 @@ def _steer_velocity(
 def _sample_reference(
     tensors: Sequence[Tensor], parameters: Sequence[Tensor], spec_json: str, backend: str
 ) -> tuple[Tensor, ...]:
-    obs, noise, *rest = tensors
+    obs, noise, eps, alpha = sample_inputs(tensors)
     spec = SamplerSpec.from_json(spec_json)
     dtype = compute_dtype(spec.precision, obs, noise)
     net = reference_evaluators(_bind_sampler(spec, parameters), obs.to(dtype), dtype, spec.precision)
-    eps = rest[0].to(dtype) if rest else None
-    raw = reference.sample(net, spec.steering, spec.schedule, noise.to(dtype), eps, spec.bounds)
-    assert raw.gradient_norms is not None and raw.nonfinite is not None
-    return raw.actions, raw.gradient_norms, raw.nonfinite
+    eps, alpha = (None if value is None else value.to(dtype) for value in (eps, alpha))
+    raw = reference.sample(net, spec.steering, spec.schedule, noise.to(dtype), eps, spec.bounds, alpha)
+    assert raw.report is not None
+    return raw.actions, *raw.report
+
+
+def sample_inputs(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """obs, noise, posterior_noise [K, B, N, A] and alpha [B], of which the last two may have been left out."""
+    obs, noise, *rest = tensors
+    eps, alpha = (next((value for value in rest if value.ndim == ndim), None) for ndim in (4, 1))
+    return obs, noise, eps, alpha
 
 
 def _bind_sampler(spec: SamplerSpec, parameters: Sequence[Tensor]) -> BoundNetworks:
@@ -210,9 +217,10 @@ def _steer_velocity_forward(tensors: Sequence[Tensor], parameters: Sequence[Tens
 def _sample_forward(
     tensors: Sequence[Tensor], parameters: Sequence[Tensor], spec_json: str, backend: str
 ) -> tuple[Tensor, ...]:
-    obs, noise, *rest = tensors
+    obs, noise, *rest = sample_inputs(tensors)
     spec = SamplerSpec.from_json(spec_json)
     dtype = compute_dtype("float32", obs, noise)
+    eps, alpha = (None if value is None else value.to(dtype).contiguous() for value in rest)
     chosen = backends.choose(Request(backend, spec.precision, noise.device, dtype, spec, noise.shape[0])).backend
     raw = chosen.sample(
         Call(
@@ -220,13 +228,14 @@ def _sample_forward(
             _bind_sampler(spec, [p.detach() for p in parameters]),
             obs.to(dtype).contiguous(),
             noise.to(dtype).contiguous(),
-            rest[0].to(dtype).contiguous() if rest else None,
+            eps,
+            alpha,
             return_info=True,
         )
     )
     check_actions(raw.actions)
-    assert raw.gradient_norms is not None and raw.nonfinite is not None
-    return raw.actions, raw.gradient_norms, raw.nonfinite
+    assert raw.report is not None
+    return raw.actions, *raw.report
 
 
 # ---------------------------------------------------------------- vector-Jacobian products

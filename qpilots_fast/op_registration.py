@@ -31,8 +31,8 @@ _SCHEMAS = {
     "str critic, str steering, float low, float high, str precision, str backend) -> Tensor",
     "steer_velocity": "(Tensor obs, Tensor noisy_actions, Tensor velocity, Tensor t, Tensor[] parameters, str critic, "
     "str steering, float low, float high, str precision, str backend) -> Tensor",
-    "sample": "(Tensor obs, Tensor noise, Tensor? posterior_noise, Tensor[] parameters, str spec, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
+    "sample": "(Tensor obs, Tensor noise, Tensor? posterior_noise, Tensor[] parameters, str spec, str backend, "
+    "Tensor? alpha=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
 
@@ -80,6 +80,8 @@ def split(name: str, arguments: Sequence[Any]) -> tuple[list[Tensor], list[Tenso
     )
     skip = 3 if name == "sample" else len(tensors)
     rest = list(arguments[skip + 1 :]) if parameters else list(arguments[skip:])
+    if name == "sample":
+        rest = rest[:2]  # what follows is alpha
     return tensors, parameters, rest
 
 
@@ -96,12 +98,9 @@ def _fake_result(name: str, tensors: Sequence[Tensor], rest: Sequence[Any]) -> A
         dtype = torch.float64 if torch.float64 in (tensors[0].dtype, tensors[1].dtype) else torch.float32
         steps = SamplerSpec.from_json(rest[0]).num_steps
         noise = tensors[1]
-        per_step = (steps, noise.shape[0])
-        return (
-            noise.new_empty(noise.shape, dtype=dtype),
-            noise.new_empty(per_step, dtype=dtype),
-            noise.new_empty(per_step, dtype=torch.bool),
-        )
+        norms, q_std = (noise.new_empty(steps, noise.shape[0], dtype=dtype) for _ in range(2))
+        nonfinite, gated = (noise.new_empty(steps, noise.shape[0], dtype=torch.bool) for _ in range(2))
+        return noise.new_empty(noise.shape, dtype=dtype), norms, nonfinite, q_std, gated
     like = tensors[1] if name in ("steer_step", "steer_velocity") else tensors[0]
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
@@ -125,7 +124,6 @@ def _register(name: str) -> None:
         ctx.list_position = next(
             (i for i, a in enumerate(inputs) if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)), None
         )
-        ctx.num_inputs = len(inputs)
         if isinstance(output, tuple):  # gradient_norms and nonfinite are reports, not functions to differentiate
             ctx.mark_non_differentiable(*output[1:])
 
@@ -138,7 +136,7 @@ def _register(name: str) -> None:
             flags = ctx.needs_input_grad[ctx.list_position]
             parameter_needs = list(flags) if isinstance(flags, (list, tuple)) else [bool(flags)] * len(parameters)
         results = iter(gradients(name, tensors, parameters, ctx.rest, grads[0], [*needs, *parameter_needs]))
-        answer: list[Any] = [None] * ctx.num_inputs
+        answer: list[Any] = [None] * len(ctx.needs_input_grad)  # of those given: defaults may have been left out
         for position, need in zip(ctx.positions, needs):
             answer[position] = next(results) if need else None
         if ctx.list_position is not None:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .op_implementations import sample_inputs
 from .op_registration import gradients, refuse_second_order, split
 
 # the axis of B in each tensor argument and in each output; an operator's rows do not depend on each other
-_OUTPUT_ROWS = {"critic_values": (1,), "posterior_weights": (1,), "sample": (0, 1, 1)}
+_OUTPUT_ROWS = {"critic_values": (1,), "posterior_weights": (1,), "sample": (0, 1, 1, 1, 1)}
 
 
 def call(name: str, *arguments: Any) -> Any:
@@ -31,8 +32,9 @@ def call(name: str, *arguments: Any) -> Any:
 
 def _run(name: str, tensors: Sequence[Tensor], parameters: Sequence[Tensor], rest: Sequence[Any]) -> tuple[Tensor, ...]:
     operator = getattr(torch.ops.qpilots, name)
-    if name == "sample" and len(tensors) == 2:
-        tensors = [*tensors, None]  # type: ignore[list-item]
+    if name == "sample":
+        obs, noise, eps, alpha = sample_inputs(tensors)
+        return operator(obs, noise, eps, list(parameters), *rest, alpha)
     outputs = operator(*tensors, *([list(parameters)] if parameters else []), *rest)
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
@@ -114,13 +116,13 @@ class _Gradients(torch.autograd.Function):
         grad = grad if grad_batched else grad.expand(info.batch_size, *grad.shape)
         grad = grad.movedim(0, axis).flatten(axis, axis + 1)
         found = _Gradients.apply(name, count, rest, needs, grad, *folded, *parameters)
-        axes = tuple(_input_rows(name, index) for index, need in enumerate(wanted[:count]) if need)
+        axes = tuple(_input_rows(name, tensor) for tensor, need in zip(folded, wanted) if need)
         return tuple(g.unflatten(axis, (info.batch_size, -1)) for g, axis in zip(found, axes)), axes
 
 
-def _input_rows(name: str, index: int) -> int:
-    """The axis of B in a tensor argument."""
-    return 1 if name == "posterior_weights" or (name == "sample" and index == 2) else 0
+def _input_rows(name: str, tensor: Tensor, is_batched: bool = False) -> int:
+    """The axis of B in a tensor argument, its vmapped one apart; of sample's four, posterior_noise is [K, B, N, A]."""
+    return 1 if name == "posterior_weights" or (name == "sample" and tensor.ndim - is_batched == 4) else 0
 
 
 def _rows_mix(name: str, rest: str) -> bool:
@@ -137,9 +139,9 @@ def _fold(name: str, size: int, tensors: Sequence[Tensor], batched: Sequence[boo
     """[V, .., B, ..] as [.., V B, ..]: the vmapped axis goes into the rows."""
     folded = []
     # t may be one for all rows: [1, 1]
-    rows = max(t.shape[_input_rows(name, i) + b] for i, (t, b) in enumerate(zip(tensors, batched)))
-    for index, (tensor, is_batched) in enumerate(zip(tensors, batched)):
-        axis = _input_rows(name, index)
+    rows = max(t.shape[_input_rows(name, t, b) + b] for t, b in zip(tensors, batched))
+    for tensor, is_batched in zip(tensors, batched):
+        axis = _input_rows(name, tensor, is_batched)
         tensor = tensor if is_batched else tensor.expand(size, *tensor.shape)
         shape = list(tensor.shape)
         shape[axis + 1] = rows

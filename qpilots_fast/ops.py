@@ -307,13 +307,16 @@ def sample(
     parameters: Sequence[Tensor],
     spec: SamplerSpec,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The whole steered loop as one operator: (actions [B, A], gradient_norms [K, B], nonfinite [K, B]).
+    alpha: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The whole steered loop as one operator: actions [B, A], then gradient_norms, nonfinite, q_std, gated [K, B].
 
     What SteeredSampler calls inside torch.compile; parameters are flow's, critic's and posterior's
-    flat_parameters(), joined. Its gradients are those of the unrolled reference loop.
+    flat_parameters(), joined; alpha [B] the strength of each row, None the steering's. Its gradients are those of the
+    unrolled reference loop.
     """
-    return call("sample", obs, noise, posterior_noise, list(parameters), spec.json, backend)
+    own = () if alpha is None else (alpha,)
+    return call("sample", obs, noise, posterior_noise, list(parameters), spec.json, backend, *own)
 
 
 def _same_shape(op: str, **tensors: Tensor) -> None:

@@ -19,7 +19,7 @@ from .reference_mlp import (
     layer_norm,
     layer_norm_vjp,
 )
-from .spec import Pullback, RawSample
+from .spec import Pullback, RawSample, StepReport
 from .steering import Steering
 from .times import GlassCoefficients, Step, glass_coefficients
 
@@ -42,6 +42,7 @@ __all__ = [
     "steer_velocity",
     "steered_mask",
     "steering_gradient",
+    "unsteered_report",
 ]
 
 # ---------------------------------------------------------------- one step, row by row
@@ -110,28 +111,29 @@ def steered_mask(steering: Steering, action_dim: int, like: Tensor) -> Tensor | 
 
 
 def steer_velocity(
-    v: Tensor, g: Tensor, steering: Steering, q_std: Tensor | None = None, weight: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """v' = v + scale * g, row by row.
+    v: Tensor, g: Tensor, steering: Steering, q_std: Tensor | None = None, strength: float | Tensor | None = None
+) -> tuple[Tensor, StepReport]:
+    """v' = v + scale * g, row by row; a row without a finite g, or behind the gate, keeps v.
 
     Args:
         v: velocity [B, A]. g: gradient of the steering objective [B, A].
-        q_std: the critics' population std at the estimate [B], for scale="gaf".
-        weight: multiplies steering.alpha.
+        q_std: the critics' population std at the estimate [B], for scale="gaf" and max_disagreement.
+        strength: in place of steering.alpha; a number or [B].
 
     Returns:
-        v' [B, A]; norm of g over the steered dims [B] (0 where not finite); rows whose g was not finite [B].
+        v' [B, A], and what happened to each row, [B].
     """
     mask = steered_mask(steering, v.shape[-1], v)
     if mask is not None:
         g = torch.where(mask > 0, g, torch.zeros_like(g))
     norm = row_norm(g)
     finite = g.isfinite().all(-1, keepdim=True) & norm.isfinite()
-    strength = steering.alpha * weight
+    strength = torch.as_tensor(steering.alpha if strength is None else strength, dtype=v.dtype, device=v.device)
+    strength = strength.reshape(-1, 1)
     if steering.scale == "norm_match":
         scale = strength * row_norm(v if mask is None else v * mask) / (norm + steering.eps)
     elif steering.scale == "absolute":
-        scale = torch.full_like(norm, strength)
+        scale = strength.expand_as(norm)
     else:
         if q_std is None:
             raise ValueError("steer_velocity: q_std is None; scale='gaf' needs the critics' std at the estimate, [B].")
@@ -139,9 +141,15 @@ def steer_velocity(
         clipped = (steering.max_grad_norm / torch.where(norm > 0, norm, torch.ones_like(norm))).clamp(max=1)
         scale = strength * damping * clipped / steering.gaf_beta
         finite = finite & damping.isfinite()
-    steered = v + torch.where(finite, scale * g, torch.zeros_like(g))
-    norm = torch.where(finite, norm, torch.zeros_like(norm))
-    return steered, norm.squeeze(-1), ~finite.squeeze(-1)
+    std = torch.zeros_like(norm) if q_std is None else q_std.unsqueeze(-1)
+    gated = torch.zeros_like(finite)
+    if steering.max_disagreement is not None:
+        if q_std is None:
+            raise ValueError("steer_velocity: q_std is None; max_disagreement needs the critics' std, [B].")
+        gated = finite & (std > steering.max_disagreement)
+    steered = v + torch.where(finite & ~gated, scale * g, torch.zeros_like(g))
+    norm, std = (torch.where(finite, value, torch.zeros_like(value)) for value in (norm, std))
+    return steered, StepReport(norm.squeeze(-1), ~finite.squeeze(-1), std.squeeze(-1), gated.squeeze(-1))
 
 
 # ---------------------------------------------------------------- the K-step loop
@@ -249,6 +257,12 @@ def _q_scale(q_bar: Tensor, steering: Steering) -> Tensor | float:
     return 1.0 if steering.q_scale is None else steering.q_scale
 
 
+def unsteered_report(like: Tensor) -> StepReport:
+    """Of one step, [B], in which no row of like [B, ...] was steered."""
+    zeros = like.new_zeros(len(like))
+    return StepReport(zeros, zeros > 0, zeros, zeros > 0)
+
+
 def sample(
     net: Evaluators,
     steering: Steering,
@@ -256,17 +270,22 @@ def sample(
     noise: Tensor,
     posterior_noise: Tensor | None,
     bounds: tuple[float, float],
+    alpha: Tensor | None = None,
 ) -> RawSample:
-    """The K Euler steps of the schedule from noise [B, A]; posterior_noise [K, B, N, A]; bounds (low, high)."""
+    """The K Euler steps of the schedule from noise [B, A].
+
+    Args:
+        posterior_noise: [K, B, N, A], where the steering takes draws. bounds: of the actions (low, high).
+        alpha: [B], the strength of each row; None: steering.alpha.
+    """
     x = noise
-    no_norm = noise.new_zeros(noise.shape[0])
-    all_finite = torch.zeros(noise.shape[0], dtype=torch.bool, device=noise.device)
-    norms, nonfinite = [no_norm] * len(schedule), [all_finite] * len(schedule)
+    reports = [unsteered_report(noise)] * len(schedule)
+    strength = steering.alpha if alpha is None else alpha
     for k, (t, dt, weight) in enumerate(schedule):
         v, flow_pullback = net.flow(x, t)
         if weight > 0:
             eps = None if posterior_noise is None else posterior_noise[k]
             g, std = steering_gradient(net, steering, x, v, flow_pullback, t, eps, bounds)
-            v, norms[k], nonfinite[k] = steer_velocity(v, g, steering, std, weight)
+            v, reports[k] = steer_velocity(v, g, steering, std, strength * weight)
         x = x + dt * v
-    return RawSample(x.clamp(*bounds), torch.stack(norms), torch.stack(nonfinite))
+    return RawSample(x.clamp(*bounds), StepReport(*map(torch.stack, zip(*reports))))

@@ -21,7 +21,7 @@ from .evaluators import evaluators
 from .info import Explanation
 from .inputs import Inputs, check_actions, check_all_finite
 from .networks import PackableNetwork
-from .spec import BoundNetworks, RawSample, SamplerSpec
+from .spec import BoundNetworks, RawSample, SamplerSpec, StepReport
 from .steering import Steering
 
 Networks = dict[str, Any]  # "flow", "critic" and "posterior" as the user gave them
@@ -95,14 +95,16 @@ class PackedRun:
         """The loop from every candidate's noise at once: rows [B n]."""
         count, action_dim = inputs.noise.shape[1:]
         obs, noise = as_rows(inputs.obs, count), inputs.noise.reshape(-1, action_dim)
-        eps = as_rows(inputs.posterior_noise, count, dim=1)
+        eps, alpha = as_rows(inputs.posterior_noise, count, dim=1), as_rows(inputs.alpha, count)
         if torch.compiler.is_compiling():  # traces the operator
             taking_part = (networks[name] for name in self.spec.networks)
             flat = [parameter for network in taking_part for parameter in network.flat_parameters()]
-            return RawSample(*ops.sample(obs, noise, eps, flat, self.spec, backend))
+            traced, *report = ops.sample(obs, noise, eps, flat, self.spec, backend, alpha)
+            return RawSample(traced, StepReport(*report))
         obs, noise = obs.to(noise.dtype).contiguous(), noise.contiguous()
         eps = None if eps is None else eps.contiguous()
-        if count == 1 and not return_info:  # what had to be cast or folded is plain now
+        alpha = None if alpha is None else alpha.contiguous()
+        if count == 1 and not return_info and alpha is None:  # what had to be cast or folded is plain now
             quick = self.quick(backend)
             actions = None if quick is None else quick(obs, noise, eps)
             if actions is not None:
@@ -115,7 +117,7 @@ class PackedRun:
             if chosen.name not in self._packs:
                 self._packs[chosen.name] = (bound, chosen.pack(self.spec, bound))
             bound, packed = self._packs[chosen.name]
-        raw = chosen.sample(Call(self.spec, bound, obs, noise, eps, packed, return_info))
+        raw = chosen.sample(Call(self.spec, bound, obs, noise, eps, alpha, packed, return_info))
         check_actions(raw.actions)
         if count == 1:
             self._make_quick(backend, chosen, bound, packed)
@@ -183,7 +185,8 @@ class CallableRun:
         return run_outside_inference(lambda: self._sample(networks, backend, inputs))
 
     def _sample(self, networks: Networks, backend: str, inputs: Inputs) -> RawSample:
-        obs, noise, eps = out_of_inference((inputs.obs, inputs.noise, inputs.posterior_noise))
+        given = (inputs.obs, inputs.noise, inputs.posterior_noise, inputs.alpha)
+        obs, noise, eps, alpha = out_of_inference(given)
         check_all_finite(obs, noise, eps)
         chosen = self._choose(backend, noise.device, noise.dtype).backend
         shown = {name: in_chunks(name, network, inputs.layout.chunk) for name, network in networks.items()}
@@ -191,10 +194,11 @@ class CallableRun:
             **shown, steering=self._steering, backend=chosen, precision=self._precision, obs=obs,
             critic_layout=self._critic_layout,
         )  # fmt: skip
-        starts = noise.unbind(1)
-        raw = side_by_side(
-            [reference.sample(net, self._steering, self._schedule, x, eps, self._bounds) for x in starts]
-        )
+
+        def from_start(x: Tensor) -> RawSample:
+            return reference.sample(net, self._steering, self._schedule, x, eps, self._bounds, alpha)
+
+        raw = side_by_side([from_start(x) for x in noise.unbind(1)])
         check_actions(raw.actions)
         return raw
 
@@ -227,5 +231,6 @@ def finished_values(
 def empty_sample(critic: Any, noise: Tensor, num_steps: int) -> tuple[RawSample, Tensor | None]:
     """What a call of no rows returns, and its q_values."""
     members = critic.spec.num_members if isinstance(critic, PackableNetwork) else 1
-    norms = noise.new_empty(num_steps, 0)
-    return RawSample(noise[:, 0], norms, norms > 0), None if critic is None else noise.new_empty(members, 0)
+    zeros = noise.new_empty(num_steps, 0)
+    report = StepReport(zeros, zeros > 0, zeros, zeros > 0)
+    return RawSample(noise[:, 0], report), None if critic is None else noise.new_empty(members, 0)

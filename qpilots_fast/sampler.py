@@ -98,6 +98,7 @@ class SteeredSampler(nn.Module):
         return_info: Literal[False] = ...,
         *,
         seeds: Seeds | None = ...,
+        alpha: Tensor | None = ...,
     ) -> Tensor: ...
 
     @overload
@@ -110,6 +111,7 @@ class SteeredSampler(nn.Module):
         *,
         return_info: Literal[True],
         seeds: Seeds | None = ...,
+        alpha: Tensor | None = ...,
     ) -> tuple[Tensor, SampleInfo]: ...
 
     def forward(
@@ -121,6 +123,7 @@ class SteeredSampler(nn.Module):
         return_info: bool = False,
         *,
         seeds: Seeds | None = None,
+        alpha: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, SampleInfo]:
         """Samples one action per observation; not tracked by autograd.
 
@@ -133,11 +136,10 @@ class SteeredSampler(nn.Module):
             posterior_noise: [K, B, N, A] or [K, B, N, C, D], entry k serves step k; drawn where None and needed.
             generator: for what is drawn.
             return_info: also return a SampleInfo.
-            seeds: B integers, or B generators of the CPU, in place of generator: what row i draws follows from its
-                seed alone, so a row is the same in any batch and on any device (draws are made on the CPU and moved).
-                Beside noise, for posterior_noise alone.
-        float64 obs and noise are cast to float32 unless networks or precision are float64. [B, ...] stands for the
-        leading dimensions of obs, whatever their number.
+            seeds: B integers, or B CPU generators, in place of generator: what row i draws (on the CPU) follows from
+                its seed alone, in any batch and on any device. Beside noise, for posterior_noise alone.
+            alpha: [B] >= 0, the strength of each row in place of Steering.alpha: a sweep in one batch.
+        float64 obs and noise are cast to float32 unless networks or precision are float64. B: obs's leading dimensions.
 
         Returns:
             actions in [action_low, action_high], of noise's shape, or (actions, SampleInfo). Where noise is drawn:
@@ -147,7 +149,7 @@ class SteeredSampler(nn.Module):
             ValueError, TypeError: wrong shapes, dtypes, devices, or non-finite obs or noise.
         """
         run = self._run
-        plain = generator is None and seeds is None and not return_info
+        plain = generator is None and seeds is None and alpha is None and not return_info
         if plain and not torch.compiler.is_compiling():  # traced: no guard on it
             quick = run.quick(self.backend)
             actions = None if quick is None else quick(obs, noise, posterior_noise)
@@ -158,7 +160,7 @@ class SteeredSampler(nn.Module):
             networks = self.networks
             if not run.fits(networks):
                 run = self._run = self._make_run()
-            inputs = self._reader().read(obs, noise, posterior_noise, generator, seeds)
+            inputs = self._reader().read(obs, noise, posterior_noise, generator, seeds, alpha)
             layout, count = inputs.layout, inputs.noise.shape[1]
             if len(inputs.noise) == 0:
                 raw, q_values = empty_sample(self.critic, inputs.noise, self.num_steps)
@@ -181,9 +183,8 @@ class SteeredSampler(nn.Module):
         obs is as in a call ([S], [B, S] or more), an array, or a tensor on any device; seeds one integer for each
         observation, [s] for one. Returns [A] for one observation, [B, A] for B; chunks where a chunk_shape says so.
         """
-        device = self._device()
-        obs = as_tensor("obs", obs, device)
-        actions = self(obs.to(device) if isinstance(obs, Tensor) else obs, seeds=seeds)
+        obs = as_tensor("obs", obs, self._device())
+        actions = self(obs.to(self._device()) if isinstance(obs, Tensor) else obs, seeds=seeds)
         return actions.to("cpu", torch.float32).numpy()
 
     def freeze(self) -> SteeredSampler:

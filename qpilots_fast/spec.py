@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -180,13 +180,21 @@ class BoundNetworks:
     posterior: BoundNetwork | None = None
 
 
+class StepReport(NamedTuple):
+    """What happened to each row at each step, [K, B]; 0 or False at unsteered steps."""
+
+    gradient_norms: Tensor  # of g over the steered dims; 0 where it is not finite
+    nonfinite: Tensor  # bool: no finite gradient, so the row followed the base flow
+    q_std: Tensor  # the critics' population std at the estimate (draws: their weighted mean); 0 where nonfinite
+    gated: Tensor  # bool: q_std exceeded max_disagreement, so the row followed the base flow
+
+
 @dataclass(frozen=True)
 class RawSample:
-    """What a backend's inner loop returns. gradient_norms and nonfinite are None unless asked for."""
+    """What a backend's inner loop returns; the report where it was asked for."""
 
     actions: Tensor  # [B, A]
-    gradient_norms: Tensor | None = None  # [K, B], norm of g over the steered dims; 0 at unsteered steps
-    nonfinite: Tensor | None = None  # [K, B] bool, rows that fell back to the unsteered flow
+    report: StepReport | None = None
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,8 @@ class Steering:
             says. A step of weight 0 asks no critic. None: 1 at every step.
         window: (t_from, t_until), short for weight 1 at the steps with t_from <= t_k < t_until and 0 elsewhere;
             steer_first_step keeps its rule. Not together with step_weights.
+        max_disagreement: a row whose critics' population std at the estimate exceeds this follows the base flow for
+            that step (`SampleInfo.gated` counts them); `calibrate_gate` finds the number from data. None: no gate.
         num_samples: N posterior draws (mfm, glass), >= 1.
         glass_steps: m inner Euler steps of the "glass" estimate, >= 1; m = 1 equals tweedie in its one draw.
         q_scale: what Q is divided by before exp(tau Q): None, "batch_std" (the std of the aggregated Q over
@@ -101,6 +103,7 @@ class Steering:
     steer_first_step: bool = False
     step_weights: tuple[float, ...] | None = None
     window: tuple[float, float] | None = None
+    max_disagreement: float | None = None
     num_samples: int = 1
     glass_steps: int = 2
     q_scale: float | Literal["batch_std"] | None = None
@@ -130,6 +133,8 @@ class Steering:
             raise TypeError(f"Steering.steer_first_step is {self.steer_first_step!r}; expected True or False.")
         if self.q_scale is not None and self.q_scale != "batch_std":
             check_number("Steering.q_scale", self.q_scale, 0.0, strict=True)
+        if self.max_disagreement is not None:
+            check_number("Steering.max_disagreement", self.max_disagreement, 0.0)
         if self.num_samples > 1 and not self.uses_posterior:
             raise ValueError(
                 f"Steering.num_samples is {self.num_samples} with estimate={self.estimate!r}, which has one estimate "

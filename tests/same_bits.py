@@ -116,7 +116,7 @@ def record_cuda() -> dict[str, str]:
             continue
         for precision in ("float32", "bfloat16"):
             raw = sample(cuda, small, precision)
-            found[f"cuda {precision} {name}"] = digest(raw.actions, raw.gradient_norms, raw.nonfinite)
+            found[f"cuda {precision} {name}"] = digest(raw.actions, raw.report.gradient_norms, raw.report.nonfinite)
     return found
 
 

@@ -82,8 +82,10 @@ def test_every_path_matches_float64(backend, monkeypatch, path, name):
         args = build(name, batch)
         raw, exact = backend.sample(Call(*args, return_info=True)), reference(*args)
         assert_close(raw.actions, exact.actions)
-        torch.testing.assert_close(raw.gradient_norms.double(), exact.gradient_norms, rtol=1e-3, atol=1e-6)
-        assert not raw.nonfinite.any()
+        torch.testing.assert_close(
+            raw.report.gradient_norms.double(), exact.report.gradient_norms, rtol=1e-3, atol=1e-6
+        )
+        assert not raw.report.nonfinite.any()
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -249,7 +251,7 @@ def test_rows_without_a_finite_critic_follow_the_flow(backend):
     raw = backend.sample(Call(spec, bound, obs, noise, draws, return_info=True))
     plain = backend.sample(Call(replace(spec, steering=Steering.unsteered()), bound, obs, noise, None))
     torch.testing.assert_close(raw.actions, plain.actions, rtol=0, atol=1e-6)
-    assert raw.nonfinite[1:].all() and not raw.nonfinite[0].any() and not raw.gradient_norms.any()
+    assert raw.report.nonfinite[1:].all() and not raw.report.nonfinite[0].any() and not raw.report.gradient_norms.any()
 
 
 def test_concurrent_calls(backend):

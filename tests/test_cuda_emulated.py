@@ -66,13 +66,17 @@ def sample(backend, case: Case, precision: str = "float32", **arguments) -> RawS
     return backend.sample(Call(*call(case, precision), return_info=True, **arguments))
 
 
-def check(cuda: CudaBackend, case: Case, precision: str = "float32") -> RawSample:
+def check(cuda: CudaBackend, case: Case, precision: str = "float32", **arguments) -> RawSample:
     """One call against the float64 reference of the same weights and noise."""
-    got, expected = sample(cuda, case, precision), sample(ReferenceBackend(), case.double(), "float64")
+    got = sample(cuda, case, precision, **arguments)
+    expected = sample(ReferenceBackend(), case.double(), "float64", **arguments)
     assert_close(got.actions, expected.actions, precision)
-    scale = expected.gradient_norms.max().clamp(min=1e-3)
-    assert (got.gradient_norms - expected.gradient_norms).abs().max() <= NORM_TOLERANCE[precision] * scale
-    assert torch.equal(got.nonfinite, expected.nonfinite)
+    scale = expected.report.gradient_norms.max().clamp(min=1e-3)
+    assert (got.report.gradient_norms - expected.report.gradient_norms).abs().max() <= NORM_TOLERANCE[precision] * scale
+    assert torch.equal(got.report.nonfinite, expected.report.nonfinite)
+    if precision == "float32":
+        assert torch.equal(got.report.gated, expected.report.gated)
+        torch.testing.assert_close(got.report.q_std.double(), expected.report.q_std, atol=1e-4, rtol=1e-3)
     return got
 
 
@@ -136,6 +140,16 @@ SETTINGS = settings_grid("noisy", "tweedie", "mfm") | {
 }
 
 
+@pytest.mark.parametrize("steering", [Steering.qpilots_u(), Steering.qpilots_m(num_samples=2), Steering.gaf(0.5)])
+def test_gate_and_strength_of_each_row(cuda, steering):
+    case = make_case(steering, batch_size=5, num_steps=3)
+    std = sample(ReferenceBackend(), case.double(), "float64").report.q_std
+    gate = float(std[std > 0].median()) * 1.001
+    case = dataclasses.replace(case, steering=dataclasses.replace(steering, max_disagreement=gate))
+    report = check(cuda, case, alpha=torch.tensor([0.0, 0.1, 0.5, 2.0, 1.0])).report
+    assert report.gated.any() and not report.gated[1:].all()
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings(cuda, name):
     check(cuda, make_case(SETTINGS[name], batch_size=2, num_steps=3, hidden_dims=(21, 13)))
@@ -165,7 +179,7 @@ def test_same_bits_for_every_batch_grid_and_schedule(cuda, library, preset):
         chosen = slice(first, first + batch)
         alone = sample(cuda, rows(case, chosen))
         assert torch.equal(alone.actions, together.actions[chosen])
-        assert torch.equal(alone.gradient_norms, together.gradient_norms[:, chosen])
+        assert torch.equal(alone.report.gradient_norms, together.report.gradient_norms[:, chosen])
 
 
 def test_same_bits_with_little_shared_memory(cuda, library):
@@ -187,7 +201,11 @@ def test_row_with_a_nonfinite_gradient_follows_the_plain_flow(cuda):
                 weight[:, 2] = 3e38
         plain = sample(cuda, case.with_steering(Steering.unsteered()))
         got, expected = sample(cuda, case), sample(ReferenceBackend(), case, "float32")
-        assert torch.equal(got.nonfinite, expected.nonfinite) and got.nonfinite[-1].tolist() == [False, True, False]
+        assert torch.equal(got.report.nonfinite, expected.report.nonfinite) and got.report.nonfinite[-1].tolist() == [
+            False,
+            True,
+            False,
+        ]
         assert torch.equal(got.actions[1], plain.actions[1])
         assert_close(got.actions, expected.actions)
 
@@ -298,10 +316,10 @@ def test_steer_step_rows(cuda, name, batch_size):
         g[0], g[1], g[2, 4], v[3] = 0, 1e-30, torch.inf, 1e30
         g[3] = 1e30
     got, norms, nonfinite = cuda.steer_step(x, v, g, 0.1, steering, q_std)
-    steered, expected_norms, expected_nonfinite = steer_velocity(v.double(), g.double(), steering, q_std.double())
+    steered, expected = steer_velocity(v.double(), g.double(), steering, q_std.double())
     torch.testing.assert_close(got.double(), x.double() + 0.1 * steered, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(norms.double(), expected_norms, rtol=1e-5, atol=0)
-    assert torch.equal(nonfinite, expected_nonfinite)
+    torch.testing.assert_close(norms.double(), expected.gradient_norms, rtol=1e-5, atol=0)
+    assert torch.equal(nonfinite, expected.nonfinite)
 
 
 def test_clean_actions_rows(cuda):

@@ -80,11 +80,20 @@ def test_steering_with_an_unknown_value_is_refused(field: str):
 
 def test_steering_params_hold_every_number_of_a_steering():
     steering = Steering(
-        alpha=0.3, rho=0.25, tau=2.0, eps=0.5, max_grad_norm=4.0, gaf_beta=5.0, gaf_decay=6.0, gaf_min=7.0
+        alpha=0.3,
+        rho=0.25,
+        tau=2.0,
+        eps=0.5,
+        max_grad_norm=4.0,
+        gaf_beta=5.0,
+        gaf_decay=6.0,
+        gaf_min=7.0,
+        max_disagreement=8.0,
     )
     made = steering_params(steering, -2.0, 3.0)
     for name, kind in params.FIELDS:
         if kind is ctypes.c_float and hasattr(steering, name) and name != "q_scale":
             assert getattr(made, name) == pytest.approx(getattr(steering, name))
+    assert steering_params(Steering(), -2.0, 3.0).max_disagreement == float("inf")
     assert (made.action_low, made.action_high, made.q_scale) == (-2.0, 3.0, 1.0)
     assert ctypes.sizeof(SteeringParams) == 4 * len(params.FIELDS)

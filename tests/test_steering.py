@@ -54,6 +54,88 @@ def test_half_a_window_costs_half(backend):
     assert len(full.steered_steps) == 9 and len(half.steered_steps) == 4
 
 
+def reported(case, backend, **arguments):
+    return case.sampler(backend)(case.obs, case.noise, case.posterior_noise, return_info=True, **arguments)
+
+
+STRENGTHS = torch.tensor([0.0, 0.1, 0.5, 2.0, 1.0])
+SCALES = {
+    "u": U,
+    "m": Steering.qpilots_m(num_samples=2),
+    "gaf": Steering.gaf(0.5),
+    "absolute": Steering.qgf(0.1),
+    "weights": replace(U, step_weights=(0.0, 2.0) * 5),
+    "candidates": replace(U, num_candidates=2),
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_a_strength_for_each_row_is_that_row_s_own_sampler(name, backend):
+    case = make_case(SCALES[name], batch_size=5)
+    actions, info = reported(case, backend, alpha=STRENGTHS)
+    for row, alpha in enumerate(STRENGTHS[1:].tolist(), start=1):
+        alone = replace(case, steering=replace(case.steering, alpha=alpha))
+        expected, its_info = reported(alone, backend)
+        assert_close(actions[row], expected[row])
+        torch.testing.assert_close(info.gradient_norms[:, row], its_info.gradient_norms[:, row], rtol=1e-3, atol=1e-6)
+    if name != "candidates":  # of which the critics still choose
+        assert_close(actions[:1], case.with_steering(Steering.unsteered()).run(backend)[:1])
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_strengths_reach_callables_and_compiled_samplers(name, backend):
+    case = make_case(SCALES[name], batch_size=5)
+    expected = case.sampler(backend)(case.obs, case.noise, case.posterior_noise, alpha=STRENGTHS)
+    mixed = SteeredSampler(
+        lambda *blocks: case.flow(*blocks), case.critic, case.steering, posterior=case.posterior, backend=backend
+    )
+    assert_close(mixed(case.obs, case.noise, case.posterior_noise, alpha=STRENGTHS), expected)
+    if name in ("u", "m") and backend == "cpu":
+        compiled = torch.compile(case.sampler(backend), fullgraph=True, backend="eager")
+        assert torch.equal(compiled(case.obs, case.noise, case.posterior_noise, alpha=STRENGTHS), expected)
+
+
+def test_bad_strengths(backend):
+    case = make_case(U, batch_size=5)
+    sampler = case.sampler(backend)
+    for alpha, error, words in (
+        (0.5, TypeError, "expected a floating Tensor"),
+        (torch.ones(5, dtype=torch.int64), TypeError, "alpha is torch.int64"),
+        (torch.ones(4), ValueError, r"alpha has shape \[4\]; expected \[5\]"),
+        (torch.tensor([0, 1, -1.0, 1, 1]), ValueError, "alpha is -1 in row 2"),
+        (torch.tensor([0, 1, 1, 1, float("nan")]), ValueError, "alpha is nan in row 4"),
+    ):
+        with pytest.raises(error, match=words):
+            sampler(case.obs, case.noise, alpha=alpha)
+    with pytest.raises(ValueError, match="build it with a Steering of alpha > 0"):
+        case.with_steering(Steering.unsteered()).sampler(backend)(case.obs, case.noise, alpha=STRENGTHS)
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_the_gate_leaves_rows_on_the_base_flow(name, backend):
+    case = make_case(SCALES[name], batch_size=32)
+    actions, info = reported(case, backend)
+    steered = info.q_std > 0
+    assert steered.any() and not info.gated.any() and info.gated_count == 0
+    gate = float(info.q_std[steered].median())
+    _, gated = reported(replace(case, steering=replace(case.steering, max_disagreement=gate)), backend)
+    assert 0 < gated.gated_count < steered.sum()
+    if name != "candidates":
+        assert torch.equal(gated.gated, gated.q_std > gate)
+    shut = replace(case, steering=replace(case.steering, max_disagreement=0.0))
+    if name != "candidates":
+        assert_close(shut.run(backend), case.with_steering(Steering.unsteered()).run(backend))
+    opened = replace(case, steering=replace(case.steering, max_disagreement=1e9))
+    assert torch.equal(opened.run(backend), actions)
+
+
+def test_q_std_is_the_members_std_at_the_estimate(backend):
+    case = make_case(Steering.noisy(0.1), batch_size=7)  # asked at x itself, and at step 0 x is the noise
+    _, info = reported(case, backend)
+    expected = case.critic(case.obs, case.noise).std(0, unbiased=False)
+    torch.testing.assert_close(info.q_std[0], expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "settings, error, words",
     [
@@ -61,6 +143,8 @@ def test_half_a_window_costs_half(backend):
         (dict(step_weights=()), TypeError, "expected a tuple of K numbers"),
         (dict(step_weights=(1.0, -1.0)), ValueError, "expected a finite number >= 0"),
         (dict(step_weights=(1.0, float("nan"))), ValueError, "expected a finite number >= 0"),
+        (dict(max_disagreement=-1.0), ValueError, "expected a finite number >= 0"),
+        (dict(max_disagreement="auto"), TypeError, "expected a number"),
         (dict(window=(0.5, 0.5)), ValueError, "0 <= t_from < t_until"),
         (dict(window=(0.5,)), ValueError, "0 <= t_from < t_until"),
         (dict(window=(0.0, 1.0), step_weights=(1.0,)), ValueError, "expected one of them"),

@@ -116,7 +116,7 @@ def test_scratch_does_not_grow_with_the_batch() -> None:
     """Persistent programs: beyond a full GPU only the estimates and their gradients grow."""
     made = plan(Steering.qpilots_u())
     per_row = (workspace_bytes(made, 131072) - workspace_bytes(made, 65536)) / 65536
-    assert per_row == 4 * (2 * 25 + 25 + 10 * 26) + 10 * 5
+    assert per_row == 4 * (2 * 25 + 25 + 10 * 26) + 4 + 10 * 10  # alpha, and the report
 
 
 def test_predictions_grow_with_work_and_shrink_with_precision() -> None:

@@ -75,9 +75,10 @@ def networks_of(case: Case) -> BoundNetworks:
     return BoundNetworks(case.flow.bound(), case.critic.bound(), case.posterior.bound())
 
 
-def check(case: Case, rows: LaunchTable = ONE_TILE, precision: str = "float32") -> None:
+def check(case: Case, rows: LaunchTable = ONE_TILE, precision: str = "float32", alpha: Tensor | None = None) -> None:
+    spec, networks = spec_of(case, precision), networks_of(case)
     got = backend(rows).sample(
-        Call(spec_of(case, precision), networks_of(case), case.obs, case.noise, case.posterior_noise, return_info=True)
+        Call(spec, networks, case.obs, case.noise, case.posterior_noise, alpha, return_info=True)
     )
     exact = case.double()
     want = REFERENCE.sample(
@@ -87,15 +88,19 @@ def check(case: Case, rows: LaunchTable = ONE_TILE, precision: str = "float32") 
             exact.obs,
             exact.noise,
             exact.posterior_noise,
+            None if alpha is None else alpha.double(),
             return_info=True,
         )
     )
-    assert got.gradient_norms is not None and want.gradient_norms is not None
-    assert got.nonfinite is not None and want.nonfinite is not None
-    assert torch.equal(got.nonfinite, want.nonfinite)
+    assert got.report is not None and want.report is not None
+    assert torch.equal(got.report.nonfinite, want.report.nonfinite)
+    assert torch.equal(got.report.gated, want.report.gated)
     if precision == "float32":
         torch.testing.assert_close(got.actions.double(), want.actions, atol=FLOAT32_ERROR, rtol=0)
-        torch.testing.assert_close(got.gradient_norms.double(), want.gradient_norms, atol=FLOAT32_ERROR, rtol=1e-4)
+        torch.testing.assert_close(got.report.q_std.double(), want.report.q_std, atol=FLOAT32_ERROR, rtol=1e-4)
+        torch.testing.assert_close(
+            got.report.gradient_norms.double(), want.report.gradient_norms, atol=FLOAT32_ERROR, rtol=1e-4
+        )
     else:
         assert_close(got.actions, want.actions, precision)
 
@@ -170,6 +175,23 @@ def test_odd_sizes(steering: Steering, settings: dict[str, object]) -> None:
     check(small(steering, **settings), MANY_TILES if settings["batch_size"] == 2 else ONE_TILE)
 
 
+def median_std(case: Case) -> float:
+    """A gate that some rows pass and others do not."""
+    exact = case.double()
+    call = Call(spec_of(exact, "float64"), networks_of(exact), exact.obs, exact.noise, exact.posterior_noise)
+    report = REFERENCE.sample(replace(call, return_info=True)).report
+    assert report is not None
+    return float(report.q_std[report.q_std > 0].median()) * 1.001
+
+
+@pytest.mark.parametrize("steering", [U, M, replace(U, scale="gaf", gaf_beta=2.0)], ids=["u", "m", "gaf"])
+def test_gate_and_strength_of_each_row(steering: Steering) -> None:
+    case = small(steering, batch_size=5, num_steps=3)
+    gated = replace(case, steering=replace(steering, max_disagreement=median_std(case)))
+    check(gated)
+    check(gated, alpha=torch.tensor([0.0, 0.1, 0.5, 2.0, 1.0]))
+
+
 @pytest.mark.parametrize("weights", [(0.0, 0.5, 0.0, 0.0, 2.0, 0.0), (1.0, 0.0, 0.0, 0.0, 0.0, 1.0)])
 @pytest.mark.parametrize("steering", [U, M], ids=["u", "m"])
 def test_unsteered_steps_between_steered_ones(steering: Steering, weights: tuple[float, ...]) -> None:
@@ -218,9 +240,9 @@ def test_a_row_without_a_finite_gradient_follows_the_flow(steering: Steering) ->
     got = backend().sample(Call(spec, nets, case.obs, case.noise, case.posterior_noise, return_info=True))
     unsteered = replace(spec, steering=Steering.unsteered(), critic=None, posterior=None)
     plain = backend().sample(Call(unsteered, nets, case.obs, case.noise, None))
-    assert got.nonfinite is not None and got.gradient_norms is not None
-    assert got.nonfinite.tolist() == [[False] * 3, [False, True, False]]
-    assert got.gradient_norms[1, 1] == 0 and got.gradient_norms[1, 0] > 0
+    assert got.report.nonfinite is not None and got.report.gradient_norms is not None
+    assert got.report.nonfinite.tolist() == [[False] * 3, [False, True, False]]
+    assert got.report.gradient_norms[1, 1] == 0 and got.report.gradient_norms[1, 0] > 0
     assert torch.equal(got.actions[1], plain.actions[1])
     assert not torch.equal(got.actions[0], plain.actions[0])
 

@@ -17,7 +17,7 @@ from qpilots_fast.steering import Steering
 
 _OPERAND = {"float32": "*fp32", "tf32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 _POINTERS = {
-    "layer_ptr": "*i32", "flow_layer_ptr": "*i32", "map_layer_ptr": "*i32", "nonfinite_ptr": "*i8",
+    "layer_ptr": "*i32", "flow_layer_ptr": "*i32", "map_layer_ptr": "*i32", "nonfinite_ptr": "*i8", "gated_ptr": "*i8",
     "item_ptr": "*i64", "block_ptr": "*i64",
 }  # fmt: skip
 _OPERAND_POINTERS = {"w_ptr", "h_ptr", "z_ptr", "flow_w_ptr", "map_w_ptr", "weights_ptr"}

@@ -142,7 +142,8 @@ struct CombineArgs {
 struct SteerArgs {
   int begin, end, width, padded_width;
   const SteeringParams* steering;
-  float strength;             // alpha times the step's weight
+  float weight;               // of the step; multiplies alpha
+  const float* alpha;         // [rows], each row's in place of the steering's, or null
   const unsigned char* mask;  // [width] or null
   float* x;
   const float* v;
@@ -150,8 +151,11 @@ struct SteerArgs {
   const float* std;  // of row i at std[i * std_stride]
   std::ptrdiff_t std_stride;
   float dt;
-  float* norms;              // [rows] or null
-  unsigned char* nonfinite;  // [rows] or null
+  // what is reported, [rows] each, or null
+  float* norms;
+  unsigned char* nonfinite;
+  float* q_std;
+  unsigned char* gated;
 };
 
 struct FormatKernels {

@@ -67,11 +67,14 @@ struct SampleArgs {
   const float* noise;            // [B][A]
   const float* posterior_noise;  // [K][B][N][A]
   const float* schedule;         // [K][3] 1 - t, dt, weight (0: the step is not steered)
+  const float* alpha;            // [B] the strength of each row; null: the steering's
   const unsigned char* steered;  // [A] 1 where the critic may move the action; null: all
-  // outputs; the last two may be null
-  float* actions;            // [B][A]
-  float* gradient_norms;     // [K][B]
-  unsigned char* nonfinite;  // [K][B]
+  float* actions;                // output [B][A]
+  // the report, [K][B]: all of them or none
+  float* gradient_norms;
+  unsigned char* nonfinite;
+  float* q_std;
+  unsigned char* gated;
   // floats into the workspace
   std::int64_t velocity;         // [B][A]
   std::int64_t map_output;       // [B N][A]

@@ -222,30 +222,31 @@ __device__ __forceinline__ void update(const SampleArgs& a, const SharedMemory<W
     float* x = shared.x + static_cast<std::int64_t>(b) * a.action_dim;
     float* g = shared.g + static_cast<std::int64_t>(b) * a.action_dim;
     const float* v = a.workspace + a.velocity + static_cast<std::int64_t>(b) * a.action_dim;
-    SteerOutcome outcome{0.0f, false};
+    SteerOutcome outcome{0.0f, false, false};
+    float q_std = 0.0f;
     if (weight > 0.0f) {
       for (int c = lane; c < a.action_dim; c += kWarpSize) {
         store_shared(g + c, is_steered(a.steered, c) ? steering_gradient(a, shared, k, b, c) : 0.0f);
       }
-      float q_std = 0.0f;
       for (int n = 0; n < s.num_samples; ++n) {
         const int row = b * s.num_samples + n;
         q_std = fmadd(load_shared(shared.draw_weights + row), load_shared(shared.q_std + row), q_std);
       }
       outcome = steer_velocity_by_warp(
-          s, s.alpha * weight, a.action_dim, a.steered, q_std, dt, lane, [&](int c) { return load_shared(x + c); },
-          [&](int c) { return load_global(v + c); }, [&](int c) { return load_shared(g + c); },
-          [&](int c, float value) { store_shared(x + c, value); });
+          s, weight * (a.alpha == nullptr ? s.alpha : load_constant(a.alpha + b)), a.action_dim, a.steered, q_std, dt,
+          lane, [&](int c) { return load_shared(x + c); }, [&](int c) { return load_global(v + c); },
+          [&](int c) { return load_shared(g + c); }, [&](int c, float value) { store_shared(x + c, value); });
     } else {
       for (int c = lane; c < a.action_dim; c += kWarpSize) {
         store_shared(x + c, fmadd(dt, load_global(v + c), load_shared(x + c)));
       }
     }
-    if (blockIdx.x == 0 && lane == 0) {
-      if (a.gradient_norms != nullptr) store_global(a.gradient_norms + k * a.batch + b, outcome.g_norm);
-      if (a.nonfinite != nullptr) {
-        store_global(a.nonfinite + k * a.batch + b, static_cast<unsigned char>(outcome.nonfinite));
-      }
+    if (blockIdx.x == 0 && lane == 0 && a.gradient_norms != nullptr) {
+      const std::int64_t at = static_cast<std::int64_t>(k) * a.batch + b;
+      store_global(a.gradient_norms + at, outcome.g_norm);
+      store_global(a.nonfinite + at, static_cast<unsigned char>(outcome.nonfinite));
+      store_global(a.q_std + at, outcome.nonfinite ? 0.0f : q_std);
+      store_global(a.gated + at, static_cast<unsigned char>(outcome.gated));
     }
   }
   __syncthreads();

@@ -102,14 +102,14 @@ __device__ __forceinline__ SteerOutcome steer_velocity_by_warp(const SteeringPar
                                                                int lane, LoadX x, LoadV v, LoadG g, Store store) {
   const float g_norm = row_norm(count, steered, lane, g);
   const float v_norm = row_norm(count, steered, lane, v);
-  const float coefficient = is_finite(g_norm) ? steering_coefficient(s, strength, v_norm, g_norm, q_std) : 0.0f;
-  const bool bad = !is_finite(g_norm) || !is_finite(coefficient);
+  const auto [coefficient, outcome] = decide_steering(s, strength, v_norm, g_norm, q_std);
+  const bool steers = !outcome.nonfinite && !outcome.gated;
   for (int c = lane; c < count; c += kWarpSize) {
     float drift = v(c);
-    if (!bad && is_steered(steered, c)) drift = fmadd(coefficient, g(c), drift);
+    if (steers && is_steered(steered, c)) drift = fmadd(coefficient, g(c), drift);
     store(c, fmadd(dt, drift, x(c)));
   }
-  return {bad ? 0.0f : g_norm, bad};
+  return outcome;
 }
 
 }  // namespace cuda

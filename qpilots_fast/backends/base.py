@@ -23,6 +23,8 @@ class Call:
         obs: [B, S], contiguous, float32 (float64 where the backend's precisions allow), B >= 1, finite.
         noise: [B, A], same dtype; not modified.
         posterior_noise: [K, B, N, A] where spec.posterior_noise_shape says so, else None.
+        alpha: [B], the strength of each row in place of the steering's; same dtype, contiguous. None: the steering's.
+        return_info: whether the result has a report.
     Candidates (best-of-n) are drawn and ranked by the sampler: here they are rows of the batch.
     """
 
@@ -31,6 +33,7 @@ class Call:
     obs: Tensor
     noise: Tensor
     posterior_noise: Tensor | None = None
+    alpha: Tensor | None = None
     packed: Any = None
     return_info: bool = False
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..spec import BoundNetwork, BoundNetworks, NetworkSpec, RawSample, SamplerSpec
+from ..spec import BoundNetwork, BoundNetworks, NetworkSpec, RawSample, SamplerSpec, StepReport
 from .base import Backend, Call, Footprint, QuickCall, Slots
 from .counts import count_flops
 from .params import interface_mismatch, steering_params
@@ -294,10 +294,12 @@ class CpuBackend(Backend):
         if shape is not None and eps is not None:
             _check(eps, shape, "posterior_noise")
         actions = torch.empty_like(noise)
-        norms = nonfinite = None
+        if call.alpha is not None:
+            _check(call.alpha, (batch,), "alpha")
+        report = None
         if call.return_info:
-            norms = noise.new_zeros(spec.num_steps, batch)
-            nonfinite = noise.new_zeros(spec.num_steps, batch, dtype=torch.bool)
+            values, flags = noise.new_zeros(2, spec.num_steps, batch), noise.new_zeros(2, spec.num_steps, batch).bool()
+            report = StepReport(values[0], flags[0], values[1], flags[1])
         load_module().cpu_sample(
             plan.handle,
             *sources,
@@ -305,14 +307,14 @@ class CpuBackend(Backend):
             call.obs.data_ptr(),
             noise.data_ptr(),
             _pointer(eps),
+            _pointer(call.alpha),
             actions.data_ptr(),
-            _pointer(norms),
-            _pointer(nonfinite),
+            [_pointer(value) for value in report or (None,) * 4],
             batch,
             torch.get_num_threads(),
             phases,
         )
-        return RawSample(actions, norms, nonfinite)
+        return RawSample(actions, report)
 
     def forward(self, network: BoundNetwork, blocks: Sequence[Tensor], precision: str) -> Tensor:
         batch = blocks[0].shape[0]

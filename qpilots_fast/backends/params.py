@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
@@ -27,7 +28,7 @@ FIELDS: list[tuple[str, type[ctypes.c_int32] | type[ctypes.c_float]]] = [
     *((name, _I32) for name in ("estimate", "clip", "aggregation", "scale", "q_scale_kind", "full_jacobian")),
     *((name, _I32) for name in ("num_samples", "glass_steps")),
     *((name, _F32) for name in ("alpha", "rho", "tau", "q_scale", "eps", "max_grad_norm")),
-    *((name, _F32) for name in ("gaf_beta", "gaf_decay", "gaf_min", "action_low", "action_high")),
+    *((name, _F32) for name in ("gaf_beta", "gaf_decay", "gaf_min", "max_disagreement", "action_low", "action_high")),
 ]
 
 
@@ -48,6 +49,7 @@ def steering_params(steering: Steering, low: float, high: float) -> SteeringPara
         num_samples=steering.num_samples,
         glass_steps=steering.glass_steps,
         q_scale=1.0 if batch_std or steering.q_scale is None else steering.q_scale,
+        max_disagreement=math.inf if steering.max_disagreement is None else steering.max_disagreement,
         action_low=low,
         action_high=high,
         **{name: getattr(steering, name) for name in ("alpha", "rho", "tau", "eps", "max_grad_norm")},

@@ -38,7 +38,8 @@ class ReferenceBackend(Backend):
         with torch.autocast(call.noise.device.type, enabled=False):  # the precision is the spec's
             net = reference_evaluators(networks, call.obs.to(dtype), dtype, spec.precision)
             eps = None if call.posterior_noise is None else call.posterior_noise.to(dtype)
-            return sample(net, spec.steering, spec.schedule, call.noise.to(dtype), eps, spec.bounds)
+            alpha = None if call.alpha is None else call.alpha.to(dtype)
+            return sample(net, spec.steering, spec.schedule, call.noise.to(dtype), eps, spec.bounds, alpha)
 
     def forward(self, network: Any, blocks: Sequence[Tensor], precision: str) -> Tensor:
         with torch.autocast(blocks[0].device.type, enabled=False):

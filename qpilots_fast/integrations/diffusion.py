@@ -252,19 +252,18 @@ def ddim_steered_sample(
     chosen = _critic_backend(backend, noise)
     net = evaluators(drift, critic, None, steering, chosen, "float32", obs, critic_layout)
     xbar = noise / levels[0][1]
-    norms, nonfinite = [], []
+    reports = []
     times = [alpha / (alpha + sigma) for _, alpha, sigma in levels]
     schedule = steering.schedule(len(levels), [*times, 1.0])
     for k, (level, step) in enumerate(zip(levels, schedule)):
         drift.level = level
         u, pullback = net.flow(xbar, 0.0)
-        norm, bad = noise.new_zeros(len(noise)), torch.zeros(len(noise), dtype=torch.bool, device=noise.device)
+        report = reference.unsteered_report(noise)
         if step.weight > 0:
             # the estimate xbar + lambda u is the linear path's x + (1 - t) v with 1 - t = lambda
             bounds = (action_low, action_high)
             g, std = reference.steering_gradient(net, steering, xbar, u, pullback, 1 - lambdas[k], None, bounds)
-            u, norm, bad = reference.steer_velocity(u, g, steering, std, step.weight)
-        norms.append(norm)
-        nonfinite.append(bad)
+            u, report = reference.steer_velocity(u, g, steering, std, steering.alpha * step.weight)
+        reports.append(report)
         xbar = xbar + (lambdas[k] - lambdas[k + 1]) * u
-    return xbar.clamp(action_low, action_high), SampleInfo(None, torch.stack(norms), torch.stack(nonfinite))
+    return xbar.clamp(action_low, action_high), SampleInfo(None, *map(torch.stack, zip(*reports)))

@@ -242,7 +242,8 @@ void SampleRun::update(int k, Tile tile, const Worker& w) {
                   plan_.action_dim,
                   pitch_,
                   &steering_,
-                  steering_.alpha * plan_.schedule[k].weight,
+                  plan_.schedule[k].weight,
+                  args_.alpha,
                   plan_.mask.empty() ? nullptr : plan_.mask.data(),
                   x_,
                   v_,
@@ -250,8 +251,16 @@ void SampleRun::update(int k, Tile tile, const Worker& w) {
                   std_,
                   draws_,
                   plan_.schedule[k].dt,
-                  args_.gradient_norms == nullptr ? nullptr : args_.gradient_norms + at,
-                  args_.nonfinite == nullptr ? nullptr : args_.nonfinite + at};
+                  nullptr,
+                  nullptr,
+                  nullptr,
+                  nullptr};
+  if (args_.gradient_norms != nullptr) {
+    steer.norms = args_.gradient_norms + at;
+    steer.nonfinite = args_.nonfinite + at;
+    steer.q_std = args_.q_std + at;
+    steer.gated = args_.gated + at;
+  }
   table_.steer_velocity(steer);
 }
 

@@ -56,9 +56,13 @@ struct SampleArgs {
   const float* noise = nullptr;            // [B, A]
   const float* posterior_noise = nullptr;  // [K, B, N, A]
   float* actions = nullptr;                // outputs [B, A]
-  float* gradient_norms = nullptr;         // [K, B] or null
-  unsigned char* nonfinite = nullptr;      // [K, B] or null
-  double* phase_seconds = nullptr;         // [kPhases] or null
+  const float* alpha = nullptr;            // [B], the strength of each row, or null: the steering's
+  // the report, [K, B] each: all of them or none
+  float* gradient_norms = nullptr;
+  unsigned char* nonfinite = nullptr;
+  float* q_std = nullptr;
+  unsigned char* gated = nullptr;
+  double* phase_seconds = nullptr;  // [kPhases] or null
 };
 
 void sample(const SamplerPlan& plan, const SampleArgs& args, WorkspacePool& pool);

@@ -51,11 +51,15 @@ static void softmax_row(const float* q, int count, float scale, float* p) {
 static void steer_velocity_rows(const SteerArgs& args) {
   for (int i = args.begin; i < args.end; ++i) {
     const std::ptrdiff_t row = static_cast<std::ptrdiff_t>(i) * args.padded_width;
-    const SteerOutcome outcome =
-        steer_velocity_row(*args.steering, args.strength, args.x + row, args.v + row, args.g + row, args.width,
-                           args.mask, args.std[i * args.std_stride], args.dt);
-    if (args.norms != nullptr) args.norms[i] = outcome.g_norm;
-    if (args.nonfinite != nullptr) args.nonfinite[i] = outcome.nonfinite ? 1 : 0;
+    const float strength = args.weight * (args.alpha == nullptr ? args.steering->alpha : args.alpha[i]);
+    const float q_std = args.std[i * args.std_stride];
+    const SteerOutcome outcome = steer_velocity_row(*args.steering, strength, args.x + row, args.v + row, args.g + row,
+                                                    args.width, args.mask, q_std, args.dt);
+    if (args.norms == nullptr) continue;
+    args.norms[i] = outcome.g_norm;
+    args.nonfinite[i] = outcome.nonfinite;
+    args.q_std[i] = outcome.nonfinite ? 0.0f : q_std;
+    args.gated[i] = outcome.gated;
   }
 }
 

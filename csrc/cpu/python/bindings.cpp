@@ -163,8 +163,8 @@ void check_bound(const SamplerPlan& plan, const BoundSources* const (&bound)[3])
 
 void sample_binding(const std::shared_ptr<SamplerPlan>& plan, const BoundSources* flow, const BoundSources* critic,
                     const BoundSources* posterior, const PackedWeights* packed, std::uintptr_t obs,
-                    std::uintptr_t noise, std::uintptr_t posterior_noise, std::uintptr_t actions, std::uintptr_t norms,
-                    std::uintptr_t nonfinite, int batch, int threads, std::uintptr_t phase_seconds) {
+                    std::uintptr_t noise, std::uintptr_t posterior_noise, std::uintptr_t alpha, std::uintptr_t actions,
+                    const std::array<std::uintptr_t, 4>& report, int batch, int threads, std::uintptr_t phase_seconds) {
   require(batch >= 1 && threads >= 1, "batch and threads must be at least 1");
   require((obs != 0 || plan->obs_dim == 0) && noise != 0 && actions != 0, "a null pointer was given");
   require(!plan->draws() || posterior_noise != 0, "posterior_noise is missing");
@@ -176,8 +176,14 @@ void sample_binding(const std::shared_ptr<SamplerPlan>& plan, const BoundSources
   args.noise = pointer<const float>(noise);
   args.posterior_noise = pointer<const float>(posterior_noise);
   args.actions = pointer<float>(actions);
-  args.gradient_norms = pointer<float>(norms);
-  args.nonfinite = pointer<unsigned char>(nonfinite);
+  args.alpha = pointer<const float>(alpha);
+  const auto reported = [](std::uintptr_t p) { return p != 0; };
+  require(std::all_of(report.begin(), report.end(), reported) || std::none_of(report.begin(), report.end(), reported),
+          "the report needs all of its tensors, or none");
+  args.gradient_norms = pointer<float>(report[0]);
+  args.nonfinite = pointer<unsigned char>(report[1]);
+  args.q_std = pointer<float>(report[2]);
+  args.gated = pointer<unsigned char>(report[3]);
   args.phase_seconds = pointer<double>(phase_seconds);
   const py::gil_scoped_release release;
   sample(*plan, args, pool());

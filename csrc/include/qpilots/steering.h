@@ -115,28 +115,40 @@ QPILOTS_HD float steering_coefficient(const SteeringParams& s, float strength, f
 }
 
 struct SteerOutcome {
-  float g_norm;    // 0 where the row fell back
-  bool nonfinite;  // the row follows the unsteered velocity
+  float g_norm;    // 0 where nonfinite
+  bool nonfinite;  // no usable gradient: the row follows the unsteered velocity
+  bool gated;      // the critics disagree too much: likewise
 };
 
+// The coefficient of g and the outcome of a row whose norms are known.
+struct SteerDecision {
+  float coefficient;  // 0 where the row is not steered
+  SteerOutcome outcome;
+};
+
+QPILOTS_HD SteerDecision decide_steering(const SteeringParams& s, float strength, float v_norm, float g_norm,
+                                         float q_std) {
+  const float c = is_finite(g_norm) ? steering_coefficient(s, strength, v_norm, g_norm, q_std) : 0.0f;
+  const bool bad = !is_finite(g_norm) || !is_finite(c);
+  const bool gated = !bad && q_std > s.max_disagreement;
+  return {bad || gated ? 0.0f : c, {bad ? 0.0f : g_norm, bad, gated}};
+}
+
 // x += dt (v + c g), c of this strength, over one row of `count` dims; g counts only on the steered dims (mask, null:
-// all). A row with any non-finite g, norm or coefficient takes the plain Euler step.
+// all). A row with any non-finite g, norm or coefficient, or behind the gate, takes the plain Euler step.
 QPILOTS_HD SteerOutcome steer_velocity_row(const SteeringParams& s, float strength, float* x, const float* v,
                                            const float* g, int count, const unsigned char* mask, float q_std,
                                            float dt) {
   const float g_norm = stable_norm(g, count, mask);
-  float c = 0.0f;
-  bool bad = !is_finite(g_norm);
-  if (!bad) {
-    c = steering_coefficient(s, strength, stable_norm(v, count, mask), g_norm, q_std);
-    bad = !is_finite(c);
-  }
+  const float v_norm = is_finite(g_norm) ? stable_norm(v, count, mask) : 0.0f;
+  const auto [c, outcome] = decide_steering(s, strength, v_norm, g_norm, q_std);
+  const bool steers = !outcome.nonfinite && !outcome.gated;
   for (int i = 0; i < count; ++i) {
     float drift = v[i];
-    if (!bad && (mask == nullptr || mask[i])) drift = fmadd(c, g[i], drift);
+    if (steers && (mask == nullptr || mask[i])) drift = fmadd(c, g[i], drift);
     x[i] = fmadd(dt, drift, x[i]);
   }
-  return {bad ? 0.0f : g_norm, bad};
+  return outcome;
 }
 
 }  // namespace qpilots

@@ -83,6 +83,7 @@ QPILOTS_ENUMS(QPILOTS_DEFINE_ENUM)
   X(float, gaf_beta)                                                                    \
   X(float, gaf_decay)                                                                   \
   X(float, gaf_min)                                                                     \
+  X(float, max_disagreement) /* infinite: no gate */                                    \
   X(float, action_low)                                                                  \
   X(float, action_high)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendUnavailable
-from ...spec import BoundNetwork, BoundNetworks, RawSample, SamplerSpec
+from ...spec import BoundNetwork, BoundNetworks, RawSample, SamplerSpec, StepReport
 from ...steering import Steering
 from ..base import Backend, Call, Footprint
 from ..counts import count_flops
@@ -159,17 +159,23 @@ class CudaBackend(Backend):
         noise = _float32(noise)
         eps = None if call.posterior_noise is None else _float32(call.posterior_noise)
         actions = torch.empty_like(noise)
-        norms = nonfinite = None
+        alpha = None if call.alpha is None else _float32(call.alpha)
+        report: StepReport | None = None
         if call.return_info:
-            norms = noise.new_empty(spec.num_steps, batch)
-            nonfinite = torch.empty(spec.num_steps, batch, dtype=torch.uint8, device=noise.device)
+            values = noise.new_empty(2, spec.num_steps, batch)
+            flags = torch.empty(2, spec.num_steps, batch, dtype=torch.bool, device=noise.device)
+            report = StepReport(values[0], flags[0], values[1], flags[1])
         args.noise, args.posterior_noise = noise.data_ptr(), _pointer(eps)
         args.schedule, args.steered = loaded.tables[-1].data_ptr(), _pointer(loaded.steered)
-        args.actions, args.gradient_norms, args.nonfinite = actions.data_ptr(), _pointer(norms), _pointer(nonfinite)
+        args.alpha, args.actions = _pointer(alpha), actions.data_ptr()
+        reported: dict[str, Tensor | None] = {} if report is None else report._asdict()
+        for name, value in reported.items():
+            setattr(args, name, _pointer(value))
         others = {"noise": noise, "posterior noise": eps, "schedule": loaded.tables[-1], "steered dims": loaded.steered}
-        outputs = {"actions": actions, "gradient norms": norms, "non-finite rows": nonfinite}
+        others["alpha"] = alpha
+        outputs = {"actions": actions, **reported}
         self._launch(loaded, args, weights, inputs, others, outputs)
-        return RawSample(actions, norms, None if nonfinite is None else nonfinite.bool())
+        return RawSample(actions, report)
 
     def capture(self, spec: SamplerSpec, networks: BoundNetworks, batch_size: int) -> Callable[..., Tensor]:
         device = networks.flow.device

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendUnavailable
-from ...spec import BoundNetwork, BoundNetworks, RawSample, SamplerSpec
+from ...spec import BoundNetwork, BoundNetworks, RawSample, SamplerSpec, StepReport
 from ..base import Backend, Call, Footprint
 from .launch_table import MAX_ACTION_PAD, LaunchTable, default_table, dot_mode
 from .launcher import launch
@@ -158,9 +158,10 @@ class TritonBackend(Backend):
             else:
                 buffers = call.packed.buffers
             actions = torch.empty_like(noise)
-            plan.run(ws, buffers, call.obs, noise, call.posterior_noise, actions)
+            plan.run(ws, buffers, call.obs, noise, call.posterior_noise, actions, call.alpha)
             if call.return_info:
-                return RawSample(actions, ws.norms.clone(), ws.nonfinite.bool())
+                norms, nonfinite, q_std, gated = ws.report
+                return RawSample(actions, StepReport(norms.clone(), nonfinite.bool(), q_std.clone(), gated.bool()))
         return RawSample(actions)
 
     def _obtain(self, cache: _Cache, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:

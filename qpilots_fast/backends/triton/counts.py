@@ -108,7 +108,7 @@ def workspace_bytes(plan: SamplerPlan, batch_size: int) -> int:
     steering, a, grid = plan.spec.steering, plan.spec.flow.action_dim, plan.grid(batch_size)
     element = OPERAND_DTYPES[plan.spec.precision].itemsize
     draws = batch_size * plan.num_draws
-    floats, total = 2 * batch_size * a, plan.spec.num_steps * batch_size * 5
+    floats, total = 2 * batch_size * a, batch_size * (4 + 10 * plan.spec.num_steps)
     parts = [(plan.step_layouts(), plan.step_tile, grid.step_programs)]
     if plan.critic_layout is not None:
         members = plan.critic_layout.spec.num_members

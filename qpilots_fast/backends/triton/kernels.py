@@ -192,22 +192,27 @@ def _pull_back(cotangent, h_ptr, z_ptr, stat_ptr, w_ptr, vec_ptr, layer_ptr, col
 
 
 @triton.jit
-def _steer_velocity(v, g, std, dims, alpha, floor, max_grad_norm, gaf_decay, gaf_min, SCALE: tl.constexpr):
-    """(v + scale g, norm of g, usable): the norm is 0 and the row unsteered where g is not finite."""
+def _steer_velocity(v, g, std, dims, alpha, gain, floor, max_grad_norm, gaf_decay, gaf_min, max_disagreement,
+                    SCALE: tl.constexpr):  # fmt: skip
+    """(v + scale g, norm of g, usable, gated); a row keeps v where g is not finite (norm 0) or the critics disagree.
+
+    alpha: [rows], each row's strength at this step; gain: 1 / gaf_beta.
+    """
     g = tl.where(dims > 0.0, g, 0.0)
     norm = _row_norm(g)
     usable = norm < float("inf")
     if SCALE == "norm_match":
         scale = alpha * _row_norm(v * dims) / (norm + floor)
     elif SCALE == "absolute":
-        scale = tl.zeros_like(norm) + alpha
+        scale = alpha
     else:
         damping = tl.exp(-gaf_decay * std)
         usable = usable & (damping < float("inf"))
         clipped = tl.minimum(max_grad_norm / tl.where(norm > 0.0, norm, 1.0), 1.0)
-        scale = alpha * tl.maximum(damping, gaf_min) * clipped
-    steered = v + tl.where(usable[:, None], scale[:, None] * g, 0.0)
-    return steered, tl.where(usable, norm, 0.0), usable
+        scale = gain * alpha * tl.maximum(damping, gaf_min) * clipped
+    gated = usable & (std > max_disagreement)
+    steered = v + tl.where((usable & ~gated)[:, None], scale[:, None] * g, 0.0)
+    return steered, tl.where(usable, norm, 0.0), usable, gated
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_draws", "rows_per_tile", "num_tiles", "step", "flow_begin", "flow_end",
@@ -216,9 +221,11 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
                  obs_ptr, eps_ptr,
                  flow_w_ptr, flow_vec_ptr, flow_bias_ptr, flow_layer_ptr,
                  map_w_ptr, map_vec_ptr, map_bias_ptr, map_layer_ptr,
-                 h_ptr, z_ptr, stat_ptr, schedule_ptr, glass_ptr, dims_ptr, norm_ptr, nonfinite_ptr,
+                 h_ptr, z_ptr, stat_ptr, schedule_ptr, glass_ptr, dims_ptr, alpha_ptr, norm_ptr, nonfinite_ptr,
+                 row_std_ptr, gated_ptr,
                  num_rows, num_draws, rows_per_tile, num_tiles, step, flow_begin, flow_end, plain_end,
-                 low, high, alpha, rho, tilt, floor, max_grad_norm, gaf_decay, gaf_min, flow_eps, map_eps,
+                 low, high, gain, rho, tilt, floor, max_grad_norm, gaf_decay, gaf_min, max_disagreement,
+                 flow_eps, map_eps,
                  STEER: tl.constexpr, PROPOSE: tl.constexpr, FLOW: tl.constexpr, RECOMPUTE: tl.constexpr,
                  ESTIMATE: tl.constexpr,
                  FULL: tl.constexpr, MASKED: tl.constexpr, AGG: tl.constexpr, SCALE: tl.constexpr,
@@ -234,7 +241,7 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
     """STEER: finishes step `step` from the critics' answers. PROPOSE: runs the flow at step flow_end - 1 and writes the
     estimates that the critics see next. FLOW: unsteered steps in [flow_begin, plain_end) are taken on the way.
 
-    schedule_ptr [K, 3]: 1 - t_k, dt_k, weight_k.
+    schedule_ptr [K, 3]: 1 - t_k, dt_k, weight_k. alpha_ptr [B]: each row's strength.
     glass_ptr [K, GLASS_STEPS, 5]: p_x, p_xbar, then c_x, c_xbar, c_v over GLASS_STEPS.
     flow_bias_ptr [K (+ K GLASS_STEPS), H_PAD]: first-layer bias with that time's columns folded in.
     RECOMPUTE: the scratch holds another tile's activations by now, so each pull-back is preceded by its forward.
@@ -347,21 +354,14 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
                     of_draw = draws[:, None] * ACTION_DIM + offs_a[None, :]
                     g += tl.load(gx_ptr + of_draw, mask=mask_a, other=0.0)
                     std += tl.load(q_std_ptr + draws, mask=mask_b, other=0.0)
-            v, norm, usable = _steer_velocity(
-                v,
-                tilt * g,
-                std,
-                dims,
-                alpha * tl.load(schedule_ptr + 3 * step + 2),
-                floor,
-                max_grad_norm,
-                gaf_decay,
-                gaf_min,
-                SCALE,
-            )
+            alpha = tl.load(alpha_ptr + rows, mask=mask_b, other=0.0) * tl.load(schedule_ptr + 3 * step + 2)
+            v, norm, usable, gated = _steer_velocity(v, tilt * g, std, dims, alpha, gain, floor, max_grad_norm,
+                                                     gaf_decay, gaf_min, max_disagreement, SCALE)  # fmt: skip
             x += tl.load(schedule_ptr + 3 * step + 1) * v
             tl.store(norm_ptr + step * num_rows + rows, norm, mask=mask_b)
             tl.store(nonfinite_ptr + step * num_rows + rows, tl.where(usable, 0, 1).to(tl.int8), mask=mask_b)
+            tl.store(row_std_ptr + step * num_rows + rows, tl.where(usable, std, 0.0), mask=mask_b)
+            tl.store(gated_ptr + step * num_rows + rows, tl.where(gated, 1, 0).to(tl.int8), mask=mask_b)
 
         if FLOW:
             v = tl.zeros((BLOCK_B, A_PAD), dtype=tl.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
@@ -44,8 +45,8 @@ class Workspace:
     q_std: Tensor  # [R]
     gx: Tensor  # [R, A]
     xbar: Tensor  # [glass_steps, R, A]
-    norms: Tensor  # [K, B]
-    nonfinite: Tensor  # [K, B] int8
+    alpha: Tensor  # [B], the steering's
+    report: tuple[Tensor, Tensor, Tensor, Tensor]  # StepReport, [K, B] each; flags are int8
     step_h: Tensor
     step_z: Tensor
     step_stat: Tensor
@@ -55,7 +56,8 @@ class Workspace:
 
     @property
     def nbytes(self) -> int:
-        return sum(getattr(self, f.name).nbytes for f in fields(self))
+        parts = [getattr(self, f.name) for f in fields(self) if f.name != "report"]
+        return sum(part.nbytes for part in (*parts, *self.report))
 
 
 @dataclass(frozen=True)
@@ -183,11 +185,13 @@ class SamplerPlan:
 
         step = scratch(self.step_layouts(), self.step_tile, grid.step_programs)
         critic = scratch([self.critic_layout] if self.critic_layout else [], self.critic_tile, grid.critic_programs)
-        norms = torch.zeros(self.spec.num_steps, batch_size, device=self.device)
+        zeros = torch.zeros(2, self.spec.num_steps, batch_size, device=self.device)
+        flags = torch.zeros_like(zeros, dtype=torch.int8)
+        alpha = torch.full((batch_size,), steering.alpha, device=self.device)
         return Workspace(
             empty(batch_size, a), empty(batch_size, a), empty(draws if steers else 0, a), empty(members, draws),
             empty(members, draws, a), empty(virtual), empty(virtual), empty(virtual, a), empty(inner, virtual, a),
-            norms, torch.zeros_like(norms, dtype=torch.int8), *step, *critic,
+            alpha, (zeros[0], flags[0], zeros[1], flags[1]), *step, *critic,
         )  # fmt: skip
 
     def check_size(self, batch_size: int) -> None:
@@ -209,15 +213,16 @@ class SamplerPlan:
         ]
 
     def run(
-        self, ws: Workspace, packed: PackedBuffers, obs: Tensor, noise: Tensor, eps: Tensor | None, actions: Tensor
-    ) -> None:
-        """Enqueues the whole call on the current stream; actions [B, A] receives the result."""
+        self, ws: Workspace, packed: PackedBuffers, obs: Tensor, noise: Tensor, eps: Tensor | None, actions: Tensor,
+        alpha: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Enqueues the whole call on the current stream; actions [B, A] receives the result; alpha [B]: of each row."""
         grid = self.grid(len(noise))
         for step in self.step_launches():
             if step.steer:
                 self._critic(ws, packed, grid, obs)
             x_in, x_out = ws.x if step.steer else noise, ws.x if step.propose else actions
-            self._step(ws, packed, grid, obs, x_in, x_out, eps, step)
+            self._step(ws, packed, grid, obs, x_in, x_out, eps, alpha, step)
 
     def critic_arguments(self) -> dict[str, Any]:
         """Constexpr arguments and options of the critic kernel."""
@@ -262,12 +267,11 @@ class SamplerPlan:
 
     def _step(
         self, ws: Workspace, packed: PackedBuffers, grid: Grid, obs: Tensor, x_in: Tensor, x_out: Tensor,
-        eps: Tensor | None, step: StepLaunch,
+        eps: Tensor | None, alpha: Tensor | None, step: StepLaunch,
     ) -> None:  # fmt: skip
         steering, net = self.spec.steering, packed.networks[0]
         posterior: PackedNetwork = packed.networks[2] if self.map_layout is not None else net
         tilt = steering.tau / (steering.q_scale if isinstance(steering.q_scale, (int, float)) else 1.0)
-        gain = steering.alpha / steering.gaf_beta if steering.scale == "gaf" else steering.alpha
         launch(
             "step", (grid.step_programs,), x_in_ptr=x_in, x_out_ptr=x_out, v_ptr=ws.v, a_ptr=ws.estimates, q_ptr=ws.q,
             dq_ptr=ws.dq, q_bar_ptr=ws.q_bar, q_std_ptr=ws.q_std, gx_ptr=ws.gx, xbar_ptr=ws.xbar, obs_ptr=obs,
@@ -275,13 +279,16 @@ class SamplerPlan:
             flow_w_ptr=net.weights, flow_vec_ptr=net.vectors, flow_bias_ptr=net.time_bias, flow_layer_ptr=net.layers,
             map_w_ptr=posterior.weights, map_vec_ptr=posterior.vectors, map_bias_ptr=posterior.time_bias,
             map_layer_ptr=posterior.layers, h_ptr=ws.step_h, z_ptr=ws.step_z, stat_ptr=ws.step_stat,
-            schedule_ptr=self.schedule, glass_ptr=self.glass, dims_ptr=self.dims, norm_ptr=ws.norms,
-            nonfinite_ptr=ws.nonfinite,
+            schedule_ptr=self.schedule, glass_ptr=self.glass, dims_ptr=self.dims,
+            alpha_ptr=ws.alpha if alpha is None else alpha, norm_ptr=ws.report[0], nonfinite_ptr=ws.report[1],
+            row_std_ptr=ws.report[2], gated_ptr=ws.report[3],
             num_rows=len(obs), num_draws=self.num_draws, rows_per_tile=grid.rows_per_tile, num_tiles=grid.step_tiles,
             step=max(step.steered, 0), flow_begin=step.steered + 1, flow_end=step.flow_end, plain_end=step.plain_end,
             low=float(self.spec.action_low), high=float(self.spec.action_high),
-            alpha=float(gain), rho=float(steering.rho), tilt=float(tilt), floor=float(steering.eps),
+            gain=1.0 / steering.gaf_beta, rho=float(steering.rho), tilt=float(tilt), floor=float(steering.eps),
             max_grad_norm=float(steering.max_grad_norm), gaf_decay=float(steering.gaf_decay),
-            gaf_min=float(steering.gaf_min), flow_eps=float(net.layout.spec.layer_norm_eps),
+            gaf_min=float(steering.gaf_min),
+            max_disagreement=math.inf if steering.max_disagreement is None else float(steering.max_disagreement),
+            flow_eps=float(net.layout.spec.layer_norm_eps),
             map_eps=float(posterior.layout.spec.layer_norm_eps), **self.step_arguments(step, grid.recompute),
         )  # fmt: skip
