@@ -24,9 +24,13 @@ def _rotations(count: int, dim: int) -> Tensor:
     return rotations
 
 
-@torch.compiler.assume_constant_result  # a generator cannot be traced; the matrices depend on no tensor
 def _constant_rotations(count: int, dim: int) -> Tensor:
     return _rotations(count, dim)
+
+
+# A generator cannot be traced, and the matrices depend on no tensor. This is what assume_constant_result does, which
+# imports torch._dynamo, and with it Triton, at once.
+_constant_rotations._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def rotated_starts(noise: Tensor, count: int) -> Tensor:

@@ -188,7 +188,7 @@ def callable_posterior(posterior: Any, obs: Any) -> Callable[[Tensor, Tensor, fl
 
 def evaluators(
     flow: Any, critic: Any, posterior: Any, steering: Steering, backend: Backend, precision: str, obs: Any,
-    critic_layout: str,
+    critic_layout: str = "auto",
 ) -> Evaluators:  # fmt: skip
     """Packed networks run on a backend and callables in PyTorch; obs may be any object that the callables read."""
 
