@@ -76,9 +76,9 @@ def test_row_norm_of_extremes():
 
 def test_norm_match_adds_alpha_times_the_velocity():
     v, g = torch.randn(B, A).double(), torch.randn(B, A).double() * 1e3
-    steered, norm, bad = reference.steer_velocity(v, g, Steering.qpilots_u(alpha=0.3))
+    steered, report = reference.steer_velocity(v, g, Steering.qpilots_u(alpha=0.3))
     assert ((steered - v).norm(dim=1) / v.norm(dim=1) - 0.3).abs().max() < 1e-9
-    assert torch.allclose(norm, g.norm(dim=1)) and not bad.any()
+    assert torch.allclose(report.gradient_norms, g.norm(dim=1)) and not report.nonfinite.any()
 
 
 def test_zero_and_nonfinite_rows_follow_the_flow():
@@ -86,10 +86,11 @@ def test_zero_and_nonfinite_rows_follow_the_flow():
     g[1] = 0
     g[2, 0], g[3, 1] = math.nan, math.inf
     for steering in (Steering.qpilots_u(), Steering.qgf(0.5), Steering.gaf()):
-        steered, norm, bad = reference.steer_velocity(v, g, steering, torch.zeros(4))
+        steered, report = reference.steer_velocity(v, g, steering, torch.zeros(4))
         assert torch.equal(steered[1:], v[1:]) and not torch.equal(steered[0], v[0])
-        assert bad.tolist() == [False, False, True, True] and norm[1:].tolist() == [0, 0, 0]
-    zero_velocity, _, _ = reference.steer_velocity(torch.zeros(4, A), g, Steering.qpilots_u())
+        assert report.nonfinite.tolist() == [False, False, True, True]
+        assert report.gradient_norms[1:].tolist() == [0, 0, 0]
+    zero_velocity, _ = reference.steer_velocity(torch.zeros(4, A), g, Steering.qpilots_u())
     assert torch.equal(zero_velocity, torch.zeros(4, A))
 
 
@@ -97,11 +98,11 @@ def test_steered_dims_leave_the_rest_alone():
     v, g = torch.randn(B, A), torch.randn(B, A)
     g[:, 4] = math.nan  # outside: must not matter
     steering = Steering(steered_dims=(0, 2))
-    steered, norm, bad = reference.steer_velocity(v, g, steering)
-    assert torch.equal(steered[:, [1, 3, 4]], v[:, [1, 3, 4]]) and not bad.any()
+    steered, report = reference.steer_velocity(v, g, steering)
+    assert torch.equal(steered[:, [1, 3, 4]], v[:, [1, 3, 4]]) and not report.nonfinite.any()
     expected = v[:, [0, 2]] + 0.2 * v[:, [0, 2]].norm(dim=1, keepdim=True) * torch.nn.functional.normalize(g[:, [0, 2]])
     assert torch.allclose(steered[:, [0, 2]], expected, atol=1e-6)
-    assert torch.allclose(norm, g[:, [0, 2]].norm(dim=1))
+    assert torch.allclose(report.gradient_norms, g[:, [0, 2]].norm(dim=1))
 
 
 def test_time_features_keep_float64_phase():
