@@ -65,14 +65,22 @@ def member_weights(q_values: Tensor, aggregation: str, rho: float) -> Tensor:
     if aggregation == "min":
         lowest = (q_values == q_values.amin(0)).to(q_values.dtype)
         return lowest / lowest.sum(0)
-    std = ensemble_std(q_values)
-    slope = (q_values - q_values.mean(0)) / torch.where(std == 0, torch.ones_like(std), std)
+    deviations = _deviations(q_values)
+    std = _safe_sqrt(deviations.square().mean(0))
+    slope = deviations / torch.where(std == 0, torch.ones_like(std), std)
     return (1 - rho * slope) / count
 
 
+def _deviations(q_values: Tensor) -> Tensor:
+    """Q_j - mean. Taken from Q_0 first: the mean of equal numbers need not round to them, but their differences are 0,
+    and those of members that nearly agree are exact."""
+    apart = q_values - q_values[:1]
+    return apart - apart.mean(0)
+
+
 def ensemble_std(q_values: Tensor) -> Tensor:
-    """Population std over the members, [B]."""
-    return _safe_sqrt((q_values - q_values.mean(0)).square().mean(0))
+    """Population std over the members, [B]; exactly 0 where they agree."""
+    return _safe_sqrt(_deviations(q_values).square().mean(0))
 
 
 def _safe_sqrt(x: Tensor) -> Tensor:

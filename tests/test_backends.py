@@ -37,6 +37,18 @@ def test_widths_and_members(hidden, num_critics, backend):
     assert_close(case.run(backend), case.expected())
 
 
+@pytest.mark.parametrize("members", [2, 3, 6, 7, 10])
+def test_members_that_agree_are_one_member(members, backend):
+    """At std = 0 the pessimistic gradient is that of the mean, whatever the mean of equal numbers rounds to."""
+    steering = dataclasses.replace(Steering.qpilots_u(1.0), scale="absolute")
+    one = make_case(steering, batch_size=64, num_critics=1, num_steps=2)
+    many = dataclasses.replace(one, critic=make_case(num_critics=members).critic)
+    with torch.no_grad():
+        for single, stacked in zip(one.critic.parameters(), many.critic.parameters(), strict=True):
+            stacked.copy_(single.expand_as(stacked))
+    assert_close(many.run(backend), one.expected())
+
+
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_one_action_dimension(preset, backend):
     """A flow with one output must not be taken for a critic."""

@@ -38,6 +38,16 @@ def test_networks_match_autograd(activation, norm):
         assert (pullback(cotangent) - grad).abs().max() < EXACT
 
 
+@pytest.mark.parametrize("apart", [0, 1, 7])  # in units of the last place
+def test_weights_of_members_that_nearly_agree_sum_to_one(apart):
+    q = torch.full((7, 1000), 0.1).mul_(torch.rand(1000) + 1)
+    for _ in range(apart):
+        q[3] = torch.nextafter(q[3], torch.tensor(9.0))
+    weights = reference.member_weights(q, "pessimistic", 0.5)
+    torch.testing.assert_close(weights.sum(0), torch.ones(1000), rtol=0, atol=1e-5)
+    assert (reference.ensemble_std(q) == 0).all() == (apart == 0)
+
+
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_activation_derivative(kind):
     z = torch.cat([torch.linspace(-8, 8, 101), torch.tensor([-60.0, 60.0])]).double().requires_grad_()

@@ -106,25 +106,29 @@ def _critic_kernel(obs_ptr, a_ptr, q_ptr, dq_ptr, w_ptr, vec_ptr, layer_ptr, h_p
 
 @triton.jit
 def _aggregate(q_ptr, rows, mask_b, num_rows, rho, E: tl.constexpr, AGG: tl.constexpr):
-    """(Qbar, mean, population std, minimum, all finite) of q [E, num_rows] at the given rows."""
-    mean = tl.load(q_ptr + rows, mask=mask_b, other=0.0)
-    lowest = mean
-    finite = tl.abs(mean) < float("inf")
+    """(Qbar, mean - Q_0, population std, minimum, all finite) of q [E, num_rows] at the given rows.
+
+    Deviations are taken from Q_0, so that members that agree give exactly 0.
+    """
+    first = tl.load(q_ptr + rows, mask=mask_b, other=0.0)
+    mean = tl.zeros_like(first)
+    lowest = first
+    finite = tl.abs(first) < float("inf")
     for e in range(1, E):
         q = tl.load(q_ptr + e * num_rows + rows, mask=mask_b, other=0.0)
-        mean += q
+        mean += q - first
         lowest = tl.minimum(lowest, q)
         finite = finite & (tl.abs(q) < float("inf"))
     mean = mean / E
     spread = tl.zeros_like(mean)
     for e in range(0, E):
-        deviation = tl.load(q_ptr + e * num_rows + rows, mask=mask_b, other=0.0) - mean
+        deviation = (tl.load(q_ptr + e * num_rows + rows, mask=mask_b, other=0.0) - first) - mean
         spread += deviation * deviation
     std = tl.sqrt(spread / E)
     if AGG == "pessimistic":
-        q_bar = mean - rho * std
+        q_bar = (first + mean) - rho * std
     elif AGG == "mean":
-        q_bar = mean
+        q_bar = first + mean
     else:
         q_bar = lowest
     return tl.where(finite, q_bar, float("nan")), mean, std, lowest, finite
@@ -144,12 +148,14 @@ def _critic_gradient(q_ptr, dq_ptr, a_ptr, rows, mask_b, num_rows, rho, low, hig
         for e in range(0, E):
             q = tl.load(q_ptr + e * num_rows + rows, mask=mask_b, other=0.0)
             ties += tl.where(q == lowest, 1.0, 0.0)
+    first = tl.load(q_ptr + rows, mask=mask_b, other=0.0)
     d_a = tl.load(dq_ptr + element, mask=mask_a, other=0.0) * 0.0
     for e in range(0, E):
         q = tl.load(q_ptr + e * num_rows + rows, mask=mask_b, other=0.0)
         if AGG == "pessimistic":
             # w_j = 1/E - rho (Q_j - mean) / (E std)
-            weight = (1.0 - tl.where(std == 0.0, 0.0, rho * (q - mean) / tl.where(std == 0.0, 1.0, std))) / E
+            apart = (q - first) - mean
+            weight = (1.0 - tl.where(std == 0.0, 0.0, rho * apart / tl.where(std == 0.0, 1.0, std))) / E
         elif AGG == "mean":
             weight = tl.zeros_like(mean) + 1.0 / E
         else:
