@@ -12,7 +12,7 @@ from qpilots_fast.backends.params import SteeringParams, interface_lines, interf
 
 needs_module = pytest.mark.skipif(cpu._import_failure() is not None, reason=str(cpu._import_failure()))
 MLP = {
-    "members": 1, "widths": [8, 4], "norms": [None], "activation": "tanh", "eps": 1e-6, "scalar_head": False,
+    "members": 1, "widths": [8, 4], "norms": [None], "activation": "tanh", "layer_norm_eps": 1e-6, "scalar_head": False,
     "inputs": [(1, 0, 4)],
 }  # fmt: skip
 

@@ -56,7 +56,7 @@ struct BackwardArgs {
   int rows;
   float* dx;  // [rows, in_padded]
   std::ptrdiff_t dx_stride;
-  char* scratch;  // on a cache line; this thread's share of two operands of tile_rows rows
+  char* scratch;  // on a cache line; this thread's share of two operands of rows_together rows
   std::size_t scratch_bytes;
 };
 
@@ -68,7 +68,7 @@ struct ActivateArgs {
   std::ptrdiff_t z_stride;
   const float* gamma;  // padded with zeros
   const float* beta;
-  float eps;
+  float layer_norm_eps;
   void* h;
   std::ptrdiff_t h_stride;  // bytes
   void* slope;              // act'(.), or null where no derivative will be asked; stored as an operand is
@@ -159,8 +159,8 @@ struct SteerArgs {
 };
 
 struct FormatKernels {
-  int a_bytes;    // per element of an operand
-  int tile_rows;  // rows that go through a network together, at most: the more, the less often its weights are read
+  int a_bytes;        // per element of an operand
+  int rows_together;  // that go through a network together, at most: the more, the less often its weights are read
   void (*forward)(const ForwardArgs&);
   void (*backward)(const BackwardArgs&);
   void (*activate[kCount<Activation>][kCount<NormPlacement>])(const ActivateArgs&);

@@ -11,15 +11,15 @@ namespace qpilots {
 namespace cuda {
 
 // What the rows of a product are made of before they are staged in shared memory.
-#define QPILOTS_STAGES(X)                                                                            \
-  X(kRows, "rows")            /* an input or a workspace plane, as it is */                          \
-  X(kState, "state")          /* x */                                                                \
-  X(kEstimate, "estimate")    /* the clipped clean-action estimate */                                \
-  X(kMapInput, "map_input")   /* (posterior noise, x) of each posterior draw */                      \
-  X(kHidden, "hidden")        /* a hidden layer's output, from the plane that its product left */    \
-  X(kCriticTop, "critic_top") /* d z of the critic's last hidden layer for d Q = 1; also yields Q */ \
-  X(kDelta, "delta")          /* d z of a hidden layer, from d h */                                  \
-  X(kCotangent, "cotangent")  /* the critics' weighted gradient at the estimate */
+#define QPILOTS_STAGES(X)                                                                                      \
+  X(kRows, "rows")                      /* an input or a workspace plane, as it is */                          \
+  X(kState, "state")                    /* x */                                                                \
+  X(kEstimate, "estimate")              /* the clipped clean-action estimate */                                \
+  X(kPosteriorInput, "posterior_input") /* (posterior noise, x) of each posterior draw */                      \
+  X(kHidden, "hidden")                  /* a hidden layer's output, from the plane that its product left */    \
+  X(kCriticTop, "critic_top")           /* d z of the critic's last hidden layer for d Q = 1; also yields Q */ \
+  X(kDelta, "delta")                    /* d z of a hidden layer, from d h */                                  \
+  X(kCotangent, "cotangent")            /* the critics' weighted gradient at the estimate */
 enum class Stage : std::int32_t { QPILOTS_STAGES(QPILOTS_ENUMERATOR) };
 
 // One product of every member: target[m][row][n] = sum_i weight[m][n][i] staged[m][row][i] (+ addends).
@@ -37,7 +37,7 @@ struct Phase {
   std::int32_t input;  // kRows: which of SampleArgs::inputs; -1: the workspace
   std::int32_t rows_per_addend;
   std::int32_t ends_with_barrier;
-  float norm_eps;                  // of the staged hidden layer
+  float layer_norm_eps;            // of the staged hidden layer
   std::int32_t completes_critics;  // after it, Q and dQ/da of every critic are known
   std::int64_t source;             // floats, [members][rows][in_dim]; kRows: [rows][in_dim] + m * source_member_stride
   std::int64_t source_member_stride;
@@ -63,7 +63,7 @@ struct SampleArgs {
   float* workspace;
   GridSync* sync;
   std::uint32_t* host_failure;   // pinned host word, may be null
-  const float* inputs[4];        // obs [B][S]; time features of the flow [K][.], of the map; cotangents
+  const float* inputs[4];        // obs [B][S]; time features of the flow [K][.], of the posterior; cotangents
   const float* noise;            // [B][A]
   const float* posterior_noise;  // [K][B][N][A]
   const float* schedule;         // [K][3] 1 - t, dt, weight (0: the step is not steered)
@@ -76,15 +76,15 @@ struct SampleArgs {
   float* q_std;
   unsigned char* gated;
   // floats into the workspace
-  std::int64_t velocity;         // [B][A]
-  std::int64_t map_output;       // [B N][A]
-  std::int64_t q_values;         // [E][R]
-  std::int64_t critic_vjp;       // [E][R][A]
-  std::int64_t estimate_vjp;     // [R][A], flow or map pulled back to x
-  std::int32_t num_once;         // phases before the first step
-  std::int32_t num_flow_phases;  // of a step: those of the velocity alone
-  std::int32_t num_step_phases;  // of a steered step
-  std::int32_t num_steps;        // 0: the phases before the first step are all
+  std::int64_t velocity;          // [B][A]
+  std::int64_t posterior_output;  // [B N][A]
+  std::int64_t q_values;          // [E][R]
+  std::int64_t critic_vjp;        // [E][R][A]
+  std::int64_t estimate_vjp;      // [R][A], flow or posterior pulled back to x
+  std::int32_t num_once;          // phases before the first step
+  std::int32_t num_flow_phases;   // of a step: those of the velocity alone
+  std::int32_t num_step_phases;   // of a steered step
+  std::int32_t num_steps;         // 0: the phases before the first step are all
   std::int32_t batch;
   std::int32_t action_dim;
   std::int32_t num_members;   // E

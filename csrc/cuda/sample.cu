@@ -101,7 +101,7 @@ __device__ __forceinline__ float estimate(const SampleArgs& a, const SharedMemor
       return fmadd(load_constant(a.schedule + 3 * k), load_global(a.workspace + a.velocity + cell),
                    load_shared(shared.x + cell));
     default:
-      return posterior_noise(a, k, row, c) + load_global(a.workspace + a.map_output + cell);
+      return posterior_noise(a, k, row, c) + load_global(a.workspace + a.posterior_output + cell);
   }
 }
 
@@ -274,7 +274,7 @@ __device__ __forceinline__ void stage(const SampleArgs& a, const SharedMemory<We
         return a.steering.clip == Clip::kNone ? value : clamp(value, a.steering.action_low, a.steering.action_high);
       });
       break;
-    case Stage::kMapInput:
+    case Stage::kPosteriorInput:
       stage_each<ROWS>(p, tile, staged, [&](int r, int c) {
         const int row = tile.row0 + r;
         if (c < a.action_dim) return posterior_noise(a, k, row, c);

@@ -37,7 +37,7 @@ struct StagingBuffers {
   float* deltas;   // [ROWS][stride] d xhat, or d z
   float* parts;    // [kWarps * 2 * ROWS]
   float* means;    // [ROWS] of y
-  float* rstds;    // [ROWS] 1 / sqrt(var + eps)
+  float* rstds;    // [ROWS] 1 / sqrt(var + layer_norm_eps)
   float* pulls;    // [2 * ROWS] means of d xhat, and of d xhat * xhat
 };
 
@@ -100,7 +100,7 @@ __device__ __forceinline__ void stage_statistics(const Phase& p, const Tile& til
     }
   });
   block_sums(partial, buffers.parts, buffers.rstds,
-             [width, &p](float squares) { return reciprocal_std(squares, width, p.norm_eps); });
+             [width, &p](float squares) { return reciprocal_std(squares, width, p.layer_norm_eps); });
 }
 
 __device__ __forceinline__ float affine_or(const unsigned char* member, std::int64_t offset, int c, float otherwise) {

@@ -145,7 +145,7 @@ def _network(spec: NetworkSpec, precision: str, isa: str) -> Any:
         "widths": [*spec.hidden_dims, spec.output_dim],
         "norms": list(spec.layer_norm),
         "activation": spec.activation,
-        "eps": spec.layer_norm_eps,
+        "layer_norm_eps": spec.layer_norm_eps,
         "scalar_head": spec.kind == "critic",
         "inputs": inputs,
     }

@@ -36,7 +36,7 @@ const KernelTable* table_avx512_amx() {
     t.name = "avx512_amx";
     t.peak = isa_avx512_amx::peak;
     FormatKernels& bf16 = t.formats[static_cast<int>(Format::kBf16)];
-    bf16.tile_rows = tuning::Amx::kRowsTogether;
+    bf16.rows_together = tuning::Amx::kRowsTogether;
     bf16.forward = isa_avx512_amx::forward;
     bf16.backward = isa_avx512_amx::backward;
     return t;

@@ -163,7 +163,7 @@ std::vector<Interval> Network::panel_memory(const LayerSource* sources) const {
   return memory;
 }
 
-// ---------------------------------------------------------------- a tile's scratch
+// ---------------------------------------------------------------- a pass's scratch
 
 namespace {
 int row_pitch(int width) {
@@ -172,13 +172,13 @@ int row_pitch(int width) {
 }
 }  // namespace
 
-std::size_t TileScratch::bytes(int rows, int width) {
+std::size_t PassScratch::bytes(int rows, int width) {
   const std::size_t pitch = row_pitch(width);
   return 5 * round_up(4 * pitch * rows, 4096) + round_up(sizeof(void*) * rows, 4096);
 }
 
-TileScratch TileScratch::carve(char* memory, int rows, int width) {
-  TileScratch s{};
+PassScratch PassScratch::carve(char* memory, int rows, int width) {
+  PassScratch s{};
   s.pitch = row_pitch(width);
   const std::size_t each = round_up(4 * s.pitch * rows, 4096);
   s.z = reinterpret_cast<float*>(memory);
@@ -223,7 +223,7 @@ Share panel_share(const Team& team, const Block& block) {
 // operand outlives its pass.
 void backward_product(const Pass& pass, const Block& block, const FormatKernels& kernels, int begin, int end, int which,
                       float* dx, std::ptrdiff_t pitch) {
-  const TileScratch& s = pass.scratch;
+  const PassScratch& s = pass.scratch;
   const std::size_t bytes = 2 * s.operand_bytes / pass.team.size / 64 * 64;
   kernels.backward({&block, pass.arena + block.offset, begin, end, s.d_operand[which], s.d_pitch(), pass.rows, dx,
                     pitch, s.operand[0] + bytes * pass.team.rank, bytes});
@@ -236,7 +236,7 @@ void forward_pass(const Pass& pass, InputKind moving, const float* add, Saves sa
   const Network& net = pass.net;
   const FormatKernels& fk = net.fk();
   const Team& team = pass.team;
-  TileScratch& s = pass.scratch;
+  PassScratch& s = pass.scratch;
   const std::ptrdiff_t operand_pitch = s.pitch * fk.a_bytes;
   int current = 0;
   for (int l = 0; l < net.layers(); ++l) {
@@ -273,7 +273,7 @@ void forward_pass(const Pass& pass, InputKind moving, const float* add, Saves sa
     activate.z_stride = s.pitch;
     activate.gamma = reinterpret_cast<const float*>(pass.arena + layer.gamma);
     activate.beta = reinterpret_cast<const float*>(pass.arena + layer.beta);
-    activate.eps = net.shape().eps;
+    activate.layer_norm_eps = net.shape().layer_norm_eps;
     activate.h = s.operand[1 - current] + begin * operand_pitch;
     activate.h_stride = operand_pitch;
     activate.slope = saved.slope;
@@ -290,7 +290,7 @@ int backward_pass(const Pass& pass, const float* d_out, std::ptrdiff_t d_out_pit
   const Network& net = pass.net;
   const FormatKernels& fk = net.fk();
   const Team& team = pass.team;
-  TileScratch& s = pass.scratch;
+  PassScratch& s = pass.scratch;
   const std::ptrdiff_t d_pitch = s.d_pitch();
   const int hidden = net.layers() - 1;
   int current = 0;

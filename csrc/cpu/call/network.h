@@ -1,4 +1,4 @@
-// A packed network: where everything lies in a member's arena, and how a tile of rows walks through it.
+// A packed network: where everything lies in a member's arena, and how a range of rows walks through it.
 #pragma once
 
 #include <memory>
@@ -19,7 +19,7 @@ struct NetworkShape {
   std::vector<int> widths;           // hidden widths, then the output width
   std::vector<NormPlacement> norms;  // one per hidden layer
   Activation activation = Activation::kGeluTanh;
-  float eps = 1e-6f;
+  float layer_norm_eps = 1e-6f;
   bool scalar_head = false;          // a critic: its last layer is one dot product a row
   int input_dims[kInputKinds] = {};  // 0: absent
   int input_columns[kInputKinds] = {};
@@ -88,8 +88,8 @@ class Network {
   std::vector<Unit> units_;
 };
 
-// Buffers of one team for one tile; each is [capacity rows, max padded width] elements of 4 bytes.
-struct TileScratch {
+// Buffers of one team for one range of rows; each is [capacity rows, max padded width] elements of 4 bytes.
+struct PassScratch {
   float* z;
   char* operand[2];           // forward operands, side by side; scratch of the products in the backward pass
   std::size_t operand_bytes;  // of each
@@ -101,21 +101,21 @@ struct TileScratch {
   std::ptrdiff_t d_pitch() const { return pitch * static_cast<std::ptrdiff_t>(sizeof(float)); }
 
   static std::size_t bytes(int rows, int width);
-  static TileScratch carve(char* memory, int rows, int width);
+  static PassScratch carve(char* memory, int rows, int width);
 };
 
-// What the derivative of a tile's rows needs, for `rows` saved rows in all, of which the tile starts at `row`.
+// What the derivative of a range of rows needs, for `rows` saved rows in all, of which the range starts at `row`.
 struct Saves {
   char* data = nullptr;
   int rows = 0;
   int row = 0;
 };
 
-struct Pass {  // one tile of rows through one member
+struct Pass {  // one range of rows through one member
   const Network& net;
   const char* arena;  // the member's
   const Team& team;
-  TileScratch& scratch;
+  PassScratch& scratch;
   int rows;
 };
 

@@ -22,8 +22,8 @@ class NetworkRun {
         batch_(batch),
         threads_(threads),
         members_(net.shape().members),
-        tile_rows_(net.fk().tile_rows),
-        tiles_(tile_count(batch, tile_rows_, net.shape().members, threads)) {}
+        rows_together_(net.fk().rows_together),
+        ranges_(range_count(batch, rows_together_, net.shape().members, threads)) {}
 
   // cotangent null: forward into `out`; else the pullback into `out` [B, input_dim].
   void run(const float* cotangent, int input_dim, float* out, WorkspacePool& pool) {
@@ -36,7 +36,7 @@ class NetworkRun {
     parallel_region(threads_, [&](int thread, int threads) {
       for (int u = thread; u < lease->units(); u += threads) lease->refresh(u);
       all_->wait(threads);
-      for (int i = thread; i < members_ * tiles_; i += threads) visit(i, thread, cotangent, input_dim, out);
+      for (int i = thread; i < members_ * ranges_; i += threads) visit(i, thread, cotangent, input_dim, out);
       if (cotangent == nullptr) return;
       all_->wait(threads);
       const long elements = static_cast<long>(batch_) * input_dim;
@@ -56,22 +56,23 @@ class NetworkRun {
     Carver c(memory);
     all_ = c.take<Barrier>(1);
     partial_ = c.take<float>(static_cast<std::size_t>(members_) * batch_ * input_dim);
-    scratch_bytes_ = TileScratch::bytes(tile_rows_, net_.max_padded());
+    scratch_bytes_ = PassScratch::bytes(rows_together_, net_.max_padded());
     scratch_ = c.take<char>(scratch_bytes_ * threads_);
-    saves_bytes_ = Carver::rounded(net_.saves_bytes(tile_rows_));
+    saves_bytes_ = Carver::rounded(net_.saves_bytes(rows_together_));
     saves_ = c.take<char>(saves_bytes_ * threads_);
-    rows_floats_ = static_cast<std::size_t>(tile_rows_) * net_.max_padded();
+    rows_floats_ = static_cast<std::size_t>(rows_together_) * net_.max_padded();
     rows_ = c.take<float>(2 * rows_floats_ * threads_);
     carved_ = c.used();
   }
 
   void visit(int item, int thread, const float* cotangent, int input_dim, float* out) {
-    const int j = item / tiles_, begin = tile_begin(batch_, tiles_, item % tiles_);
-    const int rows = tile_begin(batch_, tiles_, item % tiles_ + 1) - begin;
+    const int j = item / ranges_;
+    const RowRange range = row_range(batch_, ranges_, item % ranges_);
+    const int begin = range.begin, rows = range.count();
     const char* member = arena_ + net_.member_bytes() * j;
     const FormatKernels& fk = net_.fk();
     const Team alone{0, 1, nullptr};
-    TileScratch scratch = TileScratch::carve(scratch_ + scratch_bytes_ * thread, tile_rows_, net_.max_padded());
+    PassScratch scratch = PassScratch::carve(scratch_ + scratch_bytes_ * thread, rows_together_, net_.max_padded());
     const Pass pass{net_, member, alone, scratch, rows};
     float* base = rows_ + 2 * rows_floats_ * thread;
     float* wide = base + rows_floats_;
@@ -147,7 +148,7 @@ class NetworkRun {
   const LayerSource* sources_;
   LiveArena& live_;
   const float* const (&blocks_)[kInputKinds];
-  const int batch_, threads_, members_, tile_rows_, tiles_;
+  const int batch_, threads_, members_, rows_together_, ranges_;
   char *arena_ = nullptr, *scratch_ = nullptr, *saves_ = nullptr;
   Barrier* all_ = nullptr;
   float *partial_ = nullptr, *rows_ = nullptr;

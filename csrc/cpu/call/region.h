@@ -29,16 +29,25 @@ void parallel_region(int threads, Body body) {
   body(0, 1);
 }
 
-// Tiles of at most `most` rows such that members x tiles deals evenly to the threads where rows allow it.
-inline int tile_count(int rows, int most, int members, int threads) {
+// Ranges of at most `most` rows such that members x ranges deals evenly to the threads where rows allow it.
+inline int range_count(int rows, int most, int members, int threads) {
   const int least = std::max(1, (rows + most - 1) / most);
-  for (int tiles = least; tiles < least + threads && rows / tiles >= tuning::Call::kLeastRows; ++tiles) {
-    if (members * tiles % threads == 0) return tiles;
+  for (int ranges = least; ranges < least + threads && rows / ranges >= tuning::Call::kLeastRows; ++ranges) {
+    if (members * ranges % threads == 0) return ranges;
   }
   return least;
 }
 
-inline int tile_begin(int rows, int tiles, int i) { return static_cast<int>(static_cast<long>(rows) * i / tiles); }
+struct RowRange {  // rows [begin, end) that go through a network together
+  int begin, end;
+  int count() const { return end - begin; }
+};
+
+// Range i of `ranges` even ones.
+inline RowRange row_range(int rows, int ranges, int i) {
+  const long all = rows;
+  return {static_cast<int>(all * i / ranges), static_cast<int>(all * (i + 1) / ranges)};
+}
 
 // Items dealt in a fixed way: item i always to the same thread, or with fewer items than threads to the same team.
 // visit(item, team, leader): leader names the scratch that the team shares.

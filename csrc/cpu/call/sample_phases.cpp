@@ -14,7 +14,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // ---------------------------------------------------------------- once a call
 
-void SampleRun::first_layer_base(const Network& net, const char* member, Tile rows, float* base) {
+void SampleRun::first_layer_base(const Network& net, const char* member, RowRange rows, float* base) {
   const float* bias = reinterpret_cast<const float*>(member + net.layer(0).bias);
   const std::ptrdiff_t pitch = net.first_padded();
   if (!net.has(kObs)) {
@@ -29,7 +29,7 @@ void SampleRun::first_layer_base(const Network& net, const char* member, Tile ro
                       block.panels,
                       reinterpret_cast<const char*>(args_.obs) + rows.begin * obs_bytes,
                       obs_bytes,
-                      rows.rows(),
+                      rows.count(),
                       nullptr,
                       nullptr,
                       base + rows.begin * pitch,
@@ -39,15 +39,15 @@ void SampleRun::first_layer_base(const Network& net, const char* member, Tile ro
 }
 
 void SampleRun::time_rows(const Network& net, const char* arena, const std::vector<float>* features, std::size_t count,
-                          float* out, TileScratch& scratch) {
+                          float* out, PassScratch& scratch) {
   const std::ptrdiff_t pitch = net.first_padded();
   std::memset(out, 0, sizeof(float) * count * pitch);
   for (int i = 0; i < 3; ++i) {
     const InputKind kind = static_cast<InputKind>(kT + i);
     if (!net.has(kind)) continue;
     const Block& block = net.input(kind);
-    for (std::size_t first = 0; first < count; first += tile_rows_) {
-      const int rows = static_cast<int>(std::min<std::size_t>(tile_rows_, count - first));
+    for (std::size_t first = 0; first < count; first += rows_together_) {
+      const int rows = static_cast<int>(std::min<std::size_t>(rows_together_, count - first));
       for (int r = 0; r < rows; ++r) scratch.init[r] = out + (first + r) * pitch;
       table_.formats[0].forward({&block, arena + block.offset, 0, block.panels, features[i].data() + first * block.in,
                                  static_cast<std::ptrdiff_t>(sizeof(float)) * block.in, rows, scratch.init, nullptr,
@@ -56,58 +56,58 @@ void SampleRun::time_rows(const Network& net, const char* arena, const std::vect
   }
 }
 
-// Items: the time rows, then the observation's part of each network's first layer, tile by tile.
+// Items: the time rows, then the observation's part of each network's first layer, range by range.
 void SampleRun::prepare_item(int item, const Worker& w) {
   if (item == 0) {
     time_rows(*plan_.flow, arenas_[0], &plan_.flow_times, plan_.steps() + plan_.glass.size(), flow_time_, w.scratch);
-    if (map_time_ != nullptr) {
-      time_rows(*plan_.posterior, arenas_[2], plan_.posterior_times, plan_.steps(), map_time_, w.scratch);
+    if (posterior_time_ != nullptr) {
+      time_rows(*plan_.posterior, arenas_[2], plan_.posterior_times, plan_.steps(), posterior_time_, w.scratch);
     }
     return;
   }
   const int index = item - 1;
-  const Tile tile = flow_tile(index % flow_tiles_);
-  const int part = index / flow_tiles_;
+  const RowRange rows = flow_rows(index % flow_ranges_);
+  const int part = index / flow_ranges_;
   if (part == 0) {
-    first_layer_base(*plan_.flow, arenas_[0], tile, flow_base_);
-    for (int r = tile.begin; r < tile.end; ++r) {
+    first_layer_base(*plan_.flow, arenas_[0], rows, flow_base_);
+    for (int r = rows.begin; r < rows.end; ++r) {
       std::memset(row(x_, r), 0, sizeof(float) * pitch_);
       std::memcpy(row(x_, r), args_.noise + static_cast<std::size_t>(r) * plan_.action_dim,
                   sizeof(float) * plan_.action_dim);
     }
-    if (map_base_ != nullptr) first_layer_base(*plan_.posterior, arenas_[2], tile, map_base_);
+    if (posterior_base_ != nullptr) first_layer_base(*plan_.posterior, arenas_[2], rows, posterior_base_);
     return;
   }
   const Network& critic = *plan_.critic;
   const std::size_t j = part - 1;
-  first_layer_base(critic, arenas_[1] + j * critic.member_bytes(), tile,
+  first_layer_base(critic, arenas_[1] + j * critic.member_bytes(), rows,
                    critic_base_ + j * batch_ * critic.first_padded());
 }
 
 // ---------------------------------------------------------------- denoise and project
 
-// out = flow(obs, src, t) on `tile`, rows whose observation is row / group. Synchronised before and after.
-void SampleRun::flow_forward(Tile tile, const Worker& w, const float* src, int group, const float* time, Saves saves,
-                             float* out) {
+// out = flow(obs, src, t) on `rows`, where the observation of row r is r / group. Synchronised before and after.
+void SampleRun::flow_forward(RowRange rows, const Worker& w, const float* src, int group, const float* time,
+                             Saves saves, float* out) {
   const Network& flow = *plan_.flow;
   const std::ptrdiff_t operand_pitch = w.scratch.pitch * flow.fk().a_bytes;
-  const int begin = w.team.begin(tile.rows()), end = w.team.end(tile.rows());
+  const int begin = w.team.begin(rows.count()), end = w.team.end(rows.count());
   for (int r = begin; r < end; ++r) {
-    w.scratch.init[r] = flow_base_ + static_cast<std::size_t>((tile.begin + r) / group) * flow.first_padded();
+    w.scratch.init[r] = flow_base_ + static_cast<std::size_t>((rows.begin + r) / group) * flow.first_padded();
   }
-  flow.fk().to_operand({end - begin, pitch_, src + static_cast<std::size_t>(tile.begin + begin) * pitch_, pitch_,
+  flow.fk().to_operand({end - begin, pitch_, src + static_cast<std::size_t>(rows.begin + begin) * pitch_, pitch_,
                         -kInfinity, kInfinity, w.scratch.operand[0] + begin * operand_pitch, operand_pitch});
   w.team.wait();
-  forward_pass(pass(flow, arenas_[0], w, tile.rows()), kX, time, saves, row(out, tile.begin), pitch_);
+  forward_pass(pass(flow, arenas_[0], w, rows.count()), kX, time, saves, row(out, rows.begin), pitch_);
   w.team.wait();
 }
 
-void SampleRun::denoise(int k, Tile tile, const Worker& w) {
+void SampleRun::denoise(int k, RowRange rows, const Worker& w) {
   const auto [t, dt, weight] = plan_.schedule[k];
   const bool steered = weight > 0.0f;
-  const Saves saves{steered && keep_flow_ ? flow_saves_ : nullptr, batch_, tile.begin};
-  flow_forward(tile, w, x_, 1, flow_time_ + static_cast<std::size_t>(k) * plan_.flow->first_padded(), saves, v_);
-  const int begin = tile.begin + w.team.begin(tile.rows()), end = tile.begin + w.team.end(tile.rows());
+  const Saves saves{steered && keep_flow_ ? flow_saves_ : nullptr, batch_, rows.begin};
+  flow_forward(rows, w, x_, 1, flow_time_ + static_cast<std::size_t>(k) * plan_.flow->first_padded(), saves, v_);
+  const int begin = rows.begin + w.team.begin(rows.count()), end = rows.begin + w.team.end(rows.count());
   if (!steered) {
     for (std::ptrdiff_t i = static_cast<std::ptrdiff_t>(begin) * pitch_; i < static_cast<std::ptrdiff_t>(end) * pitch_;
          ++i) {
@@ -126,37 +126,37 @@ void SampleRun::denoise(int k, Tile tile, const Worker& w) {
       return;
     }
     case Estimate::kMfm:
-      estimate_mfm(k, tile, w);
+      estimate_posterior(k, rows, w);
       return;
     case Estimate::kGlass:
-      estimate_glass(k, tile, w);
+      estimate_glass(k, rows, w);
       return;
   }
 }
 
 // ---------------------------------------------------------------- gradient
 
-// One member on one tile: Q and dQ/da, forward and backward while its weights are hot.
+// One member on one range of rows: Q and dQ/da, forward and backward while its weights are hot.
 void SampleRun::criticise(int item, const Worker& w) {
   const Network& critic = *plan_.critic;
   const FormatKernels& fk = critic.fk();
   const Team& team = w.team;
-  const int j = item / critic_tiles_, i = item % critic_tiles_;
-  const Tile tile{tile_begin(draw_rows_, critic_tiles_, i), tile_begin(draw_rows_, critic_tiles_, i + 1)};
+  const int j = item / critic_ranges_, i = item % critic_ranges_;
+  const RowRange rows = row_range(draw_rows_, critic_ranges_, i);
   const char* arena = arenas_[1] + critic.member_bytes() * j;
   const std::ptrdiff_t operand_pitch = w.scratch.pitch * fk.a_bytes, first = critic.first_padded();
   const bool clipped = steering_.clip != Clip::kNone;
-  const int begin = team.begin(tile.rows()), end = team.end(tile.rows());
+  const int begin = team.begin(rows.count()), end = team.end(rows.count());
   for (int r = begin; r < end; ++r) {
-    w.scratch.init[r] = critic_base_ + (static_cast<std::ptrdiff_t>(j) * batch_ + (tile.begin + r) / draws_) * first;
+    w.scratch.init[r] = critic_base_ + (static_cast<std::ptrdiff_t>(j) * batch_ + (rows.begin + r) / draws_) * first;
   }
-  fk.to_operand({end - begin, pitch_, row(a_, tile.begin + begin), pitch_, clipped ? steering_.action_low : -kInfinity,
+  fk.to_operand({end - begin, pitch_, row(a_, rows.begin + begin), pitch_, clipped ? steering_.action_low : -kInfinity,
                  clipped ? steering_.action_high : kInfinity, w.scratch.operand[0] + begin * operand_pitch,
                  operand_pitch});
   team.wait();
-  const Pass p = pass(critic, arena, w, tile.rows());
-  const Saves saves{w.critic_saves, tile.rows(), 0};
-  float* q = q_ + static_cast<std::size_t>(j) * draw_rows_ + tile.begin;
+  const Pass p = pass(critic, arena, w, rows.count());
+  const Saves saves{w.critic_saves, rows.count(), 0};
+  float* q = q_ + static_cast<std::size_t>(j) * draw_rows_ + rows.begin;
   const float* seed = nullptr;
   if (critic.head()) {
     forward_pass(p, kX, nullptr, saves, q, 1);
@@ -172,13 +172,13 @@ void SampleRun::criticise(int item, const Worker& w) {
     seed = wide;
   }
   const int which = backward_pass(p, seed, kPad, saves, false);
-  input_vjp(p, critic.input(kX), fk, which, row(dq_, j * draw_rows_ + tile.begin), pitch_);
+  input_vjp(p, critic.input(kX), fk, which, row(dq_, j * draw_rows_ + rows.begin), pitch_);
 }
 
-void SampleRun::combine(Tile tile, const Worker& w) {
-  const int rows = tile.rows() * draws_, first = tile.begin * draws_;
-  table_.combine({first + w.team.begin(rows), first + w.team.end(rows), plan_.critic->shape().members, plan_.action_dim,
-                  pitch_, &steering_, q_, draw_rows_, dq_, a_, w.weights, g_, value_, std_});
+void SampleRun::combine(RowRange rows, const Worker& w) {
+  const int count = rows.count() * draws_, first = rows.begin * draws_;
+  table_.combine({first + w.team.begin(count), first + w.team.end(count), plan_.critic->shape().members,
+                  plan_.action_dim, pitch_, &steering_, q_, draw_rows_, dq_, a_, w.weights, g_, value_, std_});
 }
 
 // The population std of all finite values (+ 1e-6); the same on every thread.
@@ -198,39 +198,39 @@ void SampleRun::set_batch_scale() {
 }
 
 // g += (1 - t) J_v^T g
-void SampleRun::pull_back_tweedie(int k, Tile tile, const Worker& w) {
+void SampleRun::pull_back_tweedie(int k, RowRange rows, const Worker& w) {
   const Network& flow = *plan_.flow;
-  const Pass p = pass(flow, arenas_[0], w, tile.rows());
+  const Pass p = pass(flow, arenas_[0], w, rows.count());
   w.team.wait();
-  const int which = backward_pass(p, row(g_, tile.begin), pitch_, {flow_saves_, batch_, tile.begin}, false);
-  input_vjp(p, flow.input(kX), flow.fk(), which, row(jg_, tile.begin), pitch_);
+  const int which = backward_pass(p, row(g_, rows.begin), pitch_, {flow_saves_, batch_, rows.begin}, false);
+  input_vjp(p, flow.input(kX), flow.fk(), which, row(jg_, rows.begin), pitch_);
   w.team.wait();
   const float ahead = static_cast<float>(1.0 - static_cast<double>(k) / plan_.steps());
-  for (int r = tile.begin + w.team.begin(tile.rows()); r < tile.begin + w.team.end(tile.rows()); ++r) {
+  for (int r = rows.begin + w.team.begin(rows.count()); r < rows.begin + w.team.end(rows.count()); ++r) {
     for (int c = 0; c < pitch_; ++c) row(g_, r)[c] += ahead * row(jg_, r)[c];
   }
 }
 
 // ---------------------------------------------------------------- update
 
-void SampleRun::update(int k, Tile tile, const Worker& w) {
+void SampleRun::update(int k, RowRange rows, const Worker& w) {
   float* g = g_;
   switch (steering_.estimate) {
     case Estimate::kNoisy:
       break;
     case Estimate::kTweedie:
-      if (steering_.full_jacobian) pull_back_tweedie(k, tile, w);
+      if (steering_.full_jacobian) pull_back_tweedie(k, rows, w);
       break;
     case Estimate::kMfm:
-      pull_back_mfm(tile, w);
+      pull_back_posterior(rows, w);
       g = jg_;
       break;
     case Estimate::kGlass:
-      pull_back_glass(k, tile, w);
+      pull_back_glass(k, rows, w);
       g = total_;
       break;
   }
-  const int begin = tile.begin + w.team.begin(tile.rows()), end = tile.begin + w.team.end(tile.rows());
+  const int begin = rows.begin + w.team.begin(rows.count()), end = rows.begin + w.team.end(rows.count());
   const float scale = steering_.tau / q_divisor_;
   for (std::ptrdiff_t i = static_cast<std::ptrdiff_t>(begin) * pitch_; i < static_cast<std::ptrdiff_t>(end) * pitch_;
        ++i) {

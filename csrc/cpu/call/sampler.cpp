@@ -22,11 +22,11 @@ SampleRun::SampleRun(const SamplerPlan& plan, const SampleArgs& args, int thread
       draw_rows_(args.batch * draws_),
       pitch_(padded(plan.action_dim)),
       threads_(threads),
-      tile_rows_(plan.flow->fk().tile_rows) {
+      rows_together_(plan.flow->fk().rows_together) {
   for (int k = 0; k < plan.steps(); ++k) any_steered_ = any_steered_ || plan.schedule[k].weight > 0.0f;
   keep_flow_ = any_steered_ && steering_.estimate == Estimate::kTweedie && steering_.full_jacobian;
-  flow_tiles_ = tile_count(batch_, tile_rows_, 1, threads_);
-  critic_tiles_ = any_steered_ ? tile_count(draw_rows_, tile_rows_, plan.critic->shape().members, threads_) : 0;
+  flow_ranges_ = range_count(batch_, rows_together_, 1, threads_);
+  critic_ranges_ = any_steered_ ? range_count(draw_rows_, rows_together_, plan.critic->shape().members, threads_) : 0;
   if (steering_.q_scale_kind == QScale::kNumber) q_divisor_ = steering_.q_scale;
 }
 
@@ -55,19 +55,19 @@ std::size_t SampleRun::carve(char* base) {
     value_ = c.take<float>(D);
     std_ = c.take<float>(D);
     p_ = c.take<float>(D);
-    critic_saves_bytes_ = Carver::rounded(critic.saves_bytes(tile_rows_) + sizeof(float) * tile_rows_ * kPad);
+    critic_saves_bytes_ = Carver::rounded(critic.saves_bytes(rows_together_) + sizeof(float) * rows_together_ * kPad);
     thread_saves_ = c.take<char>(critic_saves_bytes_ * threads_);
     thread_weights_ = c.take<float>(E * threads_);
     if (keep_flow_) flow_saves_ = c.take<char>(flow.saves_bytes(batch_));
     if (plan_.draws()) vhat_ = c.take<float>(D * P);
     if (steering_.estimate == Estimate::kMfm) {
-      const Network& map = *plan_.posterior;
-      width = std::max(width, map.max_padded());
-      map_base_ = c.take<float>(B * map.first_padded());
-      map_time_ = c.take<float>(static_cast<std::size_t>(plan_.steps()) * map.first_padded());
-      map_x_ = c.take<float>(B * map.first_padded());
-      delta_sum_ = c.take<float>(B * map.first_padded());
-      map_saves_ = c.take<char>(map.saves_bytes(draw_rows_));
+      const Network& posterior = *plan_.posterior;
+      width = std::max(width, posterior.max_padded());
+      posterior_base_ = c.take<float>(B * posterior.first_padded());
+      posterior_time_ = c.take<float>(static_cast<std::size_t>(plan_.steps()) * posterior.first_padded());
+      posterior_x_ = c.take<float>(B * posterior.first_padded());
+      delta_sum_ = c.take<float>(B * posterior.first_padded());
+      posterior_saves_ = c.take<char>(posterior.saves_bytes(draw_rows_));
     } else if (steering_.estimate == Estimate::kGlass) {
       gx_ = c.take<float>(D * P);
       total_ = c.take<float>(B * P);
@@ -76,7 +76,7 @@ std::size_t SampleRun::carve(char* base) {
   }
   zeros_ = c.take<float>(width);
   scratch_width_ = width;
-  scratch_bytes_ = TileScratch::bytes(tile_rows_, width);
+  scratch_bytes_ = PassScratch::bytes(rows_together_, width);
   scratch_ = c.take<char>(scratch_bytes_ * threads_);
   return c.used();
 }
@@ -94,8 +94,8 @@ void SampleRun::set_arenas(const std::unique_ptr<ArenaLease> (&live)[3]) {
   std::memset(zeros_, 0, sizeof(float) * scratch_width_);
 }
 
-void SampleRun::finish(Tile tile, const Team& team) {
-  for (int r = tile.begin + team.begin(tile.rows()); r < tile.begin + team.end(tile.rows()); ++r) {
+void SampleRun::finish(RowRange rows, const Team& team) {
+  for (int r = rows.begin + team.begin(rows.count()); r < rows.begin + team.end(rows.count()); ++r) {
     float* out = args_.actions + static_cast<std::size_t>(r) * plan_.action_dim;
     for (int c = 0; c < plan_.action_dim; ++c)
       out[c] = qpilots::clamp(row(x_, r)[c], steering_.action_low, steering_.action_high);
@@ -105,11 +105,11 @@ void SampleRun::finish(Tile tile, const Team& team) {
 // ---------------------------------------------------------------- the loop
 
 template <class Visit>
-void SampleRun::for_flow_tiles(int thread, int threads, Visit visit) {
-  for_fixed_items(flow_tiles_, thread, threads, barriers_, [&](int item, const Team& team, int leader) {
-    TileScratch scratch = TileScratch::carve(scratch_ + scratch_bytes_ * leader, tile_rows_, scratch_width_);
+void SampleRun::for_flow_rows(int thread, int threads, Visit visit) {
+  for_fixed_items(flow_ranges_, thread, threads, barriers_, [&](int item, const Team& team, int leader) {
+    PassScratch scratch = PassScratch::carve(scratch_ + scratch_bytes_ * leader, rows_together_, scratch_width_);
     float* weights = thread_weights_ == nullptr ? nullptr : thread_weights_ + thread * plan_.critic->shape().members;
-    visit(flow_tile(item), Worker{team, scratch, nullptr, weights});
+    visit(flow_rows(item), Worker{team, scratch, nullptr, weights});
   });
 }
 
@@ -136,10 +136,10 @@ void SampleRun::run(int thread, int threads) {
     lap(kPack);
   }
   {
-    TileScratch scratch = TileScratch::carve(scratch_ + scratch_bytes_ * thread, tile_rows_, scratch_width_);
+    PassScratch scratch = PassScratch::carve(scratch_ + scratch_bytes_ * thread, rows_together_, scratch_width_);
     const Team alone{0, 1, nullptr};
     const int members = any_steered_ ? plan_.critic->shape().members : 0;
-    const int items = 1 + flow_tiles_ * (1 + members);
+    const int items = 1 + flow_ranges_ * (1 + members);
     for (int i; (i = queues_[1].fetch_add(1, std::memory_order_relaxed)) < items;) {
       prepare_item(i, Worker{alone, scratch, nullptr, nullptr});
     }
@@ -147,29 +147,29 @@ void SampleRun::run(int thread, int threads) {
     lap(kPrepare);
   }
   for (int k = 0; k < plan_.steps(); ++k) {
-    for_flow_tiles(thread, threads, [&](Tile tile, const Worker& w) { denoise(k, tile, w); });
+    for_flow_rows(thread, threads, [&](RowRange rows, const Worker& w) { denoise(k, rows, w); });
     lap(kDenoise);
     if (!(plan_.schedule[k].weight > 0.0f)) continue;
     all_->wait(threads);
-    const int items = plan_.critic->shape().members * critic_tiles_;
+    const int items = plan_.critic->shape().members * critic_ranges_;
     for_queued_items(items, thread, threads, queues_[2 + k], barriers_, [&](int i, const Team& team, int leader) {
-      TileScratch scratch = TileScratch::carve(scratch_ + scratch_bytes_ * leader, tile_rows_, scratch_width_);
+      PassScratch scratch = PassScratch::carve(scratch_ + scratch_bytes_ * leader, rows_together_, scratch_width_);
       // alternate directions: the members visited last are the ones still in cache
       const int item = k % 2 == 0 ? i : items - 1 - i;
       criticise(item, Worker{team, scratch, thread_saves_ + critic_saves_bytes_ * leader, nullptr});
     });
     all_->wait(threads);
     lap(kGradient);
-    for_flow_tiles(thread, threads, [&](Tile tile, const Worker& w) { combine(tile, w); });
+    for_flow_rows(thread, threads, [&](RowRange rows, const Worker& w) { combine(rows, w); });
     if (steering_.q_scale_kind == QScale::kBatchStd) {
       all_->wait(threads);
       if (thread == 0) set_batch_scale();
       all_->wait(threads);
     }
-    for_flow_tiles(thread, threads, [&](Tile tile, const Worker& w) { update(k, tile, w); });
+    for_flow_rows(thread, threads, [&](RowRange rows, const Worker& w) { update(k, rows, w); });
     lap(kUpdate);
   }
-  for_flow_tiles(thread, threads, [&](Tile tile, const Worker& w) { finish(tile, w.team); });
+  for_flow_rows(thread, threads, [&](RowRange rows, const Worker& w) { finish(rows, w.team); });
 }
 
 namespace {

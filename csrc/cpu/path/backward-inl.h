@@ -1,4 +1,4 @@
-// dx = dy W on register tiles whose lanes run over outputs (for vdpbf16ps: backward_dot-inl.h).
+// dx = dy W on register blocks whose lanes run over outputs (for vdpbf16ps: backward_dot-inl.h).
 #pragma once
 
 #include <cstddef>
@@ -16,7 +16,7 @@ namespace qpilots::cpu {
 namespace QPILOTS_ISA {
 namespace {
 
-// Of a tile of so many rows.
+// Of a register block of so many rows.
 constexpr int backward_columns(int rows) {
   return rows == 1 ? Tuning::kColumnsOf1 : rows <= 3 ? Tuning::kColumnsOf2Or3 : Tuning::kColumnsOfMore;
 }
@@ -52,7 +52,7 @@ static inline void backward_narrow_panel(Vec (&acc)[R][N], const char* w, int ve
 
 // The row blocks ask for the columns ahead in turns; `turn` of `turns`.
 template <class F, int R>
-QPILOTS_FLAT void backward_tile(const BackwardArgs& args, int row, int k, int turn, int turns) {
+QPILOTS_FLAT void backward_block(const BackwardArgs& args, int row, int k, int turn, int turns) {
   constexpr int N = backward_columns(R);
   Vec acc[R][N];
   unroll<R>([&](auto r) { unroll<N>([&](auto c) { acc[r][c] = Vec(0.0f); }); });
@@ -62,7 +62,7 @@ QPILOTS_FLAT void backward_tile(const BackwardArgs& args, int row, int k, int tu
   const char* w = args.weights;
   const int full = block.out_padded / block.panel_width;
   const std::ptrdiff_t first = k / F::kStep * kPanelVectors * kVectorBytes;
-  constexpr int kLines = N / F::kUnit * kPanelVectors;  // of a panel in this tile
+  constexpr int kLines = N / F::kUnit * kPanelVectors;  // of a panel in this block
   const int lines = (kLines + turns - 1) / turns;
   const std::ptrdiff_t distance = tuning::EveryPath::kAheadColumns / F::kStep * kPanelVectors * kVectorBytes;
   const std::ptrdiff_t ahead = first + distance + turn * lines * 64;
@@ -83,7 +83,7 @@ template <class F, int R>
 static void backward_rows(const BackwardArgs& args, int rows, int row, int begin, int end, int turn, int turns) {
   if constexpr (R > 1) {
     if (rows == R) {
-      for (int k = begin; k < end; k += backward_columns(R)) backward_tile<F, R>(args, row, k, turn, turns);
+      for (int k = begin; k < end; k += backward_columns(R)) backward_block<F, R>(args, row, k, turn, turns);
     } else {
       backward_rows<F, R - 1>(args, rows, row, begin, end, turn, turns);
     }
@@ -91,8 +91,8 @@ static void backward_rows(const BackwardArgs& args, int rows, int row, int begin
 }
 
 // Few rows: bound by the weights' way from cache or memory, which is fastest in the order of their addresses. The
-// accumulators of many columns wait in the first-level cache meanwhile; each sums in the same order as in a tile.
-// sums: [stores][R][N]
+// accumulators of many columns wait in the first-level cache meanwhile; each sums in the same order as in a register
+// block. sums: [stores][R][N]
 template <class F, int R, int N, int NV, int kPanels>
 static inline void backward_stream_panels(const char* w, std::ptrdiff_t panel_stride, const char* dy,
                                           std::ptrdiff_t dy_stride, int stores, Vec* sums) {
@@ -170,10 +170,10 @@ static void backward_few_rows(const BackwardArgs& args) {
   }
 }
 
-// Every row block visits the widest tile's columns before the next are taken: their weights (all outputs) stay in the
-// first-level cache.
+// Every block of rows visits the widest register block's columns before the next are taken: their weights (all outputs)
+// stay in the first-level cache.
 template <class F>
-static void backward_tiles(const BackwardArgs& args) {
+static void backward_blocks(const BackwardArgs& args) {
   if (args.rows <= F::kStreams) {
     backward_few_rows<F, F::kStreams>(args);
     return;
@@ -198,7 +198,7 @@ static void backward(const BackwardArgs& args) {
       rest.dx += kLaneRows * rest.dx_stride;
     }
   }
-  if (rest.rows > 0) backward_tiles<F>(rest);
+  if (rest.rows > 0) backward_blocks<F>(rest);
 }
 
 }  // namespace

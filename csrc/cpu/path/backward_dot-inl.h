@@ -24,7 +24,7 @@ static constexpr int kUnitColumns = 8, kUnitVectors = kUnitColumns / 2;
 static constexpr int kQuadBytes = 4 * Bf16Dot::kABytes, kVectorQuads = Vec::kLanes / 4;
 
 using Dot = tuning::Avx512Bf16;
-// rows of a tile of two units and of one of four
+// rows of a register block of two units and of one of four
 static constexpr int kTwoUnitRows = Dot::kTwoUnitRows, kFourUnitRows = Dot::kFourUnitRows;
 
 // Zen 5 takes 6 cycles for vdpbf16ps, two a cycle: 12 accumulators keep it busy, 18 and more also where shuffles get in
@@ -89,12 +89,12 @@ QPILOTS_INLINE void store_units(const Vec (&acc)[R][U], float* dx, std::ptrdiff_
   });
 }
 
-// With kAsk the tile asks for its part of the next panel, into the first-level cache, and where it has two units for
-// the next tile's, into the second: 16 rows of a layer in the last-level cache take 17.5 us instead of 19.5, from
+// With kAsk the block asks for its part of the next panel, into the first-level cache, and where it has two units for
+// the next block's, into the second: 16 rows of a layer in the last-level cache take 17.5 us instead of 19.5, from
 // memory 18.4 instead of 29. 4 rows by 4 units: 5.8 instead of 7.0 and 14.7 instead of 19; there the second only
 // competes.
 template <int R, int U, bool kAsk, class Cpu>
-QPILOTS_FLAT void dot_tile(const BackwardArgs& args, int row, int k) {
+QPILOTS_FLAT void dot_block(const BackwardArgs& args, int row, int k) {
   constexpr std::ptrdiff_t kPitch = kPanelVectors * kVectorBytes;
   constexpr int kLines = U * kUnitVectors;  // a vector
   Vec acc[R][U];
@@ -136,7 +136,7 @@ template <int R, int U, bool kAsk, class Cpu>
 static void dot_rows(const BackwardArgs& args, int rows, int row, int k) {
   if constexpr (R > 0) {
     if (rows == R) {
-      dot_tile<R, U, kAsk, Cpu>(args, row, k);
+      dot_block<R, U, kAsk, Cpu>(args, row, k);
     } else {
       dot_rows<R - 1, U, kAsk, Cpu>(args, rows, row, k);
     }
@@ -144,8 +144,8 @@ static void dot_rows(const BackwardArgs& args, int rows, int row, int k) {
 }
 
 // One row: bound by the weights' way from cache or memory, which is fastest in the order of their addresses. The
-// accumulators of many columns wait in the first-level cache meanwhile; each sums in the same order as in a tile. Lines
-// are loaded in one piece: a layer from memory takes 13.5 us, with merging loads, which straddle lines, 24.
+// accumulators of many columns wait in the first-level cache meanwhile; each sums in the same order as in a block.
+// Lines are loaded in one piece: a layer from memory takes 13.5 us, with merging loads, which straddle lines, 24.
 template <int NV>
 QPILOTS_INLINE void dot_stream_panel(const char* w, const char* dy, int units, Vec (*sums)[1][2]) {
   Pairs d[NV][kVectorQuads];

@@ -1,4 +1,4 @@
-// dx = dy W of many float32 rows: lanes run over rows, and one weight meets all of them. What a tile of backward-inl.h
+// dx = dy W of many float32 rows: lanes run over rows, and one weight meets all of them. What a block of backward-inl.h
 // adds at its end across lanes is here added lane by lane, without a shuffle: outputs n, n + lanes, n + 2 lanes .. are
 // summed by themselves, and those sums along the same tree. The bits are the same.
 #pragma once
@@ -53,7 +53,7 @@ static inline void lanes_panel(Vec (&acc)[C][kLaneVectors], const float*& d, con
   }
 }
 
-// Gradients as lanes_tile reads them: [residue, as ordered][step][row], and a vector more a residue, since 16 residues
+// Gradients as lanes_block reads them: [residue, as ordered][step][row], and a vector more a residue, since 16 residues
 // a power of two apart would share a set of the first-level cache.
 static std::ptrdiff_t residue_floats(const Block& block) {
   return block.out_padded / Vec::kLanes * kLaneRows + Vec::kLanes;
@@ -61,7 +61,7 @@ static std::ptrdiff_t residue_floats(const Block& block) {
 
 // C columns from k on, to out[column][row].
 template <int C>
-QPILOTS_FLAT void lanes_tile(const BackwardArgs& args, const float* d, int k, float* out) {
+QPILOTS_FLAT void lanes_block(const BackwardArgs& args, const float* d, int k, float* out) {
   constexpr int kLevels = lane_levels();
   constexpr std::ptrdiff_t kPitch = kPanelVectors * kVectorBytes;
   // the same columns serve every residue; meanwhile each asks for its part of those after the next few
@@ -108,7 +108,7 @@ template <int C>
 static void lanes_columns(const BackwardArgs& args, const float* d, int k, int columns, float* out) {
   if constexpr (C > 0) {
     if (columns == C) {
-      lanes_tile<C>(args, d, k, out);
+      lanes_block<C>(args, d, k, out);
     } else {
       lanes_columns<C - 1>(args, d, k, columns, out);
     }

@@ -1,4 +1,4 @@
-// z = a W^T on register tiles.
+// z = a W^T on register blocks.
 #pragma once
 
 #include <cstddef>
@@ -25,14 +25,14 @@ struct Ahead {
     for (int i = 0; i < lines; ++i) __builtin_prefetch(next + i * 64, 0, 2);
   }
 };
-static constexpr int kStopSteps = tuning::EveryPath::kStopSteps;  // of a forward tile
+static constexpr int kStopSteps = tuning::EveryPath::kStopSteps;  // of a forward block
 
 struct Steps {  // along k
   int begin, end;
 };
 
 template <class F, int R, int NV>
-QPILOTS_FLAT void forward_tile(const ForwardArgs& args, const char* w, int row, int column, Steps steps, Ahead ahead) {
+QPILOTS_FLAT void forward_block(const ForwardArgs& args, const char* w, int row, int column, Steps steps, Ahead ahead) {
   Vec acc[R][NV];
   const bool first = steps.begin == 0;
   unroll<R>([&](auto r) {
@@ -97,7 +97,7 @@ static void forward_rows(const ForwardArgs& args, const char* w, int rows, int r
                          Ahead ahead) {
   if constexpr (R > 0) {
     if (rows == R) {
-      forward_tile<F, R, NV>(args, w, row, column, steps, ahead);
+      forward_block<F, R, NV>(args, w, row, column, steps, ahead);
     } else {
       forward_rows<F, NV, R - 1>(args, w, rows, row, column, steps, ahead);
     }

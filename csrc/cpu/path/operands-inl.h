@@ -1,5 +1,5 @@
 // How the operands of the two products (forward-inl.h, backward-inl.h, backward_dot-inl.h) meet in registers. The
-// products of an output are summed in one order whatever the tile, so that a row's result is bitwise the same at any
+// products of an output are summed in one order whatever the block, so that a row's result is bitwise the same at any
 // batch size.
 #pragma once
 
@@ -38,7 +38,7 @@ QPILOTS_INLINE void keep_in_register(Register& weights) {
 }
 
 // acc += a b, always into acc's own register: at a weight's last use GCC else multiplies into the weight's and moves
-// registers about (a float32 backward tile at 79 % of peak instead of 82).
+// registers about (a float32 backward block at 79 % of peak instead of 82).
 QPILOTS_INLINE void accumulate(Vec& acc, Vec a, Vec b) {
 #if defined(__AVX512F__)
   asm("vfmadd231ps %2, %1, %0" : "+v"(acc.v) : "v"(a.v), "v"(b.v));

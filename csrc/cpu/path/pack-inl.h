@@ -60,14 +60,14 @@ static inline void read_rows(const Block& block, const Source& source, int first
     });
     return;
   }
-  float tile[kLanes][kLanes];
+  float values[kLanes][kLanes];
   for (int o = 0; o < kLanes; ++o) {
     for (int i = 0; i < kLanes; ++i) {
       const bool inside = first + o < block.out && k + i < block.in;
-      tile[o][i] = inside ? read_element(source, base + o * source.row_stride + i * source.col_stride) : 0.0f;
+      values[o][i] = inside ? read_element(source, base + o * source.row_stride + i * source.col_stride) : 0.0f;
     }
   }
-  for (int o = 0; o < kLanes; ++o) rows[o] = Vec::load(tile[o]);
+  for (int o = 0; o < kLanes; ++o) rows[o] = Vec::load(values[o]);
 }
 
 template <class F>
@@ -80,20 +80,20 @@ static void pack_panel(const Block& block, const Source& source, int panel, char
   for (int n = 0; n < vectors; ++n) {
     const int first = panel * block.panel_width + n * kLanes;
     for (int k = 0; k < block.in_padded; k += kLanes) {
-      Vec tile[kLanes];  // tile[i]: the vector of outputs for input k + i
+      Vec column[kLanes];  // column[i]: the vector of outputs for input k + i
       if (transposed && first + kLanes <= block.out && k + kLanes <= block.in) {
         const float* p = static_cast<const float*>(source.data) + first + (block.column + k) * source.col_stride;
-        for (int i = 0; i < kLanes; ++i) tile[i] = Vec::load(p + i * source.col_stride);
+        for (int i = 0; i < kLanes; ++i) column[i] = Vec::load(p + i * source.col_stride);
       } else {
-        read_rows(block, source, first, k, tile);
-        transpose(tile);
+        read_rows(block, source, first, k, column);
+        transpose(column);
       }
       char* dst = out + k / F::kStep * pitch + n * kVectorBytes;
       unroll<kLanes / F::kStep>([&](auto i) {
         if constexpr (F::kStep == 1) {
-          tile[i].store(reinterpret_cast<float*>(dst + i * pitch));
+          column[i].store(reinterpret_cast<float*>(dst + i * pitch));
         } else {
-          store_pairs(tile[2 * i], tile[2 * i + 1], dst + i * pitch);
+          store_pairs(column[2 * i], column[2 * i + 1], dst + i * pitch);
         }
       });
     }

@@ -80,7 +80,7 @@ struct RowMoments {
   float mean, rstd;
 };
 
-static inline RowMoments moments(const float* y, int width, float total, float eps) {
+static inline RowMoments moments(const float* y, int width, float total, float layer_norm_eps) {
   const float mean = total / static_cast<float>(width);
   const Vec m(mean);
   const int whole = width / Vec::kLanes * Vec::kLanes;
@@ -89,7 +89,7 @@ static inline RowMoments moments(const float* y, int width, float total, float e
     const Vec d = (Vec::load(y + whole) - m) * tail_mask(width - whole);
     squares += sum(d * d);
   }
-  return {mean, reciprocal_std(squares, static_cast<float>(width), eps)};
+  return {mean, reciprocal_std(squares, static_cast<float>(width), layer_norm_eps)};
 }
 
 // Rows that a LayerNorm takes together, pass by pass: each pass ends in a sum whose lanes are added one after the
@@ -177,7 +177,7 @@ static void activate_saving(const ActivateArgs& args) {
       RowMoments rows[kNormRows];
       for (int i = 0; i < count; ++i) totals[i] = sum_before_norm<F, kAct, kNorm, kSave>(args, first + i);
       for (int i = 0; i < count; ++i) {
-        rows[i] = moments(args.z + (first + i) * args.z_stride, args.width, totals[i], args.eps);
+        rows[i] = moments(args.z + (first + i) * args.z_stride, args.width, totals[i], args.layer_norm_eps);
       }
       for (int i = 0; i < count; ++i) normalise_row<F, kAct, kNorm, kSave>(args, first + i, rows[i]);
     }

@@ -40,7 +40,7 @@ static void fill_vjp(void (*(&row)[kCount<NormPlacement>])(const ActivateVjpArgs
 #undef QPILOTS_FILL
 }
 
-static int tile_rows() {
+static int rows_together() {
   using tuning::EveryPath;
   return second_level_bytes() >= EveryPath::kLargeSecondLevel ? EveryPath::kRowsTogetherLarge
                                                               : EveryPath::kRowsTogether;
@@ -50,7 +50,7 @@ template <class F>
 static FormatKernels format_kernels() {
   FormatKernels t{};
   t.a_bytes = F::kABytes;
-  t.tile_rows = tile_rows();
+  t.rows_together = rows_together();
   t.forward = forward<F>;
   t.backward = backward<F>;
 #define QPILOTS_FILL(activation, name) fill_activation<F, Activation::activation>(t);

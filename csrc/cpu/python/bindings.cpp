@@ -64,7 +64,7 @@ std::shared_ptr<const Network> make_network(const py::dict& spec, const std::str
   }
   require(shape.norms.size() + 1 == shape.widths.size(), "norms: expected one entry per hidden layer");
   shape.activation = enumerator<Activation>(spec["activation"].cast<std::string>(), "activation");
-  shape.eps = spec["eps"].cast<float>();
+  shape.layer_norm_eps = spec["layer_norm_eps"].cast<float>();
   shape.scalar_head = spec["scalar_head"].cast<bool>();
   int columns = 0;
   for (const py::handle entry : spec["inputs"]) {  // (kind, first column, width)

@@ -1,5 +1,5 @@
 // LayerNorm of one row, written per element; the two sums over the row are the caller's (lanes, threads, warps).
-//   xhat = (y - mean) rstd,  rstd = 1 / sqrt(mean((y - mean)^2) + eps),  out = xhat gamma + beta
+//   xhat = (y - mean) rstd,  rstd = 1 / sqrt(mean((y - mean)^2) + layer_norm_eps),  out = xhat gamma + beta
 // Its vector-Jacobian product needs two more sums over the row:
 //   d_xhat = d_out gamma,  d_y = rstd (d_xhat - mean(d_xhat) - xhat mean(d_xhat xhat))
 #pragma once
@@ -8,8 +8,8 @@
 
 namespace qpilots {
 
-QPILOTS_HD float reciprocal_std(float sum_of_squares, float width, float eps) {
-  return 1.0f / square_root(sum_of_squares / width + eps);
+QPILOTS_HD float reciprocal_std(float sum_of_squares, float width, float layer_norm_eps) {
+  return 1.0f / square_root(sum_of_squares / width + layer_norm_eps);
 }
 
 template <class T>

@@ -74,7 +74,7 @@ class NetworkPhases:
             input=-1,
             rows_per_addend=1,
             ends_with_barrier=1,
-            norm_eps=self.spec.layer_norm_eps,
+            layer_norm_eps=self.spec.layer_norm_eps,
             weight=weight,
             target=target,
             member_bytes=self.layout.member_bytes,
@@ -165,7 +165,7 @@ class Program:
     weight_bytes: int
     max_rows: int
     weights_bytes: int
-    time_tables: tuple[Tensor, ...] = ()  # flow's and map's features [K, .], schedule [K, 3]; float32
+    time_tables: tuple[Tensor, ...] = ()  # flow's and posterior's features [K, .], schedule [K, 3]; float32
     steered: Tensor | None = None  # [A] uint8
     output: Region | None = None
     num_steered: int = 0  # steps that run all step phases
@@ -243,11 +243,11 @@ def plan_sample(spec: SamplerSpec, present: tuple[tuple[Presence, ...], ...], ba
         )
         pulled_back = flow_phases
         if spec.posterior is not None:
-            args.map_output = workspace.plane("map output", rows, action_dim)
+            args.posterior_output = workspace.plane("posterior output", rows, action_dim)
             layout = add_layout(spec.posterior, ("xbar", "noisy_actions"), ("noisy_actions",), True)
             pulled_back = NetworkPhases(layout, workspace, rows, differentiable=True)
             addends = add_once(pulled_back, 2)
-            step += pulled_back.forward("map_input", 2 * action_dim, args.map_output, **addends)
+            step += pulled_back.forward("posterior_input", 2 * action_dim, args.posterior_output, **addends)
             tables.append(_time_table(spec.posterior, spec.times))
         step += critic_phases.forward("estimate", action_dim, None, **add_once(critic_phases, 0))
         step += critic_phases.backward(action_dim, args.critic_vjp, None)

@@ -6,7 +6,7 @@ import ctypes
 
 from ..params import SteeringParams
 
-STAGES = ("rows", "state", "estimate", "map_input", "hidden", "critic_top", "delta", "cotangent")
+STAGES = ("rows", "state", "estimate", "posterior_input", "hidden", "critic_top", "delta", "cotangent")
 ELEMENT_TYPES = ("float32", "bfloat16", "float16", "float64")
 _I32, _I64, _F32, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -15,7 +15,7 @@ class Phase(ctypes.Structure):
     _fields_ = [
         *((name, _I32) for name in ("stage", "activation", "staged_norm", "activates", "members", "rows", "in_dim")),
         *((name, _I32) for name in ("in_stride", "out_dim", "input", "rows_per_addend", "ends_with_barrier")),
-        ("norm_eps", _F32),
+        ("layer_norm_eps", _F32),
         ("completes_critics", _I32),
         *((name, _I64) for name in ("source", "source_member_stride", "source_slope", "source_delta")),
         *((name, _I64) for name in ("target", "target_slope", "row_addend", "step_addend", "weight", "bias")),
@@ -29,7 +29,7 @@ class SampleArgs(ctypes.Structure):
         ("inputs", _POINTER * 4),
         *((name, _POINTER) for name in ("noise", "posterior_noise", "schedule", "alpha", "steered")),
         *((name, _POINTER) for name in ("actions", "gradient_norms", "nonfinite", "q_std", "gated")),
-        *((name, _I64) for name in ("velocity", "map_output", "q_values", "critic_vjp", "estimate_vjp")),
+        *((name, _I64) for name in ("velocity", "posterior_output", "q_values", "critic_vjp", "estimate_vjp")),
         *((name, _I32) for name in ("num_once", "num_flow_phases", "num_step_phases", "num_steps", "batch")),
         *((name, _I32) for name in ("action_dim", "num_members", "stage_stride")),
         ("spin_limit", ctypes.c_uint32),
