@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("rich")
 
-from bench import cli, loops, markdown, profile, records, targets
+from bench import callables, cli, loops, markdown, profile, records, targets
 from bench.cases import CASES, Case, Workload, make_workload
 from bench.contestants import our_contestants
 from bench.gpu import check
@@ -97,6 +97,16 @@ def test_a_whole_small_run_writes_a_result_and_plots(
     pytest.importorskip("matplotlib")
     assert len(list(path.parent.glob("*.png"))) == 3
     assert "against" in capsys.readouterr().out
+
+
+def test_callables_against_the_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(callables, "SMALL", replace(callables.SMALL, hidden_dims=(12,), num_critics=3, num_steps=3))
+    monkeypatch.setattr(callables, "BATCH_SIZES", (2,))
+    assert callables.main(["--rounds", "1", "--out", str(tmp_path)]) == 0  # every loop's actions are the reference's
+    (path,) = tmp_path.glob("*/*.jsonl")
+    cells = records.load(path)["cells"]
+    assert [cell["method"] for cell in cells] == ["U", "U-identity", "M"]
+    assert all([r["ours"] for r in cell["results"]] == [True, False] for cell in cells)
 
 
 def test_rows_that_depend_on_their_mates_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
