@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .activations import ACTIVATIONS
+from .integers import as_int
 from .spec import TIME_EMBEDDINGS, BoundNetwork, LayerParameters, NetworkSpec, NormPlacement
 from .times import time_features
 
@@ -122,7 +123,8 @@ class PackableNetwork(nn.Module):
         )
 
 
-def _positive_int(owner: str, name: str, value: object, low: int = 1) -> int:
+def _positive_int(owner: str, name: str, value: Any, low: int = 1) -> int:
+    value = as_int(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{owner}: {name} is {value!r}; expected an integer >= {low}.")
     return value
@@ -158,7 +160,7 @@ def _make_spec(
         raise ValueError(
             f"{owner}: time_embedding is {time_embedding!r}; expected one of {', '.join(TIME_EMBEDDINGS)}."
         )
-    dim = TIME_EMBEDDINGS[time_embedding] if time_embedding_dim is None else time_embedding_dim
+    dim = TIME_EMBEDDINGS[time_embedding] if time_embedding_dim is None else as_int(time_embedding_dim)
     if time_embedding == "raw" and dim != 1:
         raise ValueError(f"{owner}: time_embedding_dim is {dim!r} for time_embedding='raw'; expected 1 or None.")
     if time_embedding != "raw" and (not isinstance(dim, int) or dim < 2 or dim % 2):
@@ -301,7 +303,7 @@ class CriticEnsemble(PackableNetwork):
         layer_norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        _positive_int("CriticEnsemble", "num_critics", num_critics)
+        num_critics = _positive_int("CriticEnsemble", "num_critics", num_critics)
         spec = _make_spec(
             "critic", obs_dim, action_dim, hidden_dims, activation, layer_norm, layer_norm_eps, "raw", None,
             num_critics, "CriticEnsemble",

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from .callables import CriticList, unwrapped
 from .critic_outputs import check_layout
+from .integers import as_int
 from .networks import PackableNetwork
 from .spec import PRECISIONS
 from .steering import Steering
@@ -21,17 +20,12 @@ if TYPE_CHECKING:
     from .sampler import SteeredSampler
 
 
-def _integer(value: Any) -> Any:
-    """numpy's integers, and others that say they are one, as an int; anything else as it is."""
-    return value if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__") else operator.index(value)
-
-
 def read_setting(name: str, value: Any) -> Any:
     """A setting of a sampler as it is kept."""
     if name == "num_steps":
-        return _integer(value)
+        return as_int(value)
     if name == "chunk_shape" and isinstance(value, (tuple, list)):
-        return tuple(map(_integer, value))
+        return tuple(map(as_int, value))
     if name == "critic" and isinstance(value, (list, tuple, nn.ModuleList)):
         return CriticList(value)
     if name in ("flow", "critic", "posterior") and isinstance(unwrapped(value), PackableNetwork):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering, ops
+from qpilots_fast import CriticEnsemble, FlowMLP, MetaFlowMap, SteeredSampler, Steering, ops
 from qpilots_fast.backends import unavailable_reason
 from qpilots_fast.from_module import from_module
 from qpilots_fast.objectives import td_loss
@@ -786,3 +788,22 @@ def test_wrong_arguments():
         from_module(module, "critic", obs_dim=-1, action_dim=2)
     with pytest.raises(ValueError, match=r"hint input_order is .* but its columns are"):
         from_module(Critic(), "critic", **DIMS, input_order=("actions", "obs"))
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, torch.tensor])
+def test_integers_of_other_types(integer):
+    s, a, h, one = map(integer, (S, A, H, 1))
+    assert from_module(mlp(S + A, 1, H), "critic", obs_dim=s, action_dim=a).spec.action_dim == A
+    module = mlp(S + A, 1, H)
+    module.obs_dim, module.action_dim = s, a
+    assert from_module(module, "critic").spec.obs_dim == S
+    flow, critic = FlowMLP(s, a, (h, h)), CriticEnsemble(s, a, one, (h,))
+    posterior = MetaFlowMap(s, a, (h,), time_embedding="fourier", time_embedding_dim=integer(8))
+    for network in (flow, critic, posterior):
+        assert json.loads(network.spec.json)["obs_dim"] == S and type(network.spec.hidden_dims[0]) is int
+        with pytest.raises(ValueError, match="action_dim is "):
+            type(network)(s, integer(0))
+    with pytest.raises(ValueError, match=r"obs_dim is .*2\.5"):
+        from_module(mlp(S + A, 1, H), "critic", obs_dim=np.float64(2.5), action_dim=A)
+    with pytest.raises(ValueError, match=r"action_dim is .*True"):
+        FlowMLP(S, np.bool_(True))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..activations import ACTIVATIONS
 from ..callables import unwrapped
 from ..critic_outputs import describe, layout_of, read_output
+from ..integers import as_int
 from ..networks import PackableNetwork
 from ..spec import INPUT_ORDER, KINDS, TIME_EMBEDDINGS, NetworkSpec
 from . import layers, stacked
@@ -94,8 +95,10 @@ def _check_hints(kind: str, hints: dict[str, Any]) -> None:
         if hints.get(name) is not None and hints[name] not in allowed:
             raise ValueError(f"from_module: {name} is {hints[name]!r}; expected one of {', '.join(allowed)}.")
     for name in ("obs_dim", "action_dim", "time_embedding_dim"):
-        value = hints.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        if hints.get(name) is None:
+            continue
+        value = hints[name] = as_int(hints[name])
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"from_module: {name} is {value!r}; expected a non-negative integer.")
     order = hints.get("input_order")
     if order is not None and sorted(order) != sorted(INPUT_ORDER[kind]):
@@ -119,7 +122,7 @@ def _known_dim(module: nn.Module, hints: dict[str, Any], names: Sequence[str]) -
     if hints.get(names[0]) is not None:
         return hints[names[0]]
     owners = [module, *module.children()] if isinstance(module, nn.ModuleList) else [module]
-    values = (getattr(owner, name, None) for owner in owners for name in names)
+    values = (as_int(getattr(owner, name, None)) for owner in owners for name in names)
     return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), None)
 
 
