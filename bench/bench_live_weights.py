@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.cases import CASES, make_workload
-from qpilots_fast.backends.cpu import WATCH_VARIABLE
+from qpilots_fast.backends.native import WATCH_VARIABLE
 
 
 @pytest.mark.parametrize("weights", ["frozen", "watched", "read", "all written, unchanged", "all changed"])

@@ -101,14 +101,14 @@ def _torch_peaks(device: str) -> Peaks:
 def _native_peaks() -> Peaks | None:
     """The native module's micro-benchmarks, the best of several; None where it was not built."""
     from qpilots_fast import backends
-    from qpilots_fast.backends import cpu
+    from qpilots_fast.backends import native
 
     if backends.unavailable_reason("cpu") is not None:
         return None
     threads = torch.get_num_threads()
     # a disturbed measurement is too low, and would make every percentage too high
-    limits = [cpu.machine_limits.__wrapped__(threads) for _ in range(_PEAK_REPEATS)]
-    best = cpu.MachineLimits(*(max(values) for values in zip(*limits)))
+    limits = [native.machine_limits.__wrapped__(threads) for _ in range(_PEAK_REPEATS)]
+    best = native.MachineLimits(*(max(values) for values in zip(*limits)))
     return Peaks(
         {"float32": best.flops_float32, "bfloat16": best.flops_bfloat16},
         best.memory_bytes,
@@ -131,11 +131,11 @@ def multiply_add_rates(precisions: Sequence[str], seconds: float = 0.01) -> dict
     A processor's clock moves with what it and its neighbours do: a share of the peak is one of the clock of that time.
     """
     from qpilots_fast import backends
-    from qpilots_fast.backends import cpu
+    from qpilots_fast.backends import native
 
     if backends.unavailable_reason("cpu") is not None:
         return {}
-    peak = cpu.load_module().cpu_peak_flops
+    peak = native.load_module().cpu_peak_flops
     return {precision: peak(precision, torch.get_num_threads(), seconds, vectors=True) for precision in precisions}
 
 
@@ -180,11 +180,11 @@ def _version(package: str) -> str | None:
 def _write_watch() -> str | None:
     """How unchanged live weights are recognised."""
     from qpilots_fast import backends
-    from qpilots_fast.backends import cpu
+    from qpilots_fast.backends import native
 
     if backends.unavailable_reason("cpu") is not None:
         return None
-    return cpu.write_watch_refusal() or "available"
+    return native.write_watch_refusal() or "available"
 
 
 def describe() -> dict[str, Any]:

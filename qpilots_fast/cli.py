@@ -103,7 +103,7 @@ def _machine() -> list[tuple[str, str]]:
     import torch
 
     from . import __version__, backends
-    from .backends import cpu
+    from .backends import native
 
     def version(package: str) -> str:
         try:
@@ -118,14 +118,14 @@ def _machine() -> list[tuple[str, str]]:
         ("processor", f"{platform.machine()}, {_processor_name()}"),
     ]
     if backends.unavailable_reason("cpu") is None:
-        module = cpu.load_module()
+        module = native.load_module()
         rows.append(
             (
                 "CPU paths",
-                ", ".join(module.cpu_isa_paths()) + f" (running {module.cpu_isa('')}; {cpu.ISA_VARIABLE} selects)",
+                ", ".join(module.cpu_isa_paths()) + f" (running {module.cpu_isa('')}; {native.ISA_VARIABLE} selects)",
             )
         )
-        refusal = cpu.write_watch_refusal()
+        refusal = native.write_watch_refusal()
         how = f"read at every call ({refusal})" if refusal else "watched for writes by the kernel"
         rows.append(("live weights", how))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

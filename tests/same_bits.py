@@ -65,7 +65,7 @@ def cases(count: int, *, big: bool) -> Iterator[tuple[str, Case]]:
 
 
 def record_cpu() -> dict[str, str]:
-    from qpilots_fast.backends.cpu import load_module
+    from qpilots_fast.backends.native import load_module
 
     found, before = {}, os.environ.get(ISA)
     every = list(cases(200, big=True))

@@ -14,17 +14,17 @@ import torch
 
 from qpilots_fast import networks
 from qpilots_fast.activations import ACTIVATIONS
-from qpilots_fast.backends import Call
+from qpilots_fast.backends import Call, native
+from qpilots_fast.backends.cpu import CpuBackend
 from qpilots_fast.backends.reference import ReferenceBackend
 from qpilots_fast.spec import BoundNetworks, SamplerSpec
 from qpilots_fast.steering import Steering
 from qpilots_fast.testing import BFLOAT16_ERROR_OVER_TORCH, assert_close, compare
 
-cpu_module = pytest.importorskip("qpilots_fast.backends.cpu")
-if cpu_module._import_failure() is not None:
-    pytest.skip(cpu_module._import_failure(), allow_module_level=True)
+if native.import_failure() is not None:
+    pytest.skip(native.import_failure(), allow_module_level=True)
 
-PATHS = cpu_module.load_module().cpu_isa_paths()
+PATHS = native.load_module().cpu_isa_paths()
 
 # settings that take different code: (steering, flow norm, critic norm, activation, hidden widths, members)
 CASES = {
@@ -71,13 +71,13 @@ def reference(spec, bound, obs, noise, draws):
 
 @pytest.fixture
 def backend():
-    return cpu_module.CpuBackend()
+    return CpuBackend()
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", CASES)
 def test_every_path_matches_float64(backend, monkeypatch, path, name):
-    monkeypatch.setenv(cpu_module.ISA_VARIABLE, path)
+    monkeypatch.setenv(native.ISA_VARIABLE, path)
     for batch in (1, 17, 70):
         args = build(name, batch)
         raw, exact = backend.sample(Call(*args, return_info=True)), reference(*args)
@@ -91,7 +91,7 @@ def test_every_path_matches_float64(backend, monkeypatch, path, name):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", ["u", "u_odd", "m", "qgf_jacobian", "glass"])
 def test_bfloat16_is_as_accurate_as_torch(backend, monkeypatch, path, name):
-    monkeypatch.setenv(cpu_module.ISA_VARIABLE, path)
+    monkeypatch.setenv(native.ISA_VARIABLE, path)
     args = build(name, 64, "bfloat16")
     exact = reference(*args).actions
     ours, torchs = (compare(b.sample(Call(*args)).actions, exact, "bfloat16") for b in (backend, ReferenceBackend()))
@@ -103,7 +103,7 @@ def test_bfloat16_is_as_accurate_as_torch(backend, monkeypatch, path, name):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["u", "u_odd", "u_wide", "m", "glass"])
 def test_rows_do_not_depend_on_batch_or_threads(backend, monkeypatch, path, precision, name):
-    monkeypatch.setenv(cpu_module.ISA_VARIABLE, path)
+    monkeypatch.setenv(native.ISA_VARIABLE, path)
     spec, bound, obs, noise, draws = build(name, 75, precision)
     whole = backend.sample(Call(spec, bound, obs, noise, draws)).actions
     threads = torch.get_num_threads()
@@ -123,7 +123,7 @@ def test_rows_do_not_depend_on_batch_or_threads(backend, monkeypatch, path, prec
 @pytest.mark.parametrize("name", ["u", "u_odd", "u_wide", "qgf_jacobian"])
 def test_every_number_of_rows_sums_in_one_order(backend, monkeypatch, path, precision, name):
     """Register tiles and row blocks change with the number of rows; the bits of a row must not."""
-    monkeypatch.setenv(cpu_module.ISA_VARIABLE, path)
+    monkeypatch.setenv(native.ISA_VARIABLE, path)
     spec, bound, obs, noise, _ = build(name, 64, precision)
     alone = [backend.sample(Call(spec, bound, obs[i : i + 1], noise[i : i + 1], None)).actions for i in range(len(obs))]
     for rows in (*range(2, 42), 64):
@@ -165,7 +165,7 @@ def test_forward_and_vjp_of_single_networks(backend, precision):
 @pytest.mark.parametrize("path", PATHS)
 def test_activations_over_their_whole_range(backend, monkeypatch, activation, path):
     """One hidden unit of weight 1 shows the activation itself; its vjp, the derivative."""
-    monkeypatch.setenv(cpu_module.ISA_VARIABLE, path)
+    monkeypatch.setenv(native.ISA_VARIABLE, path)
     net = networks.CriticEnsemble(1, 1, 1, (1,), activation, None)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
@@ -199,7 +199,7 @@ def test_live_weights_are_seen_however_they_change(backend, precision):
 
     def unchanged() -> torch.Tensor:
         """What a backend without any memory of earlier calls gives."""
-        return cpu_module.CpuBackend().sample(Call(spec, bound, obs, noise, draws)).actions
+        return CpuBackend().sample(Call(spec, bound, obs, noise, draws)).actions
 
     before = backend.sample(Call(spec, bound, obs, noise, draws)).actions
     packed = backend.pack(spec, bound)
@@ -265,8 +265,8 @@ def test_concurrent_calls(backend):
 def test_works_after_fork():
     code = """
     import os, torch
-    from tests.test_cpu_backend import Call, build, cpu_module
-    args, backend = build("u", 33), cpu_module.CpuBackend()
+    from tests.test_cpu_backend import Call, CpuBackend, build
+    args, backend = build("u", 33), CpuBackend()
     torch.set_num_threads(2)
     want = backend.sample(Call(*args)).actions
     child = os.fork()
@@ -284,7 +284,7 @@ def test_denormal_mode_is_restored(backend):
 
 
 def test_unknown_path_is_refused(backend, monkeypatch):
-    monkeypatch.setenv(cpu_module.ISA_VARIABLE, "sse9")
+    monkeypatch.setenv(native.ISA_VARIABLE, "sse9")
     assert "sse9" in backend.unavailable_reason()
 
 
@@ -308,7 +308,7 @@ def test_footprint(backend):
 
 def test_loads_of_the_weights_alone():
     def read(flow_bytes, twice, steps):
-        return cpu_module.load_module().cpu_read_weights(flow_bytes, twice, steps, 2 * steps + 1, 2, 0.02)
+        return native.load_module().cpu_read_weights(flow_bytes, twice, steps, 2 * steps + 1, 2, 0.02)
 
     best, median = read(1 << 20, (1 << 20,) * 4, 4)
     assert 0 < best <= median

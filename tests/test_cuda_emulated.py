@@ -353,7 +353,7 @@ def test_refusals_say_why(cuda, library):
 
 
 def test_absent_library_is_no_error(monkeypatch, tmp_path):
-    monkeypatch.setattr("qpilots_fast.backends.cuda.backend.library_paths", lambda: (tmp_path / "absent.so",))
+    monkeypatch.setattr("qpilots_fast.backends.cuda.library.library_paths", lambda: (tmp_path / "absent.so",))
     backend = CudaBackend()
     assert "not built" in backend.unavailable_reason()
     (tmp_path / "absent.so").write_text("not a library")

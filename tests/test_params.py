@@ -7,10 +7,11 @@ import ctypes
 import pytest
 
 from qpilots_fast import Steering
-from qpilots_fast.backends import cpu, params
+from qpilots_fast.backends import native, params
+from qpilots_fast.backends.cpu import CpuBackend
 from qpilots_fast.backends.params import SteeringParams, interface_lines, interface_mismatch, steering_params
 
-needs_module = pytest.mark.skipif(cpu._import_failure() is not None, reason=str(cpu._import_failure()))
+needs_module = pytest.mark.skipif(native.import_failure() is not None, reason=str(native.import_failure()))
 MLP = {
     "members": 1, "widths": [8, 4], "norms": [None], "activation": "tanh", "layer_norm_eps": 1e-6, "scalar_head": False,
     "inputs": [(1, 0, 4)],
@@ -45,14 +46,14 @@ def test_other_lists_are_refused(old: str, new: str):
 
 @needs_module
 def test_compiled_module_of_other_sources_does_not_load(monkeypatch: pytest.MonkeyPatch):
-    cpu.load_module.cache_clear()
+    native.load_module.cache_clear()
     monkeypatch.setitem(params.ENUMS, "Activation", (*params.ENUMS["Activation"], "another"))
     try:
         with pytest.raises(ImportError, match="another"):
-            cpu.load_module()
-        assert "another" in str(cpu.CpuBackend().unavailable_reason())
+            native.load_module()
+        assert "another" in str(CpuBackend().unavailable_reason())
     finally:
-        cpu.load_module.cache_clear()
+        native.load_module.cache_clear()
 
 
 @needs_module
@@ -60,7 +61,7 @@ def test_compiled_module_of_other_sources_does_not_load(monkeypatch: pytest.Monk
     "changed", [{"activation": "another"}, {"norms": ["another"]}], ids=["activation", "norm placement"]
 )
 def test_network_with_an_unknown_value_is_refused(changed: dict):
-    module = cpu.load_module()
+    module = native.load_module()
     assert module.cpu_network(MLP, "float32", "") is not None
     with pytest.raises(ValueError, match="another"):
         module.cpu_network({**MLP, **changed}, "float32", "")
@@ -69,7 +70,7 @@ def test_network_with_an_unknown_value_is_refused(changed: dict):
 @needs_module
 @pytest.mark.parametrize("field", ["estimate", "clip", "aggregation", "scale", "q_scale_kind"])
 def test_steering_with_an_unknown_value_is_refused(field: str):
-    module = cpu.load_module()
+    module = native.load_module()
     steering = steering_params(Steering.unsteered(), -1.0, 1.0)
     plan = {"flow": module.cpu_network(MLP, "float32", ""), "critic": None, "posterior": None}
     for bytes_of in (lambda: bytes(steering), lambda: bytes(steering)[:-4]):

@@ -303,7 +303,7 @@ def test_launches_and_allocations_of_a_call(steering: Steering, monkeypatch: pyt
     triton, spec, nets = backend(), spec_of(case), networks_of(case)
     args = (spec, nets, case.obs, case.noise, case.posterior_noise)
     first = triton.sample(Call(*args)).actions
-    spaces = list(triton._workspaces.values())
+    spaces = triton._workspaces.values()
     launches.reset()
     with Allocations(monkeypatch) as made:
         second = triton.sample(Call(*args)).actions

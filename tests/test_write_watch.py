@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering, backends
-from qpilots_fast.backends import Call
-from qpilots_fast.backends import cpu as cpu_backend
+from qpilots_fast.backends import Call, native
+from qpilots_fast.backends.cpu import CpuBackend
 
-if cpu_backend._import_failure() is not None:
-    pytest.skip(cpu_backend._import_failure(), allow_module_level=True)
-REFUSAL = cpu_backend.load_module().cpu_write_watch_unavailable()
+if native.import_failure() is not None:
+    pytest.skip(native.import_failure(), allow_module_level=True)
+REFUSAL = native.load_module().cpu_write_watch_unavailable()
 needs_watch = pytest.mark.skipif(bool(REFUSAL), reason=f"no write watch here: {REFUSAL}")
 
 OBS, ACTION, WIDTH, BATCH = 7, 3, 256, 3
@@ -51,7 +51,7 @@ class Setup:
     def fresh(self) -> Tensor:
         """What a sampler without any memory of earlier calls gives."""
         spec, networks = self.sampler._run.spec, self.sampler._run.bound()
-        return cpu_backend.CpuBackend().sample(Call(spec, networks, *self.inputs, None)).actions
+        return CpuBackend().sample(Call(spec, networks, *self.inputs, None)).actions
 
     def watched(self, calls: int = CALLS_UNTIL_WATCHED) -> Setup:
         for _ in range(calls):
@@ -289,7 +289,7 @@ def test_concurrent_calls_while_weights_change_between_rounds():
 
 
 def test_it_can_be_switched_off(monkeypatch):
-    monkeypatch.setenv(cpu_backend.WATCH_VARIABLE, "0")
+    monkeypatch.setenv(native.WATCH_VARIABLE, "0")
     s = Setup()
     for _ in range(2 * CALLS_UNTIL_WATCHED):
         s()

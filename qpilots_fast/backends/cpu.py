@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, partial
-from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,111 +13,26 @@ from torch import Tensor
 
 from ..spec import BoundNetwork, BoundNetworks, NetworkSpec, RawSample, SamplerSpec, StepReport
 from .base import Backend, Call, Footprint, QuickCall, Slots
+from .caches import Cache
 from .counts import count_flops
-from .params import interface_mismatch, steering_params
+from .native import (
+    DTYPES,
+    INPUT_KINDS,
+    ISA_VARIABLE,
+    PHASES,
+    import_failure,
+    load_module,
+    machine_limits,
+    read_weights_seconds,
+    write_watch_refusal,
+)  # fmt: skip
+from .params import steering_params
 
-_INPUT_KINDS = ("obs", "x", "xbar", "t", "s", "u")  # x: the (noisy) actions
-_DTYPES = ("float32", "float64", "bfloat16", "float16")
-_DTYPE_CODES = {getattr(torch, name): code for code, name in enumerate(_DTYPES)}
-ISA_VARIABLE = "QPILOTS_CPU_ISA"
-WATCH_VARIABLE = "QPILOTS_WRITE_WATCH"  # 0: live weights are read at every call, never watched for writes
-PHASES = ("pack", "prepare", "denoise", "gradient", "update")  # of `sample_phases`, in order
-
-
-@lru_cache(maxsize=1)
-def load_module() -> ModuleType:
-    """The compiled module. torch is imported first (see docs/performance.md): its OpenMP then serves both.
-
-    Raises:
-        ImportError: where it is missing, or was compiled from other sources.
-    """
-    from .. import _C  # type: ignore[attr-defined]
-
-    own = {"DType": _DTYPES, "InputKind": _INPUT_KINDS, "PhaseIndex": PHASES}
-    mismatch = interface_mismatch(getattr(_C, "interface_text", str)(), own)
-    if mismatch is not None:
-        raise ImportError(f"{mismatch}; build it again, e.g. with `pip install -e .`")
-    return _C
-
-
-@lru_cache(maxsize=1)
-def build_info() -> dict[str, Any]:
-    """What the install recorded about the native build: native, reason, cuda."""
-    path = Path(__file__).parent.parent / "_build_info.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _import_failure() -> str | None:
-    try:
-        load_module()
-    except ImportError as error:
-        recorded = build_info().get("reason")
-        return f"the compiled module cannot be used ({recorded or error})"
-    return None
-
-
-def write_watch_refusal() -> str | None:
-    """Why the kernel cannot watch live weights for writes here, so that every call reads them; None where it can."""
-    if os.environ.get(WATCH_VARIABLE, "1") == "0":
-        return f"{WATCH_VARIABLE}=0"
-    return load_module().cpu_write_watch_unavailable() or None
-
-
-class MachineLimits(NamedTuple):
-    """Measured once a process, on as many threads as torch uses."""
-
-    flops_float32: float  # per second, by the instructions that the products are made of
-    flops_bfloat16: float
-    cache_bytes: float  # per second, read from a buffer that fits the last-level cache
-    memory_bytes: float
-    fma_bfloat16: float  # flops per second of multiply-adds on vectors, where tile registers do the products
-
-
-@lru_cache(maxsize=8)
-def machine_limits(threads: int) -> MachineLimits:
-    """Arithmetic peak and read bandwidth of this machine, by the backend's own instructions (about half a second)."""
-    module = load_module()
-    return MachineLimits(
-        module.cpu_peak_flops("float32", threads, 0.1),
-        module.cpu_peak_flops("bfloat16", threads, 0.1),
-        module.cpu_read_bandwidth(12 << 20, threads, 0.1),
-        module.cpu_read_bandwidth(256 << 20, threads, 0.2),
-        module.cpu_peak_flops("bfloat16", threads, 0.1, vectors=True),
-    )
-
-
-@lru_cache(maxsize=64)
-def read_weights_seconds(
-    flow_bytes: int, twice: tuple[int, ...], steps: int, flow_visits: int, threads: int
-) -> tuple[float, float]:
-    """Best and median time of nothing but loads of a call's weights, in its order; measured once a process (0.15 s).
-
-    Args:
-        flow_bytes: read by all threads together, flow_visits times over the steps.
-        twice: bytes of each network that a step reads forwards and then backwards.
-    """
-    return load_module().cpu_read_weights(flow_bytes, twice, steps, flow_visits, threads, 0.15)
+_DTYPE_CODES = {getattr(torch, name): code for code, name in enumerate(DTYPES)}
+_KEPT = 1024  # plans, and tables of parameters, beside those whose sampler or network is gone
 
 
 # ---------------------------------------------------------------- plans and pointer tables
-
-_Value = TypeVar("_Value")
-
-
-class _IdentityCache:
-    """Values by the identity of an object, dropped with it: hashing a spec or its tensors would cost more."""
-
-    def __init__(self) -> None:
-        self._entries: dict[Any, tuple[weakref.ref, Any]] = {}
-
-    def get(self, owner: object, key: Any, make: Callable[[], _Value]) -> _Value:
-        index = (id(owner), key)
-        entry = self._entries.get(index)
-        if entry is not None and entry[0]() is owner:
-            return entry[1]
-        value = make()
-        self._entries[index] = (weakref.ref(owner, lambda _: self._entries.pop(index, None)), value)
-        return value
 
 
 class _Plan(NamedTuple):
@@ -134,7 +45,7 @@ def _isa() -> str:
 
 
 def _input_kind(block: str) -> int:
-    return _INPUT_KINDS.index("x" if block in ("noisy_actions", "actions") else block)
+    return INPUT_KINDS.index("x" if block in ("noisy_actions", "actions") else block)
 
 
 @lru_cache(maxsize=256)
@@ -224,11 +135,10 @@ class CpuBackend(Backend):
     precisions = ("float32", "bfloat16")
 
     def __init__(self) -> None:
-        self._plans = _IdentityCache()
-        self._tables = _IdentityCache()
+        self._plans, self._tables = Cache(_KEPT), Cache(_KEPT)
 
     def unavailable_reason(self) -> str | None:
-        failure = _import_failure()
+        failure = import_failure()
         if failure is not None:
             return failure
         try:
@@ -247,7 +157,7 @@ class CpuBackend(Backend):
 
     def _get_plan(self, spec: SamplerSpec) -> _Plan:
         isa = _isa()
-        return self._plans.get(spec, isa, lambda: _plan(spec, isa))
+        return self._plans.obtain(isa, lambda: _plan(spec, isa), owner=spec)
 
     def _get_sources(self, plan: _Plan, networks: BoundNetworks) -> list[Any]:
         bound = (networks.flow, networks.critic, networks.posterior)
@@ -257,7 +167,7 @@ class CpuBackend(Backend):
         ]
 
     def _bind(self, network: BoundNetwork, handle: Any) -> Any:
-        return self._tables.get(network, handle, lambda: _sources(network, handle))
+        return self._tables.obtain(handle, lambda: _sources(network, handle), owner=network)
 
     def pack(self, spec: SamplerSpec, networks: BoundNetworks) -> Any:
         plan = self._get_plan(spec)
@@ -336,7 +246,7 @@ class CpuBackend(Backend):
         if batch == 0:
             return
         handle = _network(spec, precision, _isa())
-        pointers = [0] * len(_INPUT_KINDS)
+        pointers = [0] * len(INPUT_KINDS)
         for name, block in zip(spec.input_order, blocks):
             _check(block, (batch, spec.block_dim(name)), name)
             pointers[_input_kind(name)] = block.data_ptr()

@@ -1,24 +1,23 @@
-"""The compiled CUDA kernels through ctypes, and small things that the backend keeps about them."""
+"""The compiled CUDA kernels through ctypes, and what a launch says about the memory that it touches."""
 
 from __future__ import annotations
 
 import ctypes
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...errors import BackendUnavailable
 from ..params import interface_mismatch
+from .build import library_paths
 from .layout import NetworkLayout
 from .structs import ELEMENT_TYPES, STAGES, STRUCTURES
 
 BUILD_HINT = "`qpilots-fast build-cuda` compiles it where nvcc is installed"
-_T = TypeVar("_T")
 
 # what a kernel may touch: first byte, size, name, read-only
 MemoryRange = tuple[int, int, str, bool]
@@ -72,20 +71,56 @@ class Library:
         return torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True)
 
 
-class Recent:
-    """The last few values by key; safe from several threads."""
+class Loader:
+    """The library, loaded when first asked for.
 
-    def __init__(self, size: int) -> None:
-        self._size, self._entries, self._lock = size, OrderedDict[Hashable, Any](), threading.Lock()
+    Args:
+        library: the kernels; None: those that were built.
+    """
 
-    def obtain(self, key: Hashable, make: Callable[[], _T]) -> _T:
+    def __init__(self, library: Library | None = None) -> None:
+        self._library, self._lock = library, threading.Lock()
+        self.failure: str | None = None  # why there is none, once it was asked for
+
+    def find(self) -> Library | None:
+        """The library, or None where it is not there or does not load."""
         with self._lock:
-            if key not in self._entries:
-                self._entries[key] = make()
-                if len(self._entries) > self._size:
-                    self._entries.popitem(last=False)
-            self._entries.move_to_end(key)
-            return self._entries[key]
+            if self._library is None and self.failure is None:
+                path = next((p for p in library_paths() if p.is_file()), None)
+                if path is None:
+                    self.failure = f"its kernels are not built; {BUILD_HINT}"
+                else:
+                    try:
+                        self._library = Library(path)
+                    except (OSError, RuntimeError) as error:
+                        self.failure = f"its kernels do not load: {error}"
+            return self._library
+
+    def get(self) -> Library:
+        """The library.
+
+        Raises:
+            BackendUnavailable: where there is none, with the reason.
+        """
+        library = self.find()
+        if library is None:
+            raise BackendUnavailable(f"backend 'cuda' cannot run here: {self.failure}.")
+        return library
+
+
+def float32_rows(tensor: Tensor) -> Tensor:
+    """What kernels read: contiguous float32, apart from autograd."""
+    return tensor.detach().to(torch.float32).contiguous()
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def place(library: Library, device: torch.device) -> tuple[int, ctypes.c_void_p]:
+    """Device index and current stream."""
+    index = device.index if device.index is not None else 0
+    return index, ctypes.c_void_p(library.stream(device))
 
 
 def memory_map(constants: Mapping[str, Tensor | None], changing: Mapping[str, Tensor | None]) -> list[MemoryRange]:

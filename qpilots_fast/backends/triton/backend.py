@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 from ...errors import BackendUnavailable
 from ...spec import BoundNetwork, BoundNetworks, RawSample, SamplerSpec, StepReport
 from ..base import Backend, Call, Footprint
+from ..caches import Cache
 from .launch_table import MAX_ACTION_PAD, LaunchTable, default_table, dot_mode
 from .launcher import launch
 from .packing import OPERAND_DTYPES, NetworkLayout, PackedBuffers, launch_constants, padded_width, parameter_addresses
@@ -50,19 +50,6 @@ class PreparedNetwork:
     buffers: PackedBuffers
 
 
-class _Cache(OrderedDict[Any, Any]):
-    """A few entries, the least recently used goes first."""
-
-    def obtain(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key in self:
-            self.move_to_end(key)
-        else:
-            self[key] = make()
-            if len(self) > _KEPT:
-                self.popitem(last=False)
-        return self[key]
-
-
 class TritonBackend(Backend):
     """See docs/gpu.md.
 
@@ -77,7 +64,7 @@ class TritonBackend(Backend):
     def __init__(self, table: LaunchTable | None = None, fill: float | None = None) -> None:
         self._table, self._fill = table, fill
         self._lock = threading.RLock()  # launches of two threads on one stream must not interleave in a workspace
-        self._plans, self._workspaces, self._live, self._single = _Cache(), _Cache(), _Cache(), _Cache()
+        self._plans, self._workspaces, self._live, self._single = (Cache(_KEPT) for _ in range(4))
         self._captured: list[Any] = []  # owned by someone's CUDA graph: never reused, never freed
 
     @property
@@ -164,17 +151,17 @@ class TritonBackend(Backend):
                 return RawSample(actions, StepReport(norms.clone(), nonfinite.bool(), q_std.clone(), gated.bool()))
         return RawSample(actions)
 
-    def _obtain(self, cache: _Cache, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    def _obtain(self, cache: Cache, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """The entry of the current stream. A CUDA graph under capture takes an entry over for good."""
         device = key[0]
         if device.type != "cuda":
             return cache.obtain((key, 0), make)
         if not torch.cuda.is_current_stream_capturing():
             return cache.obtain((key, torch.cuda.current_stream(device).cuda_stream), make)
-        for candidate in list(cache):
-            if candidate[0] == key:
-                self._captured.append(cache.pop(candidate))
-                return self._captured[-1]
+        taken = cache.take(lambda kept: kept[0] == key)
+        if taken is not None:
+            self._captured.append(taken)
+            return taken
         raise BackendUnavailable(
             "inside a CUDA graph capture, but this sampler has not run at this batch size yet; call it once before "
             "capturing (kernels are compiled and weights laid out in that call)."

@@ -1,0 +1,178 @@
+"""The way to the persistent kernel: programs and tables on the device, weights packed, one launch a call."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...spec import BoundNetwork, BoundNetworks, SamplerSpec
+from ..caches import Cache
+from .layout import WEIGHT_BYTES, NetworkLayout, pack_table, presence
+from .library import Loader, MemoryRange, memory_map, place, weight_regions
+from .plan import Program, plan_network, plan_sample
+from .structs import SampleArgs
+
+
+@dataclass(frozen=True)
+class DeviceProgram:
+    """A program with its tables on the device."""
+
+    key: Hashable
+    program: Program
+    phases: Tensor  # uint8
+    tables: tuple[Tensor, ...]
+    steered: Tensor | None
+
+
+class Launcher:
+    """Programs by what they are made for, pack tables by the parameters' addresses.
+
+    Args:
+        max_blocks: at most this many blocks; 0: one an SM.
+        spin_limit: polls of a barrier before a block gives up.
+    """
+
+    def __init__(self, loader: Loader, max_blocks: int, spin_limit: int) -> None:
+        self._loader, self._max_blocks, self._spin_limit = loader, max_blocks, spin_limit
+        self._lock = threading.Lock()
+        self._programs, self._pack_tables = Cache(64), Cache(32)
+        self._failure_words: dict[torch.device, Tensor] = {}
+
+    def sample_program(self, spec: SamplerSpec, networks: BoundNetworks, batch: int) -> DeviceProgram:
+        present = tuple(presence(network) for network in spec.taking_part(networks))
+        device = networks.flow.device
+        key = ("sample", spec, present, batch, device)
+        return self._programs.obtain(
+            key, lambda: _to_device(key, plan_sample(spec, present, batch, WEIGHT_BYTES[spec.precision]), device)
+        )
+
+    def network_program(
+        self, network: BoundNetwork, batch: int, precision: str, device: torch.device, *, differentiable: bool
+    ) -> DeviceProgram:
+        if precision not in WEIGHT_BYTES:
+            raise ValueError(f"precision is {precision!r}; backend 'cuda' has {', '.join(WEIGHT_BYTES)}.")
+        width, present = WEIGHT_BYTES[precision], presence(network)
+        key = ("network", network.spec, present, batch, width, differentiable, device)
+
+        def make() -> DeviceProgram:
+            program = plan_network(network.spec, present, batch, width, differentiable=differentiable)
+            return _to_device(key, program, device)
+
+        return self._programs.obtain(key, make)
+
+    def packed(self, loaded: DeviceProgram, networks: Sequence[BoundNetwork]) -> Tensor:
+        """The live weights in the kernels' layout, by one kernel; the table of pointers is kept between calls."""
+        layouts = loaded.program.layouts
+        device = loaded.phases.device
+        key = tuple((t.data_ptr(), t.stride(), t.dtype, t.device) for network in networks for t in _parameters(network))
+        wrong = next((d for *_, d in key if d != device), None)
+        if wrong is not None:
+            raise ValueError(f"a parameter is on {wrong}; expected every parameter on {device}.")
+        table, num_items, num_tiles = self._pack_tables.obtain(
+            (loaded.key, key), lambda: _device_pack_table(layouts, networks, device)
+        )
+        weights = torch.empty(loaded.program.weights_bytes, dtype=torch.uint8, device=device)
+        library = self._loader.get()
+
+        def memory() -> list[MemoryRange]:
+            named = {f"parameter {i}": t for i, t in enumerate(t for n in networks for t in _parameters(n))}
+            return memory_map({"pack table": table, **named}, {}) + weight_regions(layouts, weights, False)
+
+        library.call(
+            "pack",
+            ctypes.c_void_p(table.data_ptr()),
+            num_items,
+            num_tiles,
+            ctypes.c_void_p(weights.data_ptr()),
+            *place(library, device),
+            memory=memory,
+        )
+        return weights
+
+    def launch(
+        self,
+        loaded: DeviceProgram,
+        args: SampleArgs,
+        weights: Tensor,
+        inputs: Sequence[Tensor],
+        others: dict[str, Tensor | None],
+        outputs: dict[str, Tensor | None],
+    ) -> Tensor:
+        """Queues the persistent kernel; returns its workspace.
+
+        Raises:
+            RuntimeError: where an earlier call gave up at a barrier.
+        """
+        library, device, program = self._loader.get(), weights.device, loaded.program
+        with self._lock:
+            if device not in self._failure_words:
+                self._failure_words[device] = library.failure_word()
+            failure = self._failure_words[device]
+        if failure.item() != 0:
+            failure.zero_()
+            raise RuntimeError(
+                "backend 'cuda': an earlier call gave up at a grid barrier, its actions are NaN; "
+                "another process may have kept the GPU busy for seconds."
+            )
+        workspace = torch.empty(program.workspace.size, dtype=torch.float32, device=device)
+        sync = torch.empty(2, dtype=torch.int32, device=device)
+        args.program, args.weights, args.workspace = loaded.phases.data_ptr(), weights.data_ptr(), workspace.data_ptr()
+        args.sync, args.host_failure, args.spin_limit = sync.data_ptr(), failure.data_ptr(), self._spin_limit
+        for index, tensor in enumerate(inputs):
+            args.inputs[index] = tensor.data_ptr()
+
+        def memory() -> list[MemoryRange]:
+            constants = {"program": loaded.phases, **others}
+            constants |= {f"input {address}": tensor for address, tensor in {t.data_ptr(): t for t in inputs}.items()}
+            planes = [
+                (workspace.data_ptr() + 4 * region.start, 4 * region.size, region.name, False)
+                for region in program.workspace.regions
+            ]
+            changing = {"barrier": sync, "failure word": failure, **outputs}
+            return memory_map(constants, changing) + planes + weight_regions(program.layouts, weights, True)
+
+        index, stream = place(library, device)
+        library.call(
+            "sample",
+            ctypes.byref(args),
+            program.weight_bytes,
+            program.max_rows,
+            index,
+            self._max_blocks,
+            stream,
+            memory=memory,
+        )
+        return workspace
+
+
+def _parameters(network: BoundNetwork) -> list[Tensor]:
+    return [
+        tensor
+        for layer in network.layers
+        for group in (layer.weight, layer.bias, layer.norm_weight, layer.norm_bias)
+        if group is not None
+        for tensor in group
+    ]
+
+
+def _bytes_tensor(data: bytes, device: torch.device) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+
+
+def _to_device(key: Hashable, program: Program, device: torch.device) -> DeviceProgram:
+    steered = None if program.steered is None else program.steered.to(device)
+    tables = tuple(table.to(device) for table in program.time_tables)
+    return DeviceProgram(key, program, _bytes_tensor(program.program_bytes(), device), tables, steered)
+
+
+def _device_pack_table(
+    layouts: Sequence[NetworkLayout], networks: Sequence[BoundNetwork], device: torch.device
+) -> tuple[Tensor, int, int]:
+    items = [item for layout, network in zip(layouts, networks) for item in layout.pack_items(network)]
+    data, tiles = pack_table(items)
+    return _bytes_tensor(data, device), len(items), tiles
