@@ -39,7 +39,7 @@ class Cache:
         index = (key, None if owner is None else id(owner))
         found = self._find(index, owner)
         if found is None:
-            alive = None if owner is None else weakref.ref(owner, lambda gone: self._forget(index, gone))
+            alive = None if owner is None else weakref.ref(owner, lambda _: self._forget(index))
             made, dropped = (alive, make()), []  # what is dropped dies after the lock was let go
             with self._lock:
                 found = self._find(index, owner) or made
@@ -69,11 +69,9 @@ class Cache:
             self._entries.move_to_end(index)
             return found
 
-    def _forget(self, index: tuple[Hashable, int | None], gone: weakref.ref) -> None:
+    def _forget(self, index: tuple[Hashable, int | None]) -> None:
         with self._lock:
-            found = self._entries.get(index)
-            if found is not None and found[0] is gone:
-                del self._entries[index]
+            self._entries.pop(index, None)
 
     def _renew_lock(self) -> None:
         self._lock = threading.RLock()
