@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,16 +21,18 @@ from ..networks import PackableNetwork
 from ..spec import INPUT_ORDER, KINDS, TIME_EMBEDDINGS, NetworkSpec
 from . import layers, stacked
 from .calling import OutputLayout, UserCall, check_argument_order
-from .modules import ModuleNetwork, network_class
-from .proof import batch_size_apart_from, prove, random_blocks
-from .refusal import Refused
+from .dependence import check_other_tensors, check_repeats, followed_modes
+from .modules import ModuleNetwork, Recognition, dropouts
+from .proof import SCALES, batch_size_apart_from, prove, random_blocks
+from .random_states import kept_random_states
+from .refusal import Refused, first_line
 from .sources import named_sources, randomise, submodule
 
-__all__ = ["ModuleNetwork", "from_module"]
+__all__ = ["ModuleNetwork", "Recognition", "from_module", "recognise"]
 
 _HINTS = (
-    "obs_dim", "action_dim", "call", "input_order", "time_embedding", "time_embedding_dim", "activation", "layer_norm",
-    "layer_norm_eps", "weights", "biases", "norm_weights", "norm_biases",
+    "obs_dim", "action_dim", "call", "input_order", "time_embedding", "time_embedding_dim", "chunk_shape", "activation",
+    "layer_norm", "layer_norm_eps", "weights", "biases", "norm_weights", "norm_biases",
 )  # fmt: skip
 
 
@@ -50,6 +55,7 @@ def from_module(module: nn.Module | Sequence[nn.Module], kind: str = "flow", **h
             call: (module, *blocks) -> output, for another argument order or output; blocks as above, times [B, 1].
             input_order: of the blocks "obs", "actions" | "noisy_actions", "xbar", "t", "s", "u" among the columns.
             time_embedding, time_embedding_dim: "raw", "sinusoidal" or "fourier", and its width.
+            chunk_shape: (C, D) where the module takes actions as [B, C, D]; the result takes [B, A], A = C D.
             activation, layer_norm, layer_norm_eps: for modules that hold plain tensors.
             weights, biases, norm_weights, norm_biases: for these, per layer, dotted names or the tensors themselves.
 
@@ -74,17 +80,38 @@ def from_module(module: nn.Module | Sequence[nn.Module], kind: str = "flow", **h
         raise TypeError(f"from_module: module is {type(module).__name__}; expected an nn.Module or a list of them.")
     _check_hints(kind, hints)
     try:
-        _check_layers(module)
-        if hints.get("call") is None:
-            check_argument_order(module, kind)
-        with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.device("cpu"):
-            return _recognise(module, kind, hints)
+        return recognise(module, kind, hints)[0].network(module)
     except Refused as refusal:
         raise ValueError(
             f"from_module: {type(module).__name__} cannot run as a packed {kind}: {refusal}. Give a hint "
             f"({', '.join(_HINTS[:5])}, ...; see from_module's docstring), or pass the module itself: SteeredSampler "
             "accepts any callable."
         ) from None
+
+
+def recognise(
+    module: nn.Module, kind: str, hints: dict[str, Any], in_eval_mode: bool = False
+) -> tuple[Recognition, nn.Module]:
+    """What a module is, as `from_module` finds out, and the float64 copy that it was proved on.
+
+    Args:
+        module: not called; no random state is changed.
+        hints: checked ones.
+        in_eval_mode: recognises the module in eval mode, whatever mode it is in.
+
+    Raises:
+        Refused: with the reason.
+    """
+    _check_layers(module, in_eval_mode)
+    if hints.get("call") is None:
+        check_argument_order(module, kind)
+    with (
+        torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.device("cpu"), kept_random_states(),
+    ):  # fmt: skip
+        if hints.get("weights"):
+            hints = {**hints, "weights": stacked.roles_from_hints(module, hints)}
+        probe = _double_copy(module)
+        return _recognise(probe.eval() if in_eval_mode else probe, kind, hints), probe
 
 
 def _check_hints(kind: str, hints: dict[str, Any]) -> None:
@@ -100,14 +127,24 @@ def _check_hints(kind: str, hints: dict[str, Any]) -> None:
         value = hints[name] = as_int(hints[name])
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"from_module: {name} is {value!r}; expected a non-negative integer.")
+    chunk = hints.get("chunk_shape")
+    if chunk is not None:
+        hints["chunk_shape"] = chunk = tuple(map(as_int, chunk))
+        if len(chunk) != 2 or not all(type(size) is int and size > 0 for size in chunk):
+            raise ValueError(f"from_module: chunk_shape is {chunk!r}; expected (C, D), two integers >= 1.")
+        if hints.setdefault("action_dim", math.prod(chunk)) != math.prod(chunk):
+            raise ValueError(
+                f"from_module: action_dim is {hints['action_dim']}, chunk_shape {chunk!r}; expected C D = action_dim."
+            )
     order = hints.get("input_order")
     if order is not None and sorted(order) != sorted(INPUT_ORDER[kind]):
         raise ValueError(f"from_module: input_order is {order!r}; expected an order of {', '.join(INPUT_ORDER[kind])}.")
 
 
-def _check_layers(module: nn.Module) -> None:
+def _check_layers(module: nn.Module, in_eval_mode: bool) -> None:
+    dropping = [] if in_eval_mode else dropouts(module)
     for name, layer in module.named_modules():
-        if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.training and layer.p > 0:
+        if layer.training and any(layer is dropout for dropout in dropping):
             raise Refused(f"{name} is {layer} in training mode, so its output is random; call .eval() or set p=0 first")
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             raise Refused(f"{name} is {type(layer).__name__}, which is not supported")
@@ -152,13 +189,18 @@ def _dims_to_try(module: nn.Module, kind: str, hints: dict[str, Any]) -> list[tu
 
 
 def _calls_to_try(kind: str, hints: dict[str, Any]) -> list[UserCall]:
+    chunk = hints.get("chunk_shape")
     if hints.get("call") is not None:
-        return [UserCall(kind, custom=hints["call"])]
+        return [UserCall(kind, custom=hints["call"], chunk=chunk)]
     order = tuple(hints.get("input_order") or INPUT_ORDER[kind])
     embedding = hints.get("time_embedding") or "raw"
     width = hints.get("time_embedding_dim") or TIME_EMBEDDINGS[embedding]
     joined = UserCall(kind, "concatenated", None, order, embedding, width)
-    return [UserCall(kind), *([UserCall(kind, "flat_time")] if kind != "critic" else []), joined]
+    return [
+        UserCall(kind, chunk=chunk),
+        *([UserCall(kind, "flat_time", chunk=chunk)] if kind != "critic" else []),
+        joined,
+    ]
 
 
 # ---------------------------------------------------------------- recognition
@@ -185,24 +227,25 @@ def _has_meta(module: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in module.parameters())
 
 
-def _recognise(module: nn.Module, kind: str, hints: dict[str, Any]) -> PackableNetwork:
+def _recognise(probe: nn.Module, kind: str, hints: dict[str, Any]) -> Recognition:
     generator = torch.Generator().manual_seed(0)
-    probe = _double_copy(module)
-    with torch.random.fork_rng(devices=[]):
-        reasons: list[str] = []
-        for dims, call, named in _attempts(probe, kind, hints, generator):
-            try:
-                with torch.no_grad():
-                    traced = layers.trace(probe, call, list(named.values()))
-            except Exception as error:
-                shapes = ", ".join(f"{name} {list(block.shape)}" for name, block in named.items())
-                reasons.append(
-                    f"{call} with {shapes} raised {type(error).__name__}: {str(error).splitlines()[0][:200]}"
-                )
-                continue
-            if traced.traceable and traced.calls:
-                return _from_layers(module, probe, kind, dims, call, traced, hints, generator)
-            return _from_tensors(module, probe, kind, dims, call, hints, generator)
+    reasons: list[str] = []
+    for dims, call, named in _attempts(probe, kind, hints, generator):
+        blocks = list(named.values())
+        try:
+            with torch.no_grad():
+                traced = layers.trace(probe, call, blocks)
+        except Exception as error:
+            shapes = ", ".join(f"{name} {list(block.shape)}" for name, block in named.items())
+            reasons.append(f"{call} with {shapes} raised {type(error).__name__}: {first_line(error)}")
+            continue
+        way = _from_layers if traced.traceable and traced.calls else _from_tensors
+        try:
+            found = way(probe, kind, dims, call, traced, hints, generator)
+        except Refused:
+            check_repeats(probe, call, blocks)
+            raise
+        return replace(found, modes=followed_modes(probe, call, found.layout, blocks))
     cast = (
         " (the proof runs in float64, which a cast to float32 inside the module stops)"
         if "dtype" in str(reasons)
@@ -240,9 +283,9 @@ def _layout(kind: str, output: Any, batch_size: int, members: int) -> OutputLayo
 
 
 def _from_layers(
-    module: nn.Module, probe: nn.Module, kind: str, dims: tuple[int, int], call: UserCall, traced: layers.Trace,
-    hints: dict[str, Any], generator: torch.Generator,
-) -> PackableNetwork:  # fmt: skip
+    probe: nn.Module, kind: str, dims: tuple[int, int], call: UserCall, traced: layers.Trace, hints: dict[str, Any],
+    generator: torch.Generator,
+) -> Recognition:  # fmt: skip
     """A module whose nn.Linears were seen at work."""
     used = {id(p): p for c in traced.calls for layer in (c.linear, *c.norms) for p in layer.parameters()}
     randomise(list(used.values()), generator)
@@ -258,10 +301,17 @@ def _from_layers(
     sources = layers.read_sources(probe, traced, spec)
     layout = _layout(kind, traced.output, len(blocks[0]), members)
 
-    def first_columns(inputs: dict[str, Tensor]) -> Tensor:
+    def first_columns(inputs: dict[str, Tensor], times: bool = True) -> Tensor:
         found = layers.trace(probe, call, [block.detach() for block in inputs.values()]).calls[0].input
-        layers.read_columns(found, {name: block.detach() for name, block in inputs.items()}, spec.time_embedding)
+        blocks = {name: block.detach() for name, block in inputs.items()}
+        if times:
+            layers.read_columns(found, blocks, spec.time_embedding)
+        else:
+            layers.check_plain_columns(found, blocks, spec)
         return found
+
+    def prove_again(layout: OutputLayout, times: bool) -> None:
+        prove(probe, call, layout, spec, sources, generator, partial(first_columns, times=times), SCALES[:1])
 
     layouts = [layout] if kind != "meta_flow_map" else [layout, OutputLayout(is_velocity=True)]
     for candidate in layouts:
@@ -271,17 +321,18 @@ def _from_layers(
             if candidate is layouts[-1]:
                 raise
             continue
-        return network_class(kind)(module, spec, sources, call, candidate)
+        check_other_tensors(probe, set(used), partial(prove_again, candidate), generator)
+        return Recognition(spec, tuple(sources), call, candidate)
     raise AssertionError("unreachable: the last layout raises")
 
 
 def _from_tensors(
-    module: nn.Module, probe: nn.Module, kind: str, dims: tuple[int, int], call: UserCall, hints: dict[str, Any],
+    probe: nn.Module, kind: str, dims: tuple[int, int], call: UserCall, _: layers.Trace, hints: dict[str, Any],
     generator: torch.Generator,
-) -> PackableNetwork:  # fmt: skip
+) -> Recognition:  # fmt: skip
     """A module that holds its weights as plain tensors."""
     if hints.get("weights"):
-        given = stacked.roles_from_hints(module, hints)
+        given = hints["weights"]
         proposals = [given, stacked.transposed(given)]
     else:
         proposals = list(stacked.propose_roles(probe))
@@ -290,14 +341,21 @@ def _from_tensors(
         shapes = [source.find(probe).shape for source in roles.weights]
         if any(b[2] != a[1] for a, b in pairwise(shapes)):
             continue
-        randomise([source.base(submodule(probe, source.path)) for source in roles.flat], generator)
+        used = [source.base(submodule(probe, source.path)) for source in roles.flat]
+        randomise(used, generator)
         try:
-            found = _search(probe, kind, dims, call, roles, shapes, hints, generator)
-            prove(probe, call, found[1], found[0], roles.flat, generator)
+            spec, layout = _search(probe, kind, dims, call, roles, shapes, hints, generator)
+            prove(probe, call, layout, spec, roles.flat, generator)
         except Refused as refusal:
             reasons.append(str(refusal))
             continue
-        return network_class(kind)(module, found[0], roles.flat, call, found[1])
+
+        def prove_again(times: bool, roles=roles, spec=spec, layout=layout) -> None:
+            if times or spec.time_embedding == "raw":  # else what is not trained may make the time features
+                prove(probe, call, layout, spec, roles.flat, generator, scales=SCALES[:1])
+
+        check_other_tensors(probe, set(map(id, used)), prove_again, generator)
+        return Recognition(spec, tuple(roles.flat), call, layout)
     raise Refused(reasons[-1])
 
 

@@ -17,6 +17,7 @@ from .refusal import Refused
 
 BLOCKS_OF_KIND = INPUT_ORDER  # our forward takes the blocks in this order, whatever the order of the columns
 TIMES = ("t", "s", "u")
+ACTIONS = ("actions", "noisy_actions", "xbar")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class UserCall:
         style: "separate": module(obs, actions, t [B, 1]); "flat_time": t [B]; "concatenated": module(columns).
         custom: the user's own adaptor (module, *blocks) -> output; overrides style.
         input_order, time_embedding, time_embedding_dim: of the columns, for "concatenated".
+        chunk: (C, D) where the module takes actions [B, C, D], and a flow or map returns such.
     """
 
     kind: str
@@ -36,13 +38,21 @@ class UserCall:
     input_order: tuple[str, ...] = ()
     time_embedding: str = "raw"
     time_embedding_dim: int = 1
+    chunk: tuple[int, int] | None = None
 
     def __call__(self, module: nn.Module, blocks: Sequence[Tensor]) -> Any:
+        if self.chunk is not None:
+            names = BLOCKS_OF_KIND[self.kind]
+            blocks = [b.unflatten(-1, self.chunk) if name in ACTIONS else b for name, b in zip(names, blocks)]
         if self.custom is not None:
-            return self.custom(module, *blocks)
-        if isinstance(module, nn.ModuleList):
-            return [self._call(member, blocks) for member in module]
-        return self._call(module, blocks)
+            output = self.custom(module, *blocks)
+        elif isinstance(module, nn.ModuleList):
+            output = [self._call(member, blocks) for member in module]
+        else:
+            output = self._call(module, blocks)
+        if self.chunk is None or self.kind == "critic" or not isinstance(output, Tensor):
+            return output
+        return output.flatten(1)
 
     def _call(self, module: nn.Module, blocks: Sequence[Tensor]) -> Any:
         names = BLOCKS_OF_KIND[self.kind]
@@ -59,13 +69,12 @@ class UserCall:
         return time_features(block, self.time_embedding, self.time_embedding_dim).to(like.dtype)
 
     def __str__(self) -> str:
-        if self.custom is not None:
-            return "call(module, " + ", ".join(BLOCKS_OF_KIND[self.kind]) + ")"
         if self.style == "concatenated":
             return "module(torch.cat([" + ", ".join(self.input_order) + "], -1))"
-        time = "[B]" if self.style == "flat_time" else "[B, 1]"
-        names = [f"{name} {time}" if name in TIMES else name for name in BLOCKS_OF_KIND[self.kind]]
-        return "module(" + ", ".join(names) + ")"
+        times = " [B]" if self.style == "flat_time" else " [B, 1]"
+        actions = "" if self.chunk is None else " [B, C, D]"
+        names = [name + (times if name in TIMES else actions * (name in ACTIONS)) for name in BLOCKS_OF_KIND[self.kind]]
+        return ("module(" if self.custom is None else "call(module, ") + ", ".join(names) + ")"
 
 
 _ARGUMENT_NAMES = {

@@ -23,6 +23,7 @@ from .refusal import Refused, number
 from .sources import Source, named_sources
 
 EXACT = 1e-9  # relative, of float64 recomputations
+COLUMN_TOLERANCE = 1e-6  # a float32 cast inside the module is no other structure
 
 
 @dataclass
@@ -130,6 +131,15 @@ def read_columns(columns: Tensor, named: dict[str, Tensor], embedding: str | Non
     return InputColumns(tuple(order), found or "raw", width or 1)
 
 
+def check_plain_columns(columns: Tensor, named: dict[str, Tensor], spec: NetworkSpec) -> None:
+    """Raises Refused unless the blocks but the times still stand where the spec says."""
+    for name, block in named.items():
+        if name not in TIMES and block.shape[1]:
+            gap = (columns[:, spec.block_slices[name]] - block).abs().max().item()
+            if not gap <= COLUMN_TOLERANCE:
+                raise Refused(f"its first Linear reads other columns than {name}: off by {number(gap)}")
+
+
 def _block_at(
     columns: Tensor, plain: dict[str, Tensor], times: dict[str, Tensor], width: int, kinds: Sequence[str]
 ) -> tuple[str, str | None]:
@@ -138,7 +148,7 @@ def _block_at(
     for name, block in plain.items():
         if block.shape[1] <= columns.shape[1]:
             gap = (columns[:, : block.shape[1]] - block).abs().max().item()
-            if gap <= 1e-6:  # a float32 cast inside the module is no other structure
+            if gap <= COLUMN_TOLERANCE:
                 return name, None
             closest.append((gap, name))
     for name, block in times.items():

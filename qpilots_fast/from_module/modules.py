@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,22 +14,42 @@ from .calling import OutputLayout, UserCall
 from .sources import Source, submodule
 
 
+@dataclass(frozen=True)
+class Recognition:
+    """What a module was proved to be; holds nothing of the module itself.
+
+    Args:
+        spec: its structure.
+        sources: where each entry of flat_parameters lives.
+        call, layout: how it is called, and how its output is read.
+        modes: (path, training) of all its parts, where its output follows these; empty where it does not.
+    """
+
+    spec: NetworkSpec
+    sources: tuple[Source, ...]
+    call: UserCall
+    layout: OutputLayout
+    modes: tuple[tuple[str, bool], ...] = ()
+
+    def network(self, module: nn.Module) -> ModuleNetwork:
+        """The module packed: a FlowModule, CriticModule or MetaFlowMapModule."""
+        kinds = {"flow": FlowModule, "critic": CriticModule, "meta_flow_map": MetaFlowMapModule}
+        return kinds[self.spec.kind](module, self)
+
+
 class ModuleNetwork(PackableNetwork):
     """A packed view of the user's module: its forward calls the module, its parameters are the module's own.
 
     Args:
         module: the user's module; registered as `.module`.
-        spec: what `from_module` proved it to be.
-        sources: where each entry of flat_parameters lives.
-        call, layout: how it is called, and how its output is read.
+        found: what `from_module` proved it to be.
     """
 
-    def __init__(
-        self, module: nn.Module, spec: NetworkSpec, sources: Sequence[Source], call: UserCall, layout: OutputLayout
-    ) -> None:
+    def __init__(self, module: nn.Module, found: Recognition) -> None:
         super().__init__()
         self.module = module
-        self.spec = spec
+        self.spec = found.spec
+        sources = found.sources
         self._paths = tuple(dict.fromkeys(source.path for source in sources))
         # (owner, source, whether it is a parameter as it is)
         self._entries = tuple(
@@ -39,11 +60,10 @@ class ModuleNetwork(PackableNetwork):
             )
             for s in sources
         )
-        self._call_module = call
-        self._layout = layout
-        self._dropouts = [
-            layer for layer in module.modules() if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0
-        ]
+        self._call_module = found.call
+        self._layout = found.layout
+        self._dropouts = dropouts(module)
+        self._modes = [(module.get_submodule(path), training) for path, training in found.modes]
         self._structure = _structure(module)
         self.training = module.training  # not self.train(): parts of the module may be in another mode
 
@@ -51,7 +71,26 @@ class ModuleNetwork(PackableNetwork):
         if not all(plain for _, _, plain in self._entries):
             return None  # views are made anew at every call
         modes = [(layer.__dict__, name, getattr(layer, name)) for layer in self._dropouts for name in ("training", "p")]
+        modes += [(part.__dict__, "training", training) for part, training in self._modes]
         return module_slots(self) + modes
+
+    def mode_refusal(self) -> str | None:
+        """Why the module, in the mode that it is in now, is not what the packed network computes; None where it is."""
+        for layer in self._dropouts:
+            if layer.training and layer.p > 0:
+                return (
+                    f"{layer} of {type(self.module).__name__} is in training mode, and the packed network has no "
+                    "dropout; call .eval() on the module before sampling"
+                )
+        for part, training in self._modes:
+            if part.training is not training:
+                now, then = ("training", "eval") if part.training else ("eval", "training")
+                return (
+                    f"{type(part).__name__} is in {now} mode, which changes what {type(self.module).__name__} returns, "
+                    f"and was in {then} mode when from_module read it; call .{'train' if training else 'eval'}() on "
+                    "the module before sampling"
+                )
+        return None
 
     def bound(self) -> BoundNetwork:
         now = _structure(self.module)
@@ -65,12 +104,9 @@ class ModuleNetwork(PackableNetwork):
 
     def flat_parameters(self) -> list[Tensor]:
         """The user's live parameters, or views of them, layer by layer."""
-        for layer in self._dropouts:
-            if layer.training and layer.p > 0:
-                raise ValueError(
-                    f"{layer} of {type(self.module).__name__} is in training mode, and the packed network has no "
-                    "dropout; call .eval() on the module before sampling, or pass the module itself as a callable."
-                )
+        refusal = self.mode_refusal()
+        if refusal is not None:
+            raise ValueError(f"{refusal}, or give the sampler the module itself, which runs as it is in any mode.")
         owners = [submodule(self.module, path) for path in self._paths]  # each once: ensembles have hundreds
         return [
             owners[index]._parameters[source.name] if plain else source.resolve(owners[index])
@@ -79,6 +115,11 @@ class ModuleNetwork(PackableNetwork):
 
     def _run(self, *blocks: Tensor) -> Tensor:
         return self._layout.apply(self._call_module(self.module, blocks))
+
+
+def dropouts(module: nn.Module) -> list[Any]:
+    """The dropout layers of a module that drop something in training mode."""
+    return [layer for layer in module.modules() if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0]
 
 
 def _structure(module: nn.Module) -> dict[str, str]:
@@ -132,7 +173,3 @@ class MetaFlowMapModule(ModuleNetwork):
         t, s, u = (_as_time(value, xbar) for value in (t, s, u))
         output = self._run(obs, xbar, noisy_actions, t, s, u)
         return output if self._layout.is_velocity else (output - xbar) / (u - s)
-
-
-def network_class(kind: str) -> type[ModuleNetwork]:
-    return {"flow": FlowModule, "critic": CriticModule, "meta_flow_map": MetaFlowMapModule}[kind]

@@ -68,6 +68,7 @@ def prove(
     sources: Sequence[Source],
     generator: torch.Generator,
     first_columns: object = None,
+    scales: Sequence[float] = SCALES,
 ) -> float:
     """Compares outputs and input gradients on several batches; returns the largest relative difference.
 
@@ -75,6 +76,7 @@ def prove(
         module: a float64 copy of the user's module with random parameters.
         first_columns: function (named) -> the columns that the module's first Linear reads, where they are known:
             then the time features are compared apart, to the precision that the user computes them in.
+        scales: of the inputs, one a batch.
 
     Raises:
         Refused: with the numbers, where they differ.
@@ -82,7 +84,7 @@ def prove(
     worst = 0.0
     moving = MOVING[spec.kind]
     dims = (spec.obs_dim, spec.action_dim)
-    for offset, scale in enumerate(SCALES):
+    for offset, scale in enumerate(scales):
         size = batch_size_apart_from(spec.num_members, offset)
         named = random_blocks(spec.kind, dims, size, generator, scale)
         leaves = [named[name].requires_grad_() for name in ("obs", moving)]

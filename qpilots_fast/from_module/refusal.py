@@ -9,3 +9,8 @@ class Refused(Exception):
 
 def number(value: float) -> str:
     return f"{value:.3g}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in short."""
+    return (str(error).splitlines() or ["no message"])[0][:200]
