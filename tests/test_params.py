@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +44,28 @@ def test_other_lists_are_refused(old: str, new: str):
     own = {"Stage": ("rows", "state")}
     assert old in text(own)
     assert "other sources" in str(interface_mismatch(text(own).replace(old, new), own))
+
+
+@needs_module
+def test_the_package_uses_all_that_the_compiled_module_exports():
+    module, used = cpu.load_module(), set()
+    for file in Path(cpu.__file__).parents[1].rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute):
+                used.add(node.attr)
+            elif isinstance(node, ast.Constant):  # getattr(module, name)
+                used.add(node.value)
+    exported = {name: getattr(module, name) for name in dir(module) if not name.startswith("_")}
+    members = {
+        member
+        for value in exported.values()
+        if isinstance(value, type)
+        for member in vars(value)
+        if not member.startswith("_")
+    }
+    functions = {name for name, value in exported.items() if not isinstance(value, type)}
+    assert "cpu_sample" in functions and "arena_bytes" in members
+    assert (functions | members) - used == set()
 
 
 @needs_module

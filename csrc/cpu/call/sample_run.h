@@ -9,7 +9,8 @@
 
 namespace qpilots::cpu {
 
-// The state of one call, shared by its threads. Rows of `x`, `a`, ... are padded to `pitch` = padded(A).
+// The state of one call, shared by its threads. Below B is the batch, N the draws of a row, D = B N, E the critics, K
+// the steps, and P = padded(A) = pitch_ the width of a row of actions.
 class SampleRun {
  public:
   SampleRun(const SamplerPlan& plan, const SampleArgs& args, int threads);
@@ -62,26 +63,38 @@ class SampleRun {
   const SampleArgs& args_;
   const KernelTable& table_;
   const SteeringParams& steering_;
-  const int batch_, draws_, draw_rows_, pitch_, threads_, rows_together_;
+  const int batch_, draws_, draw_rows_, pitch_;  // B, N, D, P
+  const int threads_, rows_together_;
   int flow_ranges_, critic_ranges_;
   bool any_steered_ = false, keep_flow_ = false;
   float q_divisor_ = 1.0f;
 
-  const char* arenas_[3] = {};
-  ArenaLease* live_[3] = {};
-  float *x_, *v_, *a_, *g_, *jg_, *vhat_ = nullptr, *gx_ = nullptr, *total_ = nullptr;
-  float *flow_base_, *flow_time_, *critic_base_ = nullptr, *posterior_base_ = nullptr, *posterior_time_ = nullptr,
-                                  *posterior_x_ = nullptr;
-  float* delta_sum_ = nullptr;
-  char *flow_saves_ = nullptr, *posterior_saves_ = nullptr, *thread_saves_ = nullptr;
-  float *q_ = nullptr, *dq_ = nullptr, *value_ = nullptr, *std_ = nullptr, *p_ = nullptr;
-  float* zeros_;
+  const char* arenas_[3] = {};  // packed weights of flow, critic, posterior
+  ArenaLease* live_[3] = {};    // where they are live
+  float *x_, *v_;               // [B, P] the noisy actions, the velocity
+  float *a_, *g_;               // [D, P] the estimates, the gradients at them
+  float* jg_;                   // [D, P] those pulled back to x; of the posterior network's draws [B, P], their sum
+  float* vhat_ = nullptr;       // [D, P] what the posterior network, or a GLASS step's flow, returned
+  float* gx_ = nullptr;         // [D, P] GLASS: gradients at x, draw by draw
+  float* total_ = nullptr;      // [B, P] and their sum
+  // first layers: what the observation and the bias give once a call, what time gives at each step; W the padded width
+  float *flow_base_, *flow_time_;                                // [B, W], [K + K m, W] (m inner steps, GLASS alone)
+  float* critic_base_ = nullptr;                                 // [E, B, W]
+  float *posterior_base_ = nullptr, *posterior_time_ = nullptr;  // [B, W], [K, W]
+  float* posterior_x_ = nullptr;                                 // [B, W] base, time and x of a step, of all draws
+  float* delta_sum_ = nullptr;                                   // [B, W] first-layer deltas summed over the draws
+  // what derivatives need, Network::saves_bytes of so many rows
+  char* flow_saves_ = nullptr;          // B rows; GLASS: m times D rows
+  char* posterior_saves_ = nullptr;     // D rows
+  char* thread_saves_ = nullptr;        // [threads] times rows_together_ rows of a critic, critic_saves_bytes_ each
+  float *q_ = nullptr, *dq_ = nullptr;  // [E, D], [E, D, P] Q_j and its gradient at the estimate
+  float *value_ = nullptr, *std_ = nullptr, *p_ = nullptr;  // [D] aggregated Q, the members' std, draws' softmax
+  float* thread_weights_ = nullptr;                         // [threads, E] the members' weights w_j of one row
+  char* scratch_;                                           // [threads] of PassScratch, scratch_bytes_ each
   int scratch_width_;
-  char* scratch_;
   std::size_t scratch_bytes_, critic_saves_bytes_ = 0;
-  float* thread_weights_ = nullptr;
-  Barrier *barriers_, *all_;
-  std::atomic<int>* queues_;  // pack units, then items to prepare, then one a step
+  Barrier *barriers_, *all_;  // [threads] one a team, by its leader; of all threads
+  std::atomic<int>* queues_;  // [2 + K] pack units, then items to prepare, then one a step
 };
 
 // Visits the draws of a range of rows in pieces that fit the scratch; visit(RowRange).

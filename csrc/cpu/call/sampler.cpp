@@ -74,7 +74,6 @@ std::size_t SampleRun::carve(char* base) {
       flow_saves_ = c.take<char>(flow.saves_bytes(draw_rows_) * steering_.glass_steps);
     }
   }
-  zeros_ = c.take<float>(width);
   scratch_width_ = width;
   scratch_bytes_ = PassScratch::bytes(rows_together_, width);
   scratch_ = c.take<char>(scratch_bytes_ * threads_);
@@ -91,7 +90,6 @@ void SampleRun::set_arenas(const std::unique_ptr<ArenaLease> (&live)[3]) {
   for (int i = 0; i < threads_; ++i) new (&barriers_[i]) Barrier();
   new (all_) Barrier();
   for (int i = 0; i < plan_.steps() + 2; ++i) new (&queues_[i]) std::atomic<int>(0);
-  std::memset(zeros_, 0, sizeof(float) * scratch_width_);
 }
 
 void SampleRun::finish(RowRange rows, const Team& team) {

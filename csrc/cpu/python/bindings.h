@@ -1,4 +1,4 @@
-// What csrc/module.cpp binds of a device's code.
+// What module.cpp binds.
 #pragma once
 
 #include <pybind11/pybind11.h>
