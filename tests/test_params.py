@@ -48,8 +48,8 @@ def test_other_lists_are_refused(old: str, new: str):
 
 @needs_module
 def test_the_package_uses_all_that_the_compiled_module_exports():
-    module, used = cpu.load_module(), set()
-    for file in Path(cpu.__file__).parents[1].rglob("*.py"):
+    module, used = native.load_module(), set()
+    for file in Path(native.__file__).parents[1].rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Attribute):
                 used.add(node.attr)
