@@ -122,7 +122,7 @@ def test_rows_do_not_depend_on_batch_or_threads(backend, monkeypatch, path, prec
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["u", "u_odd", "u_wide", "qgf_jacobian"])
 def test_every_number_of_rows_sums_in_one_order(backend, monkeypatch, path, precision, name):
-    """Register tiles and row blocks change with the number of rows; the bits of a row must not."""
+    """Register blocks and ranges change with the number of rows; the bits of a row must not."""
     monkeypatch.setenv(native.ISA_VARIABLE, path)
     spec, bound, obs, noise, _ = build(name, 64, precision)
     alone = [backend.sample(Call(spec, bound, obs[i : i + 1], noise[i : i + 1], None)).actions for i in range(len(obs))]
