@@ -1,11 +1,9 @@
-"""Every C++ header includes what it uses: it compiles alone, and those of a path with each kind of vector. Their README
-names what is there."""
+"""Every C++ header includes what it uses: it compiles alone, and those of a path with each kind of vector."""
 
 from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sysconfig
@@ -58,14 +56,3 @@ def test_every_header_compiles_alone():
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         errors = dict(zip(found, pool.map(check, found.values())))
     assert not {name: text[:600] for name, text in errors.items() if text}
-
-
-def test_the_readme_names_files_and_identifiers_that_exist():
-    folder = CSRC / "cpu"
-    sources = [file for file in folder.rglob("*") if file.suffix in (".h", ".cpp")]
-    words = set(re.findall(r"\w+", "\n".join(file.read_text() for file in sources)))
-    named = set(re.findall(r"`([^`]+)`", (folder / "README.md").read_text()))
-    files = {name for name in named if re.search(r"[./*]", name)}
-    assert {"path/", "tuning.h"} < files and {"kStreamRows", "Amx::kRowsTogether"} < named - files
-    assert not {name for name in files if name != "-inl.h" and not any(folder.rglob(name.rstrip("/")))}
-    assert not {name for name in named - files if not set(name.split("::")) <= words}
