@@ -20,7 +20,8 @@ def words(*patterns: str) -> set[str]:
 
 
 def coded(text: str) -> set[str]:
-    return set(re.findall(r"`([^`]+)`", text))
+    """What stands between single backticks, blocks of code left out."""
+    return set(re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -35,6 +36,12 @@ def test_links_lead_somewhere(document: Path):
         if anchor:
             headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, link
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/adding.md"])
+def test_the_guides_name_files_that_exist(name: str):
+    paths = {path for path in coded((ROOT / name).read_text()) if re.fullmatch(r"[\w.]+/[\w./]*", path)}
+    assert len(paths) > 5 and not {path for path in paths if not (ROOT / path).exists()}
 
 
 def test_the_map_of_the_cpu_sources_names_what_they_hold():
