@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from qpilots_fast import CriticEnsemble, FlowMLP, MetaFlowMap, SteeredSampler, Steering, from_module
-from qpilots_fast.backends import cpu as cpu_backend
+from qpilots_fast.backends import native
 
-if cpu_backend._import_failure() is not None:
-    pytest.skip(cpu_backend._import_failure(), allow_module_level=True)
+if native.import_failure() is not None:
+    pytest.skip(native.import_failure(), allow_module_level=True)
 
 OBS, ACTION, STEPS, BATCH = 6, 3, 3, 5
 STEERINGS = {
