@@ -1,12 +1,14 @@
 // A packed network: where everything lies in a member's arena, and how a range of rows walks through it.
 #pragma once
 
-#include <memory>
+#include <cstddef>
+#include <cstdint>
 #include <vector>
 
 #include "call/parallel.h"
 #include "kernels.h"
 #include "live/write_watch.h"
+#include "qpilots/types.h"
 
 namespace qpilots::cpu {
 

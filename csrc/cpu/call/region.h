@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 
 #if defined(_OPENMP)
 #include <omp.h>

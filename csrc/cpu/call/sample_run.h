@@ -2,10 +2,17 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <memory>
+#include <vector>
 
+#include "call/network.h"
+#include "call/parallel.h"
 #include "call/region.h"
 #include "call/sampler.h"
+#include "kernels.h"
+#include "live/arena.h"
+#include "qpilots/types.h"
 
 namespace qpilots::cpu {
 

@@ -3,7 +3,6 @@
 #include <pthread.h>
 
 #include <chrono>
-#include <cstring>
 #include <new>
 #include <utility>
 

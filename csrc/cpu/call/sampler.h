@@ -1,6 +1,7 @@
 // One sampling call: all K steps inside one parallel region.
 #pragma once
 
+#include <cstddef>
 #include <memory>
 #include <vector>
 
@@ -8,6 +9,7 @@
 #include "live/arena.h"
 #include "live/buffer.h"
 #include "live/workspace.h"
+#include "qpilots/types.h"
 
 namespace qpilots::cpu {
 

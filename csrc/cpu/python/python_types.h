@@ -3,12 +3,16 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "call/network.h"
 #include "call/sampler.h"
+#include "live/arena.h"
+#include "live/workspace.h"
 
 namespace qpilots::cpu {
 
