@@ -112,16 +112,20 @@ class PackedRun:
         bound = self.bound()
         check_all_finite(obs, noise, eps)
         chosen = self._choices.backend(backend, self.spec, noise)
-        packed = None
-        if self._frozen:
-            if chosen.name not in self._packs:
-                self._packs[chosen.name] = (bound, chosen.pack(self.spec, bound))
-            bound, packed = self._packs[chosen.name]
+        bound, packed = self._packed(chosen, bound)
         raw = chosen.sample(Call(self.spec, bound, obs, noise, eps, alpha, packed, return_info))
         check_actions(raw.actions)
         if count == 1:
             self._make_quick(backend, chosen, bound, packed)
         return raw
+
+    def _packed(self, chosen: Backend, bound: BoundNetworks) -> tuple[BoundNetworks, Any]:
+        """Of a frozen sampler, the weights that its first call on this backend packed; else None."""
+        if not self._frozen:
+            return bound, None
+        if chosen.name not in self._packs:
+            self._packs[chosen.name] = (bound, chosen.pack(self.spec, bound))
+        return self._packs[chosen.name]
 
     def _make_quick(self, backend: str, chosen: Backend, networks: BoundNetworks, packed: Any) -> None:
         """Lets the calls to come take the backend's quick way."""
@@ -155,7 +159,15 @@ class PackedRun:
 
     def capture(self, backend: str, device: torch.device, batch_size: int) -> Callable[..., Tensor]:
         """A CUDA graph of one call."""
-        return self._choice(backend, device, batch_size).backend.capture(self.spec, self.bound(), batch_size)
+        count = self.spec.steering.num_candidates
+        if count > 1:
+            raise BackendUnavailable(
+                f"a captured graph takes one sample an observation, and this steering has num_candidates={count}; "
+                "expected 1: capture such a sampler and rank its actions by ops.pessimistic_q."
+            )
+        chosen = self._choice(backend, device, batch_size).backend
+        bound, packed = self._packed(chosen, self.bound())
+        return chosen.capture(self.spec, bound, batch_size, packed)
 
     def _choice(self, backend: str, device: torch.device, rows: int) -> Choice:
         return backends.choose(Request(backend, self.spec.precision, device, torch.float32, self.spec, rows))

@@ -217,8 +217,12 @@ class SteeredSampler(nn.Module):
     def capture(self, batch_size: int) -> Callable[..., Tensor]:
         """A CUDA graph of the whole call at a fixed batch size: returns f(obs, noise, posterior_noise=None) -> actions.
 
+        Every replay reads what the parameters' memory holds then (frozen: the weights packed once). f draws nothing
+        itself, and takes float32 tensors of the networks' device in just these shapes: [B, S], [B, A], [K, B, N, A].
+
         Raises:
-            BackendUnavailable: where the chosen backend has no graphs (they exist on GPUs alone).
+            BackendUnavailable: where the chosen backend has no graphs (they exist on GPUs alone), and for
+                num_candidates > 1.
         """
         return self._run.capture(self.backend, self._device(), batch_size)
 

@@ -170,6 +170,11 @@ class BoundNetwork:
     def device(self) -> torch.device:
         return self.layers[0].weight[0].device
 
+    def parameters(self) -> list[Tensor]:
+        """Every tensor of `layers`, layer by layer."""
+        groups = (g for layer in self.layers for g in (layer.weight, layer.bias, layer.norm_weight, layer.norm_bias))
+        return [tensor for group in groups for tensor in group or ()]
+
 
 @dataclass(frozen=True)
 class BoundNetworks:

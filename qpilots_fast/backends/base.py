@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,6 +53,18 @@ class Footprint:
     workspace_bytes: int  # beyond packed weights, inputs and outputs
     floor_s: float | None  # physical lower bound on this machine; None where the machine is not known
     notes: tuple[str, ...] = ()
+
+
+_T = TypeVar("_T")
+
+
+class Graph(Protocol):
+    """Records what a function queues on the GPU, to queue it again without the function."""
+
+    def record(self, enqueue: Callable[[], _T]) -> _T:
+        """Calls enqueue, more than once perhaps; returns what the recorded call returned."""
+
+    def replay(self) -> None: ...
 
 
 Slots = list[tuple[dict, str, object]]
@@ -116,8 +128,20 @@ class Backend(ABC):
     def vjp(self, network: Any, blocks: Sequence[Tensor], cotangent: Tensor, precision: str) -> Tensor:
         """cotangent [E, B, out] pulled back to all input columns, summed over the members: [B, input_dim]."""
 
-    def capture(self, spec: SamplerSpec, networks: BoundNetworks, batch_size: int) -> Callable[..., Tensor]:
-        """A CUDA graph of one call at a fixed batch size: f(obs, noise, posterior_noise=None) -> actions."""
+    def capture(
+        self,
+        spec: SamplerSpec,
+        networks: BoundNetworks,
+        batch_size: int,
+        packed: Any = None,
+        graph: Graph | None = None,
+    ) -> Callable[..., Tensor]:
+        """A CUDA graph of one call at a fixed batch size: f(obs, noise, posterior_noise=None) -> actions.
+
+        Args:
+            packed: what `pack` returned; None reads the networks' current weights at every replay.
+            graph: what records; None: a CUDA graph of the networks' device.
+        """
         raise BackendUnavailable(f"backend {self.name!r} has no CUDA graphs; expected 'triton' or 'cuda' on a GPU.")
 
     def live_weights(self, spec: SamplerSpec, networks: BoundNetworks) -> str | None:

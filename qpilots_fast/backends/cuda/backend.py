@@ -6,9 +6,10 @@ The kernels (csrc/cuda) are a shared library of their own, with a C ABI over raw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from torch import Tensor
 from ...errors import BackendUnavailable
 from ...spec import BoundNetwork, BoundNetworks, RawSample, SamplerSpec, StepReport
 from ...steering import Steering
-from ..base import Backend, Call, Footprint
+from ..base import Backend, Call, Footprint, Graph
+from ..captured import CapturedSampler, CudaGraph, capturing
 from ..counts import count_flops
 from . import rows
 from .counts import count_barriers, count_traffic, counted_program
@@ -65,6 +67,7 @@ class CudaBackend(Backend):
     def __init__(self, library: Library | None = None, max_blocks: int = 0, spin_limit: int = _SPIN_LIMIT) -> None:
         self._loader = Loader(library)
         self._launcher = Launcher(self._loader, max_blocks, spin_limit)
+        self._captured: list[Any] = []  # read by graphs that others captured: never freed
 
     # ---------------------------------------------------------------- availability
 
@@ -104,9 +107,17 @@ class CudaBackend(Backend):
 
     def pack(self, spec: SamplerSpec, networks: BoundNetworks) -> PackedWeights:
         program = self._launcher.sample_program(spec, networks, 1)
-        return PackedWeights(self._launcher.packed(program, spec.taking_part(networks)), _pack_key(spec, networks))
+        weights, _ = self._launcher.packed(program, spec.taking_part(networks))
+        return PackedWeights(weights, _pack_key(spec, networks))
 
     def sample(self, call: Call) -> RawSample:
+        raw, holds = self._enqueue(call)
+        if capturing(call.noise.device):
+            self._captured.append(holds[0])  # the rest is memory of that graph
+        return raw
+
+    def _enqueue(self, call: Call) -> tuple[RawSample, Any]:
+        """The call, queued, and what its kernels read and write besides the call's own tensors and the result."""
         spec, networks, noise, packed, batch = call.spec, call.networks, call.noise, call.packed, call.batch_size
         reason = self.refusal(spec, noise.device)
         if reason is None and batch > MAX_BATCH_SIZE:
@@ -118,8 +129,9 @@ class CudaBackend(Backend):
             raise BackendUnavailable(f"backend 'cuda' cannot run this call: {reason}.")
         loaded = self._launcher.sample_program(spec, networks, batch)
         args = SampleArgs.from_buffer_copy(loaded.program.args)
+        table = None
         if packed is None:
-            weights = self._launcher.packed(loaded, spec.taking_part(networks))
+            weights, table = self._launcher.packed(loaded, spec.taking_part(networks))
         elif packed.key != _pack_key(spec, networks):
             raise ValueError("packed was made for another sampler; expected what pack(spec, networks) returned.")
         else:
@@ -143,41 +155,32 @@ class CudaBackend(Backend):
         others = {"noise": noise, "posterior noise": eps, "schedule": loaded.tables[-1], "steered dims": loaded.steered}
         others["alpha"] = alpha
         outputs = {"actions": actions, **reported}
-        self._launcher.launch(loaded, args, weights, inputs, others, outputs)
-        return RawSample(actions, report)
+        workspace, barrier = self._launcher.launch(loaded, args, weights, inputs, others, outputs)
+        return RawSample(actions, report), ((loaded, table, packed), (weights, workspace, barrier))
 
-    def capture(self, spec: SamplerSpec, networks: BoundNetworks, batch_size: int) -> Callable[..., Tensor]:
+    def capture(
+        self,
+        spec: SamplerSpec,
+        networks: BoundNetworks,
+        batch_size: int,
+        packed: Any = None,
+        graph: Graph | None = None,
+    ) -> CapturedSampler:
         device = networks.flow.device
-        if device.type != "cuda":
-            return super().capture(spec, networks, batch_size)
-        obs = torch.zeros(batch_size, spec.flow.obs_dim, device=device)
-        noise = torch.zeros(batch_size, spec.flow.action_dim, device=device)
-        shape = spec.posterior_noise_shape(batch_size)
-        eps = None if shape is None else torch.zeros(shape, device=device)
-        call = Call(spec, networks, obs, noise, eps)
-        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.device(device), torch.cuda.stream(side):
-            self.sample(call)  # programs and tables reach the device before the capture
-        torch.cuda.current_stream(device).wait_stream(side)
-        with torch.cuda.device(device), torch.cuda.graph(graph):
-            actions = self.sample(call).actions
+        graph = CudaGraph(device) if graph is None else graph
 
-        def replay(new_obs: Tensor, new_noise: Tensor, new_eps: Tensor | None = None) -> Tensor:
-            obs.copy_(new_obs)
-            noise.copy_(new_noise)
-            if eps is not None and new_eps is not None:
-                eps.copy_(new_eps)
-            graph.replay()
-            return actions.clone()
+        def enqueue(call: Call) -> tuple[Tensor, Any]:
+            raw, holds = self._enqueue(call)
+            return raw.actions, holds
 
-        return replay
+        watch = partial(self._launcher.check_failure, device)
+        return CapturedSampler(spec, networks, batch_size, enqueue, graph, packed, before_replay=watch)
 
     # ---------------------------------------------------------------- one network
 
     def prepare(self, network: BoundNetwork, precision: str) -> PreparedNetwork:
         program = self._launcher.network_program(network, 1, precision, network.device, differentiable=True)
-        return PreparedNetwork(network, precision, self._launcher.packed(program, [network]))
+        return PreparedNetwork(network, precision, self._launcher.packed(program, [network])[0])
 
     def forward(self, network: BoundNetwork | PreparedNetwork, blocks: Sequence[Tensor], precision: str) -> Tensor:
         return self._run_network(network, blocks, None, precision)
@@ -213,9 +216,9 @@ class CudaBackend(Backend):
                 raise ValueError(f"precision is {precision!r}; the network was prepared for {network.precision!r}.")
             weights = network.weights
         else:
-            weights = self._launcher.packed(loaded, [bound])
+            weights, _ = self._launcher.packed(loaded, [bound])
         staged = [inputs] if cotangents is None else [inputs, inputs, inputs, cotangents]
-        workspace = self._launcher.launch(loaded, args, weights, staged, {}, {})
+        workspace, _ = self._launcher.launch(loaded, args, weights, staged, {}, {})
         region = loaded.program.output
         assert region is not None
         return workspace[region.start : region.start + region.size].clone().view(bound.spec.num_members, batch, -1)

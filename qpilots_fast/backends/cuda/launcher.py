@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...spec import BoundNetwork, BoundNetworks, SamplerSpec
 from ..caches import Cache
+from ..captured import refuse_while_capturing
 from .layout import WEIGHT_BYTES, NetworkLayout, pack_table, presence
 from .library import Loader, MemoryRange, memory_map, place, weight_regions
 from .plan import Program, plan_network, plan_sample
@@ -65,11 +66,11 @@ class Launcher:
 
         return self._programs.obtain(key, make)
 
-    def packed(self, loaded: DeviceProgram, networks: Sequence[BoundNetwork]) -> Tensor:
-        """The live weights in the kernels' layout, by one kernel; the table of pointers is kept between calls."""
+    def packed(self, loaded: DeviceProgram, networks: Sequence[BoundNetwork]) -> tuple[Tensor, Tensor]:
+        """The live weights in the kernels' layout, by one kernel, and the table of pointers that it reads."""
         layouts = loaded.program.layouts
         device = loaded.phases.device
-        key = tuple((t.data_ptr(), t.stride(), t.dtype, t.device) for network in networks for t in _parameters(network))
+        key = tuple((t.data_ptr(), t.stride(), t.dtype, t.device) for network in networks for t in network.parameters())
         wrong = next((d for *_, d in key if d != device), None)
         if wrong is not None:
             raise ValueError(f"a parameter is on {wrong}; expected every parameter on {device}.")
@@ -80,7 +81,7 @@ class Launcher:
         library = self._loader.get()
 
         def memory() -> list[MemoryRange]:
-            named = {f"parameter {i}": t for i, t in enumerate(t for n in networks for t in _parameters(n))}
+            named = {f"parameter {i}": t for i, t in enumerate(t for n in networks for t in n.parameters())}
             return memory_map({"pack table": table, **named}, {}) + weight_regions(layouts, weights, False)
 
         library.call(
@@ -92,7 +93,25 @@ class Launcher:
             *place(library, device),
             memory=memory,
         )
-        return weights
+        return weights, table
+
+    def check_failure(self, device: torch.device) -> Tensor:
+        """The word that kernels of this device write to when they give up.
+
+        Raises:
+            RuntimeError: where one did, at a barrier of an earlier call or replay; once.
+        """
+        with self._lock:
+            if device not in self._failure_words:
+                self._failure_words[device] = self._loader.get().failure_word()
+            failure = self._failure_words[device]
+        if failure.item() != 0:
+            failure.zero_()
+            raise RuntimeError(
+                "backend 'cuda': an earlier call gave up at a grid barrier, its actions are NaN; "
+                "another process may have kept the GPU busy for seconds."
+            )
+        return failure
 
     def launch(
         self,
@@ -102,23 +121,14 @@ class Launcher:
         inputs: Sequence[Tensor],
         others: dict[str, Tensor | None],
         outputs: dict[str, Tensor | None],
-    ) -> Tensor:
-        """Queues the persistent kernel; returns its workspace.
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Queues the persistent kernel; returns its workspace, and the words of its barrier.
 
         Raises:
             RuntimeError: where an earlier call gave up at a barrier.
         """
         library, device, program = self._loader.get(), weights.device, loaded.program
-        with self._lock:
-            if device not in self._failure_words:
-                self._failure_words[device] = library.failure_word()
-            failure = self._failure_words[device]
-        if failure.item() != 0:
-            failure.zero_()
-            raise RuntimeError(
-                "backend 'cuda': an earlier call gave up at a grid barrier, its actions are NaN; "
-                "another process may have kept the GPU busy for seconds."
-            )
+        failure = self.check_failure(device)
         workspace = torch.empty(program.workspace.size, dtype=torch.float32, device=device)
         sync = torch.empty(2, dtype=torch.int32, device=device)
         args.program, args.weights, args.workspace = loaded.phases.data_ptr(), weights.data_ptr(), workspace.data_ptr()
@@ -147,17 +157,7 @@ class Launcher:
             stream,
             memory=memory,
         )
-        return workspace
-
-
-def _parameters(network: BoundNetwork) -> list[Tensor]:
-    return [
-        tensor
-        for layer in network.layers
-        for group in (layer.weight, layer.bias, layer.norm_weight, layer.norm_bias)
-        if group is not None
-        for tensor in group
-    ]
+        return workspace, (sync, failure)
 
 
 def _bytes_tensor(data: bytes, device: torch.device) -> Tensor:
@@ -165,6 +165,7 @@ def _bytes_tensor(data: bytes, device: torch.device) -> Tensor:
 
 
 def _to_device(key: Hashable, program: Program, device: torch.device) -> DeviceProgram:
+    refuse_while_capturing(device, "this sampler has not run at this batch size yet")
     steered = None if program.steered is None else program.steered.to(device)
     tables = tuple(table.to(device) for table in program.time_tables)
     return DeviceProgram(key, program, _bytes_tensor(program.program_bytes(), device), tables, steered)
@@ -173,6 +174,7 @@ def _to_device(key: Hashable, program: Program, device: torch.device) -> DeviceP
 def _device_pack_table(
     layouts: Sequence[NetworkLayout], networks: Sequence[BoundNetwork], device: torch.device
 ) -> tuple[Tensor, int, int]:
+    refuse_while_capturing(device, "a parameter's storage moved since the last call")
     items = [item for layout, network in zip(layouts, networks) for item in layout.pack_items(network)]
     data, tiles = pack_table(items)
     return _bytes_tensor(data, device), len(items), tiles

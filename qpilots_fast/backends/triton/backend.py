@@ -14,14 +14,16 @@ from torch import Tensor
 
 from ...errors import BackendUnavailable
 from ...spec import BoundNetwork, BoundNetworks, RawSample, SamplerSpec, StepReport
-from ..base import Backend, Call, Footprint
+from ..base import Backend, Call, Footprint, Graph
 from ..caches import Cache
+from ..captured import CapturedSampler, CudaGraph, capturing, refuse_while_capturing
 from .launch_table import MAX_ACTION_PAD, LaunchTable, default_table, dot_mode
 from .launcher import launch
 from .packing import OPERAND_DTYPES, NetworkLayout, PackedBuffers, launch_constants, padded_width, parameter_addresses
 from .plan import SamplerPlan, Workspace, capability, multiprocessors
 
 OLDEST_TRITON = (3, 2)
+_NOT_READY = "this sampler has not run at this batch size yet, or not since its last capture"
 _KEPT = 16  # workspaces, packed buffers and plans kept per backend; the least recently used goes first
 
 
@@ -117,8 +119,11 @@ class TritonBackend(Backend):
     # ------------------------------------------------------------ the sampler
 
     def plan(self, spec: SamplerSpec, device: torch.device) -> SamplerPlan:
-        with self._lock:
-            return self._plans.obtain((spec, device), lambda: SamplerPlan(spec, device, self.table))
+        def make() -> SamplerPlan:
+            refuse_while_capturing(device, _NOT_READY)
+            return SamplerPlan(spec, device, self.table)
+
+        return self._plans.obtain((spec, device), make)
 
     def pack(self, spec: SamplerSpec, networks: BoundNetworks) -> PackedSampler:
         bound = spec.taking_part(networks)
@@ -144,6 +149,8 @@ class TritonBackend(Backend):
                 buffers.pack(bound)
             else:
                 buffers = call.packed.buffers
+            if capturing(device):
+                self._captured.append((plan, buffers))
             actions = torch.empty_like(noise)
             plan.run(ws, buffers, call.obs, noise, call.posterior_noise, actions, call.alpha)
             if call.return_info:
@@ -154,26 +161,40 @@ class TritonBackend(Backend):
     def _obtain(self, cache: Cache, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """The entry of the current stream. A CUDA graph under capture takes an entry over for good."""
         device = key[0]
-        if device.type != "cuda":
-            return cache.obtain((key, 0), make)
-        if not torch.cuda.is_current_stream_capturing():
-            return cache.obtain((key, torch.cuda.current_stream(device).cuda_stream), make)
+        if not capturing(device):
+            stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+            return cache.obtain((key, stream), make)
         taken = cache.take(lambda kept: kept[0] == key)
-        if taken is not None:
-            self._captured.append(taken)
-            return taken
-        raise BackendUnavailable(
-            "inside a CUDA graph capture, but this sampler has not run at this batch size yet; call it once before "
-            "capturing (kernels are compiled and weights laid out in that call)."
-        )
+        if taken is None:
+            refuse_while_capturing(device, _NOT_READY)
+        self._captured.append(taken)
+        return taken
 
-    def capture(self, spec: SamplerSpec, networks: BoundNetworks, batch_size: int) -> Callable[..., Tensor]:
-        """One call as a CUDA graph that reads the current weights at every replay."""
-        bound = spec.taking_part(networks)
-        device = networks.flow.device
-        if device.type != "cuda":
-            raise BackendUnavailable(f"CUDA graphs need a CUDA device; the networks are on {device}.")
-        return CapturedSampler(self.plan(spec, device), bound, batch_size)
+    def capture(
+        self,
+        spec: SamplerSpec,
+        networks: BoundNetworks,
+        batch_size: int,
+        packed: Any = None,
+        graph: Graph | None = None,
+    ) -> CapturedSampler:
+        """One call as a CUDA graph, with a workspace and (unless packed) weights of its own."""
+        device, bound = networks.flow.device, spec.taking_part(networks)
+        graph = CudaGraph(device) if graph is None else graph
+        with self._lock, _on(device):
+            plan = self.plan(spec, device)
+            plan.check_size(batch_size)
+            workspace = plan.workspace(batch_size, self._fill)
+            buffers = PackedBuffers(plan.layouts, spec.precision, device) if packed is None else packed.buffers
+
+        def enqueue(call: Call) -> tuple[Tensor, Any]:
+            if packed is None:
+                buffers.pack(bound)
+            actions = torch.empty_like(call.noise)
+            plan.run(workspace, buffers, call.obs, call.noise, call.posterior_noise, actions)
+            return actions, (plan, workspace, buffers)
+
+        return CapturedSampler(spec, networks, batch_size, enqueue, graph, packed)
 
     # ------------------------------------------------------------ single networks
 
@@ -245,55 +266,6 @@ class TritonBackend(Backend):
 
         device = torch.device("cuda" if torch.cuda.is_available() and not interpreting() else "cpu")
         return footprint(self.plan(spec, device), batch_size)
-
-
-class CapturedSampler:
-    """A CUDA graph of one call with its own workspace, weights and static inputs."""
-
-    def __init__(self, plan: SamplerPlan, bound: list[BoundNetwork], batch_size: int) -> None:
-        spec, device = plan.spec, plan.device
-        self._obs = torch.zeros(batch_size, spec.flow.obs_dim, device=device)
-        self._noise = torch.zeros(batch_size, spec.flow.action_dim, device=device)
-        shape = spec.posterior_noise_shape(batch_size)
-        self._posterior_noise = None if shape is None else torch.zeros(shape, device=device)
-        self._actions = torch.empty_like(self._noise)
-        self._workspace = plan.workspace(batch_size)
-        self._buffers = PackedBuffers(plan.layouts, spec.precision, device)
-        self._plan, self._bound = plan, bound
-        with torch.cuda.device(device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self._enqueue()  # compiles
-            torch.cuda.current_stream().wait_stream(side)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._enqueue()
-
-    def _enqueue(self) -> None:
-        self._buffers.pack(self._bound)
-        self._plan.run(
-            self._workspace, self._buffers, self._obs, self._noise, self._posterior_noise, self._actions
-        )  # fmt: skip
-
-    def __call__(self, obs: Tensor, noise: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
-        """actions [B, A]; the inputs have the captured batch size.
-
-        Raises:
-            ValueError: for other shapes, or where posterior_noise is missing.
-        """
-        given = {"obs": obs, "noise": noise, "posterior_noise": posterior_noise}
-        static = {"obs": self._obs, "noise": self._noise, "posterior_noise": self._posterior_noise}
-        for name, target in static.items():
-            source = given[name]
-            if target is None:
-                continue
-            if source is None or source.shape != target.shape:
-                got = None if source is None else list(source.shape)
-                raise ValueError(f"{name} has shape {got}; the captured graph expects {list(target.shape)}.")
-            target.copy_(source)
-        self._graph.replay()
-        return self._actions.clone()
 
 
 def _on(device: torch.device) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...errors import BackendUnavailable
 from ...spec import NetworkSpec, SamplerSpec
 from ..base import BoundNetwork
+from ..captured import refuse_while_capturing
 from .launch_table import Tile
 from .launcher import launch
 
@@ -225,11 +226,7 @@ class PackedBuffers:
 
     def _build_table(self, bound: Sequence[BoundNetwork], addresses: tuple[int, ...]) -> PackTable:
         device = self.weights.device
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise BackendUnavailable(
-                "a parameter's storage moved since the last call, and its new address cannot be uploaded inside a CUDA "
-                "graph capture; call the sampler once before capturing."
-            )
+        refuse_while_capturing(device, "a parameter's storage moved since the last call")
         table = PackTable(addresses)
         by_dtype: dict[torch.dtype, list[list[int]]] = {}
         w, vec = 0, 0
@@ -247,13 +244,7 @@ class PackedBuffers:
 
 def parameter_addresses(bound: Sequence[BoundNetwork]) -> tuple[int, ...]:
     """Where the storage of every parameter starts; a change means that the table of items is stale."""
-    return tuple(
-        p.data_ptr()
-        for network in bound
-        for layer in network.layers
-        for members in (layer.weight, layer.bias, layer.norm_weight, layer.norm_bias)
-        for p in members or ()
-    )
+    return tuple(parameter.data_ptr() for network in bound for parameter in network.parameters())
 
 
 def _items(

@@ -1,0 +1,99 @@
+"""Captured Triton samplers in the interpreter (test_triton_interpreter.py starts it): replays, and what they keep."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1: test_triton_interpreter.py starts it", allow_module_level=True)
+
+from torch import Tensor
+
+from qpilots_fast import BackendUnavailable
+from qpilots_fast.backends import Call
+from qpilots_fast.backends.triton import launcher
+from tests.recorded_graph import Record, RecordedGraph, not_held
+from tests.test_triton_kernels import GLASS, M, U, backend, networks_of, small, spec_of
+
+
+class InterpretedGraph(RecordedGraph):
+    """Kernel launches, and the memory that they touch: their arguments, and the addresses in the pack table."""
+
+    def __init__(self) -> None:
+        super().__init__(self._catch_launches)
+        self.ranges: list[tuple[int, int, str]] = []
+
+    def _catch_launches(self, record: Record) -> Callable[[], object]:
+        kernel_of = launcher.kernel_of
+
+        def recorded(name: str) -> Any:
+            note, kernel = self._note, kernel_of(name)
+
+            class Grids:
+                def __getitem__(self, grid: tuple[int, ...]) -> Any:
+                    def launch(**arguments: Any) -> None:
+                        note(name, arguments)
+                        record(lambda: kernel[grid](**arguments))
+
+                    return launch
+
+            return Grids()
+
+        launcher.kernel_of = recorded
+        return lambda: setattr(launcher, "kernel_of", kernel_of)
+
+    def _note(self, kernel: str, arguments: dict[str, Any]) -> None:
+        for name, value in arguments.items():
+            if isinstance(value, Tensor) and value.numel():
+                self.ranges.append((value.data_ptr(), value.nbytes, f"{kernel}: {name}"))
+        if kernel == "pack":
+            for item in arguments["item_ptr"].tolist():
+                addresses = (item[0], *item[8:11])
+                self.ranges += [(address, 1, f"pack: item {item}") for address in addresses if address]
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["live", "frozen"])
+@pytest.mark.parametrize("steering", [U, M, GLASS], ids=["u", "m", "glass"])
+def test_replays_are_the_calls(steering, frozen) -> None:
+    case = small(steering, hidden_dims=(9,))
+    triton, spec, networks, graph = backend(), spec_of(case), networks_of(case), InterpretedGraph()
+    packed = triton.pack(spec, networks) if frozen else None
+    captured = triton.capture(spec, networks, len(case.obs), packed, graph)
+    assert len(graph.launches) == triton.footprint(spec, len(case.obs)).launches - frozen
+    assert not_held(captured, graph.ranges) == []
+    inputs = case.obs, case.noise, case.posterior_noise
+    expected = triton.sample(Call(spec, networks, *inputs)).actions
+    assert torch.equal(captured(*inputs), expected)
+    with torch.no_grad():
+        for parameter in case.flow.parameters():
+            parameter.mul_(1.1)
+    changed = triton.sample(Call(spec, networks, *inputs)).actions
+    assert not torch.equal(changed, expected)
+    del triton, networks
+    gc.collect()
+    assert torch.equal(captured(*inputs), expected if frozen else changed)
+
+
+def test_inside_a_capture_of_others_what_it_reads_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = small(U, hidden_dims=(9,))
+    triton, spec, networks = backend(), spec_of(case), networks_of(case)
+    call = Call(spec, networks, case.obs, case.noise)
+    expected = triton.sample(call).actions
+    plan = triton.plan(spec, case.obs.device)
+    (workspace,), (buffers,) = triton._workspaces.values(), triton._live.values()
+    for module in ("captured", "triton.backend"):
+        monkeypatch.setattr(f"qpilots_fast.backends.{module}.capturing", lambda device: True)
+    assert torch.equal(triton.sample(call).actions, expected)
+    kept = triton._captured
+    assert kept[0] is workspace and kept[1] is buffers and kept[2] == (plan, buffers)
+    with pytest.raises(BackendUnavailable, match=r"has not run at this batch size yet.*; call the sampler once"):
+        triton.sample(call)  # its workspace and weights are the other graph's
+    monkeypatch.undo()
+    assert torch.equal(triton.sample(call).actions, expected)
+    assert triton._workspaces.values()[0] is not workspace and triton._live.values()[0] is not buffers
