@@ -93,9 +93,8 @@ class CapturedSampler:
             self._actions, enqueued = graph.record(lambda: enqueue(call))
         self._inputs, self._graph, self._before_replay = made, graph, before_replay
         self._lock = threading.Lock()  # between filling the inputs and reading the actions
-        # aliases: where a user gives a parameter other memory, this keeps what the graph reads
-        parameters = [p.detach() for network in spec.taking_part(networks) for p in network.parameters()]
-        self.holds = (made, parameters, packed, enqueued)
+        # networks: views, which keep what the graph reads where a user gives a parameter other memory
+        self.holds = (made, networks, packed, enqueued)
 
     def __call__(self, obs: Tensor, noise: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
         """One call on the current stream; actions [B, A].
