@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .backends import Backend, Call, Request
+from .backends import Backend, Call, Request, RowKernels
 from .evaluators import NetworkCall, backend_call, compute_dtype, packed_critic, reference_call, reference_evaluators
 from .inputs import check_actions
 from .networks import bind
@@ -69,9 +69,11 @@ def _steer_update_reference(
     steered_dims: list[int] | None = None,
 ) -> Tensor:
     noisy_actions, v, q_grad = tensors
-    dims = None if steered_dims is None else tuple(steered_dims)
-    steering = Steering(alpha=alpha, eps=eps, steered_dims=dims)
-    return noisy_actions + dt * reference.steer_velocity(v, q_grad, steering)[0]
+    return noisy_actions + dt * reference.steer_velocity(v, q_grad, _norm_match(alpha, eps, steered_dims))[0]
+
+
+def _norm_match(alpha: float, eps: float, steered_dims: list[int] | None) -> Steering:
+    return Steering(alpha=alpha, eps=eps, steered_dims=None if steered_dims is None else tuple(steered_dims))
 
 
 def _posterior_weights_reference(
@@ -109,7 +111,12 @@ def _steer_velocity_reference(tensors: Sequence[Tensor], parameters: Sequence[Te
     return _steer_velocity(tensors, _reference_place(tensors, parameters), *args)
 
 
-def _steer_velocity(
+def _steer_velocity(tensors: Sequence[Tensor], place: _Place, *args: Any) -> Tensor:
+    g, std, steering = _steering_gradient(tensors, place, *args)
+    return reference.steer_velocity(tensors[2], g, steering, std)[0]
+
+
+def _steering_gradient(
     tensors: Sequence[Tensor],
     place: _Place,
     spec_json: str,
@@ -118,13 +125,14 @@ def _steer_velocity(
     high: float,
     precision: str,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None, Steering]:
+    """g [B, A], the critics' std [B], and the steering."""
     obs, noisy_actions, v, t = tensors
     steering, spec = Steering.from_json(steering_json), network_spec_from_json(spec_json)
     critic = packed_critic(spec, place(spec, precision, backend), obs)
     net = reference.Evaluators(flow=lambda *_: (v, lambda d: d), critic=critic)
     g, std = reference.steering_gradient(net, steering, noisy_actions, v, lambda d: d, t, None, (low, high))
-    return reference.steer_velocity(v, g, steering, std)[0]
+    return g, std, steering
 
 
 def _sample_reference(
@@ -206,8 +214,40 @@ def _pessimistic_q_forward(
     return reference.aggregate(q_values, aggregation, rho)
 
 
-def _steer_step_forward(tensors: Sequence[Tensor], parameters: Sequence[Tensor], *args: Any) -> Tensor:
-    return _steer_step(tensors, _backend_place(tensors, parameters), *args)
+def _row_kernels(*tensors: Tensor) -> RowKernels | None:
+    """What does the row-wise pieces on these tensors as one kernel; None: torch code has to."""
+    like = tensors[0]
+    if any(tensor.dtype != torch.float32 or tensor.device != like.device for tensor in tensors):
+        return None
+    return backends.for_rows(like.device)
+
+
+def _clean_actions_forward(tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
+    rows = _row_kernels(*tensors)
+    return reference.clean_actions(*tensors) if rows is None else rows.clean_actions(*tensors)
+
+
+def _steer_update_forward(
+    tensors: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    dt: float,
+    alpha: float = 0.2,
+    eps: float = 1e-8,
+    steered_dims: list[int] | None = None,
+) -> Tensor:
+    rows = _row_kernels(*tensors)
+    if rows is None:
+        return _steer_update_reference(tensors, parameters, dt, alpha, eps, steered_dims)
+    x, v, g = tensors
+    return rows.steer_step(x, v, g, dt, _norm_match(alpha, eps, steered_dims))[0]
+
+
+def _steer_step_forward(tensors: Sequence[Tensor], parameters: Sequence[Tensor], dt: float, *args: Any) -> Tensor:
+    place, rows = _backend_place(tensors, parameters), _row_kernels(*tensors[1:3])
+    if rows is None:
+        return _steer_step(tensors, place, dt, *args)
+    g, std, steering = _steering_gradient(tensors, place, *args)
+    return rows.steer_step(tensors[1], tensors[2], g, dt, steering, std)[0]
 
 
 def _steer_velocity_forward(tensors: Sequence[Tensor], parameters: Sequence[Tensor], *args: Any) -> Tensor:
@@ -318,6 +358,8 @@ FORWARDS: dict[str, Callable[..., Any]] = {
     "velocity": _velocity_forward,
     "critic_values": _critic_values_forward,
     "pessimistic_q": _pessimistic_q_forward,
+    "clean_actions": _clean_actions_forward,
+    "steer_update": _steer_update_forward,
     "steer_step": _steer_step_forward,
     "steer_velocity": _steer_velocity_forward,
     "sample": _sample_forward,

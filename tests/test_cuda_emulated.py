@@ -315,7 +315,7 @@ def test_steer_step_rows(cuda, name, batch_size):
     if batch_size > 3:
         g[0], g[1], g[2, 4], v[3] = 0, 1e-30, torch.inf, 1e30
         g[3] = 1e30
-    got, norms, nonfinite = cuda.steer_step(x, v, g, 0.1, steering, q_std)
+    got, norms, nonfinite = cuda._rows.steer_step(x, v, g, 0.1, steering, q_std)
     steered, expected = steer_velocity(v.double(), g.double(), steering, q_std.double())
     torch.testing.assert_close(got.double(), x.double() + 0.1 * steered, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(norms.double(), expected.gradient_norms, rtol=1e-5, atol=0)
@@ -324,8 +324,15 @@ def test_steer_step_rows(cuda, name, batch_size):
 
 def test_clean_actions_rows(cuda):
     x, v = torch.randn(9, 6), torch.randn(9, 6)
-    torch.testing.assert_close(cuda.clean_actions(x, v, 0.3), clean_actions(x, v, 0.3))
-    torch.testing.assert_close(cuda.clean_actions(x, v, 0.3, -1, 1), clean_actions(x, v, 0.3).clamp(-1, 1))
+    for t in (
+        torch.full((1, 1), 0.3),
+        torch.rand(9, 1),
+        torch.rand(9, 6),
+        torch.rand(6, 9).t(),
+        torch.rand(9, 12)[:, ::2],
+    ):
+        torch.testing.assert_close(cuda._rows.clean_actions(x, v, t), clean_actions(x, v, t))
+    assert cuda._rows.clean_actions(x[:0], v[:0], torch.rand(1, 1)).shape == (0, 6)
 
 
 def test_lost_block_ends_in_nan_and_an_error_at_the_next_call(library):

@@ -116,13 +116,16 @@ struct SteerStepArgs {
   const float* g;                // [rows][A], steer_step alone
   const float* q_std;            // [rows], for GAF; may be null
   const unsigned char* steered;  // [A]; null: all
+  const float* times;            // t of clean_actions, at row * time_row_stride + c * time_column_stride
   // outputs; the last two may be null
   float* result;             // [rows][A], may be x
   float* gradient_norms;     // [rows]
   unsigned char* nonfinite;  // [rows]
   std::int64_t rows;
+  std::int64_t time_row_stride;
+  std::int64_t time_column_stride;
   std::int32_t action_dim;
-  float dt;  // clean_actions: 1 - t
+  float dt;  // of steer_step
   SteeringParams steering;
 };
 

@@ -1,5 +1,5 @@
 // The row-wise pieces that drop into anyone's loop, for any batch: one warp a row.
-//   clean_actions: a = x + (1 - t) v, clipped.
+//   clean_actions: a = x + (1 - t) v.
 //   steer_step: v' = v + scale(v, g) g over the steered dims, x + dt v'; a row with a non-finite g takes the plain
 //   step.
 #include "host.h"
@@ -11,12 +11,13 @@ namespace cuda {
 namespace {
 
 __global__ void __launch_bounds__(kThreads) clean_actions_kernel(const SteerStepArgs a) {
-  const std::int64_t count = a.rows * a.action_dim;
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
-       i += static_cast<std::int64_t>(gridDim.x) * kThreads) {
-    const float value = fmadd(a.dt, load_constant(a.v + i), load_global(a.x + i));
-    const bool clips = a.steering.clip != Clip::kNone;
-    store_global(a.result + i, clips ? clamp(value, a.steering.action_low, a.steering.action_high) : value);
+  for (std::int64_t b = static_cast<std::int64_t>(blockIdx.x) * kWarps + warp_index(); b < a.rows;
+       b += static_cast<std::int64_t>(gridDim.x) * kWarps) {
+    for (int c = lane_index(); c < a.action_dim; c += kWarpSize) {
+      const std::int64_t i = b * a.action_dim + c;
+      const float t = load_constant(a.times + b * a.time_row_stride + c * a.time_column_stride);
+      store_global(a.result + i, fmadd(1.0f - t, load_constant(a.v + i), load_global(a.x + i)));
+    }
   }
 }
 
@@ -38,20 +39,10 @@ __global__ void __launch_bounds__(kThreads) steer_step_kernel(const SteerStepArg
   }
 }
 
-unsigned blocks_for(std::int64_t items, int per_block) {
-  const std::int64_t blocks = (items + per_block - 1) / per_block;
-  return static_cast<unsigned>(blocks < 65535 ? blocks : 65535);
-}
-
-int launch_clean_actions(const SteerStepArgs& args, cudaStream_t stream) {
-  const LaunchConfig config{blocks_for(args.rows * args.action_dim, kThreads), kThreads, 0, stream, false};
-  QPILOTS_CHECK(QPILOTS_LAUNCH(clean_actions_kernel, config, args));
-  return kSuccess;
-}
-
-int launch_steer_step(const SteerStepArgs& args, cudaStream_t stream) {
-  const LaunchConfig config{blocks_for(args.rows, kWarps), kThreads, 0, stream, false};
-  QPILOTS_CHECK(QPILOTS_LAUNCH(steer_step_kernel, config, args));
+int launch_rows(void (*kernel)(SteerStepArgs), const SteerStepArgs& args, cudaStream_t stream) {
+  const std::int64_t blocks = (args.rows + kWarps - 1) / kWarps;
+  const LaunchConfig config{static_cast<unsigned>(blocks < 65535 ? blocks : 65535), kThreads, 0, stream, false};
+  QPILOTS_CHECK(QPILOTS_LAUNCH(kernel, config, args));
   return kSuccess;
 }
 
@@ -59,15 +50,17 @@ int launch_steer_step(const SteerStepArgs& args, cudaStream_t stream) {
 }  // namespace cuda
 }  // namespace qpilots
 
-// result = x + (1 - t) v, clipped unless the clip is none; dt is 1 - t.
+// result = x + (1 - t) v.
 QPILOTS_EXPORT int qpilots_cuda_clean_actions(const qpilots::cuda::SteerStepArgs* args, int device, void* stream) {
   using namespace qpilots::cuda;
-  return on_device(device,
-                   [&](const DeviceScope&) { return launch_clean_actions(*args, static_cast<cudaStream_t>(stream)); });
+  return on_device(device, [&](const DeviceScope&) {
+    return launch_rows(clean_actions_kernel, *args, static_cast<cudaStream_t>(stream));
+  });
 }
 
 QPILOTS_EXPORT int qpilots_cuda_steer_step(const qpilots::cuda::SteerStepArgs* args, int device, void* stream) {
   using namespace qpilots::cuda;
-  return on_device(device,
-                   [&](const DeviceScope&) { return launch_steer_step(*args, static_cast<cudaStream_t>(stream)); });
+  return on_device(device, [&](const DeviceScope&) {
+    return launch_rows(steer_step_kernel, *args, static_cast<cudaStream_t>(stream));
+  });
 }

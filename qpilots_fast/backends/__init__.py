@@ -10,7 +10,7 @@ import torch
 
 from ..errors import BackendUnavailable
 from ..spec import SamplerSpec
-from .base import Backend, Call, Footprint, QuickCall, Slots
+from .base import Backend, Call, Footprint, QuickCall, RowKernels, Slots
 
 __all__ = [
     "BACKENDS",
@@ -20,8 +20,10 @@ __all__ = [
     "Footprint",
     "QuickCall",
     "Request",
+    "RowKernels",
     "Slots",
     "choose",
+    "for_rows",
     "get",
     "unavailable_reason",
 ]
@@ -73,6 +75,14 @@ def get(name: str) -> Backend:
     backend = _load(name)
     assert isinstance(backend, Backend)
     return backend
+
+
+@cache
+def for_rows(device: torch.device) -> RowKernels | None:
+    """The kernels of the row-wise pieces of a step on this device; None where torch code has to do."""
+    loaded = (_load(name) for name in BACKENDS)
+    found = (backend.row_kernels(device) for backend in loaded if isinstance(backend, Backend))
+    return next((rows for rows in found if rows is not None), None)
 
 
 @dataclass(frozen=True)

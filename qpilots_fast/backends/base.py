@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import BackendUnavailable
 from ..spec import BoundNetwork, BoundNetworks, RawSample, SamplerSpec
+from ..steering import Steering
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,18 @@ class Graph(Protocol):
         """Calls enqueue, more than once perhaps; returns what the recorded call returned."""
 
     def replay(self) -> None: ...
+
+
+class RowKernels(Protocol):
+    """The pieces of a step that see one row at a time, in float32, each as one kernel on the current stream."""
+
+    def clean_actions(self, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        """x + (1 - t) v: x, v [B, A], t [1, 1], [B, 1] or [B, A] -> [B, A]."""
+
+    def steer_step(
+        self, x: Tensor, v: Tensor, g: Tensor, dt: float, steering: Steering, q_std: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As reference.steer_velocity and a Euler step of it: the next x [B, A], norms of g and non-finite rows [B]."""
 
 
 Slots = list[tuple[dict, str, object]]
@@ -143,6 +156,10 @@ class Backend(ABC):
             graph: what records; None: a CUDA graph of the networks' device.
         """
         raise BackendUnavailable(f"backend {self.name!r} has no CUDA graphs; expected 'triton' or 'cuda' on a GPU.")
+
+    def row_kernels(self, device: torch.device) -> RowKernels | None:
+        """The row-wise pieces on this device's tensors; None where this backend has none there."""
+        return None
 
     def live_weights(self, spec: SamplerSpec, networks: BoundNetworks) -> str | None:
         """How a call finds out whether live weights changed, in words; None where it packs them every time."""

@@ -16,15 +16,14 @@ from torch import Tensor
 
 from ...errors import BackendUnavailable
 from ...spec import BoundNetwork, BoundNetworks, RawSample, SamplerSpec, StepReport
-from ...steering import Steering
 from ..base import Backend, Call, Footprint, Graph
 from ..captured import CapturedSampler, CudaGraph, capturing
 from ..counts import count_flops
-from . import rows
 from .counts import count_barriers, count_traffic, counted_program
 from .launcher import Launcher
 from .layout import presence
 from .library import Library, Loader, float32_rows, pointer
+from .rows import CudaRows
 from .structs import SampleArgs
 
 __all__ = ["MAX_BATCH_SIZE", "CudaBackend", "PackedWeights"]
@@ -66,6 +65,7 @@ class CudaBackend(Backend):
 
     def __init__(self, library: Library | None = None, max_blocks: int = 0, spin_limit: int = _SPIN_LIMIT) -> None:
         self._loader = Loader(library)
+        self._rows = CudaRows(self._loader)
         self._launcher = Launcher(self._loader, max_blocks, spin_limit)
         self._captured: list[Any] = []  # read by graphs that others captured: never freed
 
@@ -223,19 +223,10 @@ class CudaBackend(Backend):
         assert region is not None
         return workspace[region.start : region.start + region.size].clone().view(bound.spec.num_members, batch, -1)
 
-    # ---------------------------------------------------------------- row-wise pieces
-
-    def clean_actions(
-        self, x: Tensor, v: Tensor, t: float, low: float | None = None, high: float | None = None
-    ) -> Tensor:
-        """As `rows.clean_actions`."""
-        return rows.clean_actions(self._loader.get(), x, v, t, low, high)
-
-    def steer_step(
-        self, x: Tensor, v: Tensor, g: Tensor, dt: float, steering: Steering, q_std: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `rows.steer_step`."""
-        return rows.steer_step(self._loader.get(), x, v, g, dt, steering, q_std)
+    def row_kernels(self, device: torch.device) -> CudaRows | None:
+        if device.type != self._loader.device_type or self.unavailable_reason() is not None:
+            return None
+        return self._rows
 
     # ---------------------------------------------------------------- counts
 

@@ -80,6 +80,7 @@ class Loader:
 
     def __init__(self, library: Library | None = None) -> None:
         self._library, self._lock = library, threading.Lock()
+        self.device_type = Library.device_type if library is None else library.device_type
         self.failure: str | None = None  # why there is none, once it was asked for
 
     def find(self) -> Library | None:

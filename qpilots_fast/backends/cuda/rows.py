@@ -8,62 +8,79 @@ import torch
 from torch import Tensor
 
 from ...steering import Steering
+from ..caches import Cache
+from ..captured import refuse_while_capturing
 from ..params import steering_params
-from .library import Library, float32_rows, memory_map, place, pointer
+from .library import Loader, float32_rows, memory_map, place, pointer
 from .structs import SteerStepArgs
 
 
-def clean_actions(
-    library: Library, x: Tensor, v: Tensor, t: float, low: float | None = None, high: float | None = None
-) -> Tensor:
-    """x + (1 - t) v [B, A], clipped to [low, high] where given."""
-    steering = Steering(clip="none" if low is None else "straight_through")
-    args = SteerStepArgs(dt=1 - t, steering=steering_params(steering, low or 0.0, high or 0.0))
-    return _launch(library, args, x, v, None, None, None)[0]
+class CudaRows:
+    """`RowKernels` of the CUDA library."""
 
+    def __init__(self, loader: Loader) -> None:
+        self._loader, self._masks = loader, Cache(16)
 
-def steer_step(
-    library: Library, x: Tensor, v: Tensor, g: Tensor, dt: float, steering: Steering, q_std: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x + dt (v + scale(v, g) g) over the steered dims.
+    def clean_actions(self, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        """x + (1 - t) v: x, v [B, A], t [1, 1], [B, 1] or [B, A] -> [B, A]."""
+        times = float32_rows(t).expand(x.shape)
+        row_stride, column_stride = times.stride()
+        args = SteerStepArgs(times=pointer(times), time_row_stride=row_stride, time_column_stride=column_stride)
+        return self._launch("clean_actions", args, x, {"v": float32_rows(v)}, {"times": times}, {})
 
-    Args:
-        x, v, g: [B, A]. q_std: [B], the critics' std, for scale="gaf".
+    def steer_step(
+        self, x: Tensor, v: Tensor, g: Tensor, dt: float, steering: Steering, q_std: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x + dt (v + scale(v, g) g) over the steered dims.
 
-    Returns:
-        The next x [B, A]; norms of g [B]; rows whose g was not finite, which took the plain step [B].
-    """
-    if steering.scale == "gaf" and q_std is None:
-        raise ValueError("q_std is None; scale='gaf' needs the critics' std at the estimate, [B].")
-    steered = None
-    if steering.steered_dims is not None:
-        steered = torch.zeros(x.shape[-1], dtype=torch.uint8, device="cpu")
-        steered[list(steering.steered_dims)] = 1
-        steered = steered.to(x.device)
-    args = SteerStepArgs(dt=dt, steering=steering_params(steering, 0.0, 0.0))
-    return _launch(library, args, x, v, g, q_std, steered)
+        Args:
+            x, v, g: [B, A]. q_std: [B], the critics' std, for scale="gaf" and max_disagreement.
 
+        Returns:
+            The next x [B, A]; norms of g [B]; rows whose g was not finite, which took the plain step [B].
+        """
+        if q_std is None and (steering.scale == "gaf" or steering.max_disagreement is not None):
+            raise ValueError("q_std is None; scale='gaf' and max_disagreement need the critics' std, [B].")
+        norms = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        nonfinite = torch.empty(len(x), dtype=torch.bool, device=x.device)
+        read = {"v": float32_rows(v), "g": float32_rows(g), "q_std": None if q_std is None else float32_rows(q_std)}
+        read["steered"] = self._mask(steering, x)
+        args = SteerStepArgs(dt=dt, steering=steering_params(steering, 0.0, 0.0))
+        result = self._launch("steer_step", args, x, read, {}, {"gradient_norms": norms, "nonfinite": nonfinite})
+        return result, norms, nonfinite
 
-def _launch(
-    library: Library, args: SteerStepArgs, x: Tensor, v: Tensor, g: Tensor | None, q_std: Tensor | None,
-    steered: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    x, v = float32_rows(x), float32_rows(v)
-    g, q_std = (None if tensor is None else float32_rows(tensor) for tensor in (g, q_std))
-    result, norms = torch.empty_like(x), x.new_zeros(len(x))
-    nonfinite = torch.zeros(len(x), dtype=torch.uint8, device=x.device)
-    if x.numel() == 0:
-        return result, norms, nonfinite.bool()
-    args.rows, args.action_dim = x.shape
-    args.x, args.v, args.g, args.q_std = x.data_ptr(), v.data_ptr(), pointer(g), pointer(q_std)
-    args.steered, args.result = pointer(steered), result.data_ptr()
-    args.gradient_norms, args.nonfinite = norms.data_ptr(), nonfinite.data_ptr()
-    named = {"x": x, "v": v, "g": g, "q_std": q_std, "steered dims": steered}
-    outputs = {"result": result, "gradient norms": norms, "non-finite rows": nonfinite}
-    library.call(
-        "clean_actions" if g is None else "steer_step",
-        ctypes.byref(args),
-        *place(library, x.device),
-        memory=lambda: memory_map(named, outputs),
-    )
-    return result, norms, nonfinite.bool()
+    def _mask(self, steering: Steering, x: Tensor) -> Tensor | None:
+        """[A] uint8, 1 where steered; kept, because a copy from the host would wait for the GPU."""
+        dims, width, device = steering.steered_dims, x.shape[-1], x.device
+        if dims is None:
+            return None
+
+        def make() -> Tensor:
+            refuse_while_capturing(device, "these steered_dims have not been used yet")
+            mask = torch.zeros(width, dtype=torch.uint8, device="cpu")
+            mask[list(dims)] = 1
+            return mask.to(device)
+
+        return self._masks.obtain((dims, width, device), make)
+
+    def _launch(
+        self, name: str, args: SteerStepArgs, x: Tensor, read: dict[str, Tensor | None],
+        others: dict[str, Tensor | None], written: dict[str, Tensor | None],
+    ) -> Tensor:  # fmt: skip
+        """The result [B, A]; read and written: tensors by their fields of args."""
+        x = float32_rows(x)
+        result = torch.empty_like(x)
+        if x.numel() == 0:
+            for tensor in written.values():
+                assert tensor is not None
+                tensor.zero_()
+            return result
+        args.rows, args.action_dim = x.shape
+        read, written = {"x": x, **read}, {"result": result, **written}
+        for field, tensor in {**read, **written}.items():
+            setattr(args, field, pointer(tensor))
+        library = self._loader.get()
+        library.call(
+            name, ctypes.byref(args), *place(library, x.device), memory=lambda: memory_map({**read, **others}, written)
+        )
+        return result

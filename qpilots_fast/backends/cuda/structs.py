@@ -48,8 +48,9 @@ class PackItem(ctypes.Structure):
 
 class SteerStepArgs(ctypes.Structure):
     _fields_ = [
-        *((name, _POINTER) for name in ("x", "v", "g", "q_std", "steered", "result", "gradient_norms", "nonfinite")),
-        ("rows", _I64),
+        *((name, _POINTER) for name in ("x", "v", "g", "q_std", "steered", "times")),
+        *((name, _POINTER) for name in ("result", "gradient_norms", "nonfinite")),
+        *((name, _I64) for name in ("rows", "time_row_stride", "time_column_stride")),
         ("action_dim", _I32),
         ("dt", _F32),
         ("steering", SteeringParams),
