@@ -37,6 +37,7 @@ QPILOTS_EXPORT int qpilots_cuda_struct_bytes(int which) {
 QPILOTS_EXPORT const char* qpilots_cuda_interface_text() {
   using qpilots::interface_line;
   static const std::string text = qpilots::interface_text() + interface_line("Stage", {QPILOTS_STAGES(QPILOTS_NAME)}) +
+                                  interface_line("Input", {QPILOTS_INPUTS(QPILOTS_NAME)}) +
                                   interface_line("ElementType", {QPILOTS_ELEMENT_TYPES(QPILOTS_NAME)});
   return text.c_str();
 }

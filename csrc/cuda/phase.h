@@ -22,6 +22,16 @@ namespace cuda {
   X(kCotangent, "cotangent")            /* the critics' weighted gradient at the estimate */
 enum class Stage : std::int32_t { QPILOTS_STAGES(QPILOTS_ENUMERATOR) };
 
+// Tensors of a launch that kRows phases read, apart from the workspace.
+#define QPILOTS_INPUTS(X)                                                  \
+  X(kObs, "obs")                        /* [B][S] */                       \
+  X(kFlowTimes, "flow_times")           /* [K][.] features of every t_k */ \
+  X(kPosteriorTimes, "posterior_times") /* [K][.] of t_k, s and u */       \
+  X(kColumns, "columns")                /* [B][in] all, of one network */  \
+  X(kCotangent, "cotangent")            /* [E][B][out] of its output */
+enum class Input : std::int32_t { QPILOTS_INPUTS(QPILOTS_ENUMERATOR) };
+constexpr int kNumInputs = static_cast<int>(Input::kCotangent) + 1;
+
 // One product of every member: target[m][row][n] = sum_i weight[m][n][i] staged[m][row][i] (+ addends).
 // Offsets: -1 is none; "floats" count from the workspace, "bytes" from the packed weights of member 0.
 struct Phase {
@@ -34,7 +44,7 @@ struct Phase {
   std::int32_t in_dim;
   std::int32_t in_stride;  // row stride of the weight, in elements: in_dim padded to 16 bytes
   std::int32_t out_dim;
-  std::int32_t input;  // kRows: which of SampleArgs::inputs; -1: the workspace
+  std::int32_t input;  // kRows: Input; -1: the workspace
   std::int32_t rows_per_addend;
   std::int32_t ends_with_barrier;
   float layer_norm_eps;            // of the staged hidden layer
@@ -62,14 +72,14 @@ struct SampleArgs {
   const unsigned char* weights;  // packed
   float* workspace;
   GridSync* sync;
-  std::uint32_t* host_failure;   // pinned host word, may be null
-  const float* inputs[4];        // obs [B][S]; time features of the flow [K][.], of the posterior; cotangents
-  const float* noise;            // [B][A]
-  const float* posterior_noise;  // [K][B][N][A]
-  const float* schedule;         // [K][3] 1 - t, dt, weight (0: the step is not steered)
-  const float* alpha;            // [B] the strength of each row; null: the steering's
-  const unsigned char* steered;  // [A] 1 where the critic may move the action; null: all
-  float* actions;                // output [B][A]
+  std::uint32_t* host_failure;      // pinned host word, may be null
+  const float* inputs[kNumInputs];  // by Input; null where no phase reads it
+  const float* noise;               // [B][A]
+  const float* posterior_noise;     // [K][B][N][A]
+  const float* schedule;            // [K][3] 1 - t, dt, weight (0: the step is not steered)
+  const float* alpha;               // [B] the strength of each row; null: the steering's
+  const unsigned char* steered;     // [A] 1 where the critic may move the action; null: all
+  float* actions;                   // output [B][A]
   // the report, [K][B]: all of them or none
   float* gradient_norms;
   unsigned char* nonfinite;

@@ -136,7 +136,7 @@ class CudaBackend(Backend):
             raise ValueError("packed was made for another sampler; expected what pack(spec, networks) returned.")
         else:
             weights = packed.weights
-        inputs = [float32_rows(call.obs), *loaded.tables[:-1]]
+        inputs = {"obs": float32_rows(call.obs), **loaded.time_tables}
         noise = float32_rows(noise)
         eps = None if call.posterior_noise is None else float32_rows(call.posterior_noise)
         actions = torch.empty_like(noise)
@@ -147,12 +147,12 @@ class CudaBackend(Backend):
             flags = torch.empty(2, spec.num_steps, batch, dtype=torch.bool, device=noise.device)
             report = StepReport(values[0], flags[0], values[1], flags[1])
         args.noise, args.posterior_noise = noise.data_ptr(), pointer(eps)
-        args.schedule, args.steered = loaded.tables[-1].data_ptr(), pointer(loaded.steered)
+        args.schedule, args.steered = pointer(loaded.schedule), pointer(loaded.steered)
         args.alpha, args.actions = pointer(alpha), actions.data_ptr()
         reported: dict[str, Tensor | None] = {} if report is None else report._asdict()
         for name, value in reported.items():
             setattr(args, name, pointer(value))
-        others = {"noise": noise, "posterior noise": eps, "schedule": loaded.tables[-1], "steered dims": loaded.steered}
+        others = {"noise": noise, "posterior noise": eps, "schedule": loaded.schedule, "steered dims": loaded.steered}
         others["alpha"] = alpha
         outputs = {"actions": actions, **reported}
         workspace, barrier = self._launcher.launch(loaded, args, weights, inputs, others, outputs)
@@ -203,12 +203,12 @@ class CudaBackend(Backend):
     ) -> Tensor:
         """[E, B, out], or with a cotangent [E, B, in]."""
         bound = network.network if isinstance(network, PreparedNetwork) else network
-        inputs = float32_rows(torch.cat(list(blocks), dim=-1))
-        batch, differentiable = len(inputs), cotangent is not None
+        columns = float32_rows(torch.cat(list(blocks), dim=-1))
+        batch, differentiable = len(columns), cotangent is not None
         if batch == 0:
             width = bound.spec.input_dim if differentiable else bound.spec.output_dim
-            return inputs.new_zeros(bound.spec.num_members, 0, width)
-        loaded = self._launcher.network_program(bound, batch, precision, inputs.device, differentiable=differentiable)
+            return columns.new_zeros(bound.spec.num_members, 0, width)
+        loaded = self._launcher.network_program(bound, batch, precision, columns.device, differentiable=differentiable)
         args = SampleArgs.from_buffer_copy(loaded.program.args)
         cotangents = None if cotangent is None else float32_rows(cotangent)
         if isinstance(network, PreparedNetwork):
@@ -217,8 +217,8 @@ class CudaBackend(Backend):
             weights = network.weights
         else:
             weights, _ = self._launcher.packed(loaded, [bound])
-        staged = [inputs] if cotangents is None else [inputs, inputs, inputs, cotangents]
-        workspace, _ = self._launcher.launch(loaded, args, weights, staged, {}, {})
+        inputs = {"columns": columns} if cotangents is None else {"columns": columns, "cotangent": cotangents}
+        workspace, _ = self._launcher.launch(loaded, args, weights, inputs, {}, {})
         region = loaded.program.output
         assert region is not None
         return workspace[region.start : region.start + region.size].clone().view(bound.spec.num_members, batch, -1)

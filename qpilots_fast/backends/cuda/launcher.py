@@ -16,7 +16,7 @@ from ..captured import refuse_while_capturing
 from .layout import WEIGHT_BYTES, NetworkLayout, pack_table, presence
 from .library import Loader, MemoryRange, memory_map, place, weight_regions
 from .plan import Program, plan_network, plan_sample
-from .structs import SampleArgs
+from .structs import INPUTS, SampleArgs
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class DeviceProgram:
     key: Hashable
     program: Program
     phases: Tensor  # uint8
-    tables: tuple[Tensor, ...]
+    time_tables: dict[str, Tensor]
+    schedule: Tensor | None
     steered: Tensor | None
 
 
@@ -118,7 +119,7 @@ class Launcher:
         loaded: DeviceProgram,
         args: SampleArgs,
         weights: Tensor,
-        inputs: Sequence[Tensor],
+        inputs: dict[str, Tensor],
         others: dict[str, Tensor | None],
         outputs: dict[str, Tensor | None],
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -133,12 +134,11 @@ class Launcher:
         sync = torch.empty(2, dtype=torch.int32, device=device)
         args.program, args.weights, args.workspace = loaded.phases.data_ptr(), weights.data_ptr(), workspace.data_ptr()
         args.sync, args.host_failure, args.spin_limit = sync.data_ptr(), failure.data_ptr(), self._spin_limit
-        for index, tensor in enumerate(inputs):
-            args.inputs[index] = tensor.data_ptr()
+        for name, tensor in inputs.items():
+            args.inputs[INPUTS.index(name)] = tensor.data_ptr()
 
         def memory() -> list[MemoryRange]:
-            constants = {"program": loaded.phases, **others}
-            constants |= {f"input {address}": tensor for address, tensor in {t.data_ptr(): t for t in inputs}.items()}
+            constants = {"program": loaded.phases, **inputs, **others}
             planes = [
                 (workspace.data_ptr() + 4 * region.start, 4 * region.size, region.name, False)
                 for region in program.workspace.regions
@@ -166,9 +166,9 @@ def _bytes_tensor(data: bytes, device: torch.device) -> Tensor:
 
 def _to_device(key: Hashable, program: Program, device: torch.device) -> DeviceProgram:
     refuse_while_capturing(device, "this sampler has not run at this batch size yet")
-    steered = None if program.steered is None else program.steered.to(device)
-    tables = tuple(table.to(device) for table in program.time_tables)
-    return DeviceProgram(key, program, _bytes_tensor(program.program_bytes(), device), tables, steered)
+    tables = {name: table.to(device) for name, table in program.time_tables.items()}
+    schedule, steered = (None if t is None else t.to(device) for t in (program.schedule, program.steered))
+    return DeviceProgram(key, program, _bytes_tensor(program.program_bytes(), device), tables, schedule, steered)
 
 
 def _device_pack_table(

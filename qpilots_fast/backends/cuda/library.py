@@ -15,7 +15,7 @@ from ...errors import BackendUnavailable
 from ..params import interface_mismatch
 from .build import library_paths
 from .layout import NetworkLayout
-from .structs import ELEMENT_TYPES, STAGES, STRUCTURES
+from .structs import ELEMENT_TYPES, INPUTS, STAGES, STRUCTURES
 
 BUILD_HINT = "`qpilots-fast build-cuda` compiles it where nvcc is installed"
 
@@ -43,7 +43,7 @@ class Library:
             raise RuntimeError(f"{path} was built from another version of the sources; {BUILD_HINT}")
         self._functions.qpilots_cuda_interface_text.restype = ctypes.c_char_p
         text = self._functions.qpilots_cuda_interface_text().decode()
-        mismatch = interface_mismatch(text, {"Stage": STAGES, "ElementType": ELEMENT_TYPES})
+        mismatch = interface_mismatch(text, {"Stage": STAGES, "Input": INPUTS, "ElementType": ELEMENT_TYPES})
         if mismatch is not None:
             raise RuntimeError(f"{path}: {mismatch}; {BUILD_HINT}")
 

@@ -13,7 +13,7 @@ from ...spec import NetworkSpec, SamplerSpec
 from ...steering import Steering
 from ..params import NORM_PLACEMENTS, steering_params
 from .layout import NetworkLayout, Presence, Region, round_up
-from .structs import STAGES, Phase, SampleArgs
+from .structs import INPUTS, STAGES, Phase, SampleArgs
 
 _PLANE_ALIGNMENT = 32  # floats
 
@@ -104,11 +104,11 @@ class NetworkPhases:
             "target_slope": self._slopes[layer],
         }
 
-    def once(self, group: int, width: int, rows: int, input_index: int, *, with_bias: bool) -> tuple[Phase, int]:
-        """The product of a group of unchanging first-layer columns, and its plane."""
+    def once(self, group: int, width: int, rows: int, name: str, *, with_bias: bool) -> tuple[Phase, int]:
+        """The product of a group of unchanging first-layer columns, from the input of this name, and its plane."""
         out_dim = self.spec.hidden_dims[0]
         plane = self._workspace.plane(f"{self.spec.kind} columns {group}", self.spec.num_members, rows, out_dim)
-        phase = self._phase("rows", width, out_dim, self.layout.once[group], plane, rows=rows, input=input_index)
+        phase = self._phase("rows", width, out_dim, self.layout.once[group], plane, rows=rows, input=INPUTS.index(name))
         phase.ends_with_barrier = 0
         phase.bias = self.layout.bias[0] if with_bias else -1
         return phase, plane
@@ -165,7 +165,8 @@ class Program:
     weight_bytes: int
     max_rows: int
     weights_bytes: int
-    time_tables: tuple[Tensor, ...] = ()  # flow's and posterior's features [K, .], schedule [K, 3]; float32
+    time_tables: dict[str, Tensor] = field(default_factory=dict)  # features [K, .] by input; float32
+    schedule: Tensor | None = None  # [K, 3]; float32
     steered: Tensor | None = None  # [A] uint8
     output: Region | None = None
     num_steered: int = 0  # steps that run all step phases
@@ -215,14 +216,18 @@ def plan_sample(spec: SamplerSpec, present: tuple[tuple[Presence, ...], ...], ba
     once: list[Phase] = []
     step: list[Phase] = []
 
-    def add_once(phases: NetworkPhases, times_input: int) -> dict[str, int]:
+    tables: dict[str, Tensor] = {}
+
+    def add_once(name: str, phases: NetworkPhases) -> dict[str, int]:
         """Queues the products of a network's unchanging columns; returns the first layer's addends."""
-        phase, obs_plane = phases.once(0, phases.spec.obs_dim, batch, 0, with_bias=True)
+        phase, obs_plane = phases.once(0, phases.spec.obs_dim, batch, "obs", with_bias=True)
         once.append(phase)
         fields = {"row_addend": obs_plane, "rows_per_addend": phases.rows // batch}
         if len(phases.layout.once) > 1:
-            width = sum(phases.spec.block_dim(block) for block in _time_blocks(phases.spec))
-            phase, fields["step_addend"] = phases.once(1, width, spec.num_steps, times_input, with_bias=False)
+            times = f"{name}_times"
+            tables[times] = _time_table(phases.spec, spec.times)
+            width = tables[times].shape[1]
+            phase, fields["step_addend"] = phases.once(1, width, spec.num_steps, times, with_bias=False)
             once.append(phase)
         return fields
 
@@ -230,9 +235,8 @@ def plan_sample(spec: SamplerSpec, present: tuple[tuple[Presence, ...], ...], ba
     flow_phases = NetworkPhases(
         add_layout(flow, ("noisy_actions",), pulled, pulls_flow), workspace, batch, differentiable=pulls_flow
     )
-    step += flow_phases.forward("state", action_dim, args.velocity, **add_once(flow_phases, 1))
+    step += flow_phases.forward("state", action_dim, args.velocity, **add_once("flow", flow_phases))
     num_flow = len(step)
-    tables = [_time_table(flow, spec.times)]
     if spec.critic is not None:
         args.num_members = spec.critic.num_members
         args.q_values = workspace.plane("q_values", args.num_members, rows)
@@ -246,10 +250,9 @@ def plan_sample(spec: SamplerSpec, present: tuple[tuple[Presence, ...], ...], ba
             args.posterior_output = workspace.plane("posterior output", rows, action_dim)
             layout = add_layout(spec.posterior, ("xbar", "noisy_actions"), ("noisy_actions",), True)
             pulled_back = NetworkPhases(layout, workspace, rows, differentiable=True)
-            addends = add_once(pulled_back, 2)
+            addends = add_once("posterior", pulled_back)
             step += pulled_back.forward("posterior_input", 2 * action_dim, args.posterior_output, **addends)
-            tables.append(_time_table(spec.posterior, spec.times))
-        step += critic_phases.forward("estimate", action_dim, None, **add_once(critic_phases, 0))
+        step += critic_phases.forward("estimate", action_dim, None, **add_once("critic", critic_phases))
         step += critic_phases.backward(action_dim, args.critic_vjp, None)
         step[-1].completes_critics = 1
         if spec.posterior is not None or pulls_flow:
@@ -262,7 +265,7 @@ def plan_sample(spec: SamplerSpec, present: tuple[tuple[Presence, ...], ...], ba
         mask = torch.zeros(action_dim, dtype=torch.uint8, device="cpu")
         mask[list(steering.steered_dims)] = 1
     program = Program(
-        layouts, workspace, once + step, args, weight_bytes, 0, layouts[-1].end, (*tables, schedule), mask,
+        layouts, workspace, once + step, args, weight_bytes, 0, layouts[-1].end, tables, schedule, mask,
         num_steered=len(spec.steered_steps),
     )  # fmt: skip
     return _finish(program, len(once), num_flow)
@@ -271,7 +274,7 @@ def plan_sample(spec: SamplerSpec, present: tuple[tuple[Presence, ...], ...], ba
 def plan_network(
     spec: NetworkSpec, present: tuple[Presence, ...], batch: int, weight_bytes: int, *, differentiable: bool
 ) -> Program:
-    """The program of one forward pass (inputs[0] is [B, in]), or with the pullback of inputs[3] [E, B, out]."""
+    """The program of one forward pass of "columns" [B, in], or with the pullback of "cotangent" [E, B, out]."""
     blocks = spec.input_order
     layout = NetworkLayout(spec, present, 0, weight_bytes, blocks, blocks, (), keeps_output_transposed=True)
     workspace = Workspace()
@@ -279,10 +282,10 @@ def plan_network(
     width = spec.input_dim if differentiable else spec.output_dim
     output = workspace.plane("output", spec.num_members, batch, width)
     program_phases = phases.forward(
-        "rows", spec.input_dim, None if differentiable else output, input=0, bias=layout.bias[0]
+        "rows", spec.input_dim, None if differentiable else output, input=INPUTS.index("columns"), bias=layout.bias[0]
     )
     if differentiable:
-        cotangent = {"input": 3, "source_member_stride": batch * spec.output_dim}
+        cotangent = {"input": INPUTS.index("cotangent"), "source_member_stride": batch * spec.output_dim}
         program_phases += phases.backward(spec.input_dim, output, cotangent, "rows")
     args = SampleArgs()  # no state in shared memory: any batch
     args.steering = steering_params(Steering(), -1.0, 1.0)

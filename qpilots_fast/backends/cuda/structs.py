@@ -7,6 +7,7 @@ import ctypes
 from ..params import SteeringParams
 
 STAGES = ("rows", "state", "estimate", "posterior_input", "hidden", "critic_top", "delta", "cotangent")
+INPUTS = ("obs", "flow_times", "posterior_times", "columns", "cotangent")
 ELEMENT_TYPES = ("float32", "bfloat16", "float16", "float64")
 _I32, _I64, _F32, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -26,7 +27,7 @@ class Phase(ctypes.Structure):
 class SampleArgs(ctypes.Structure):
     _fields_ = [
         *((name, _POINTER) for name in ("program", "weights", "workspace", "sync", "host_failure")),
-        ("inputs", _POINTER * 4),
+        ("inputs", _POINTER * len(INPUTS)),
         *((name, _POINTER) for name in ("noise", "posterior_noise", "schedule", "alpha", "steered")),
         *((name, _POINTER) for name in ("actions", "gradient_norms", "nonfinite", "q_std", "gated")),
         *((name, _I64) for name in ("velocity", "posterior_output", "q_values", "critic_vjp", "estimate_vjp")),
