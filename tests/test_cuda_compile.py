@@ -43,6 +43,12 @@ def test_shared_library_loads_with_matching_structures(tmp_path):
     assert CudaBackend(library).name == "cuda"
 
 
+def test_orin_gets_code_of_its_own():
+    nvcc = cuda_build.find_nvcc()
+    assert nvcc is not None
+    assert "-gencode=arch=compute_87,code=sm_87" in cuda_build._code_flags(cuda_build.supported_architectures(nvcc))
+
+
 def test_architectures_are_checked():
     with pytest.raises(ValueError, match="expected compute capabilities from 80 on"):
         cuda_build.build(["sm_75"])

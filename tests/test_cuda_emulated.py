@@ -16,10 +16,10 @@ from qpilots_fast import BackendUnavailable, Steering
 from qpilots_fast.activations import ACTIVATIONS
 from qpilots_fast.backends import Call
 from qpilots_fast.backends.cuda import CudaBackend
-from qpilots_fast.backends.cuda.counts import count_barriers
+from qpilots_fast.backends.cuda.counts import count_barriers, tile_rows
 from qpilots_fast.backends.cuda.layout import presence
 from qpilots_fast.backends.cuda.library import Library
-from qpilots_fast.backends.cuda.plan import plan_sample
+from qpilots_fast.backends.cuda.plan import plan_network, plan_sample
 from qpilots_fast.backends.reference import ReferenceBackend
 from qpilots_fast.reference import clean_actions, steer_velocity
 from qpilots_fast.spec import BoundNetwork, BoundNetworks, LayerParameters, RawSample, SamplerSpec
@@ -190,6 +190,13 @@ def test_same_bits_with_little_shared_memory(cuda, library):
     library.emulator.configure(max_shared_bytes=3_000)
     with pytest.raises(BackendUnavailable, match=r"need \d+ bytes of shared memory; this GPU gives a block 3000"):
         sample(cuda, case)
+
+
+def test_no_call_takes_shared_memory_from_a_launch_of_another_thread(cuda, library):
+    """The attribute belongs to the kernel, and another thread may launch the same one with more at any moment."""
+    for hidden in ((150, 40), (9,)):
+        sample(cuda, make_case(batch_size=7, num_steps=2, hidden_dims=hidden))
+        assert library.emulator.allowed_shared_bytes() == 232448
 
 
 def test_row_with_a_nonfinite_gradient_follows_the_plain_flow(cuda):
@@ -365,6 +372,25 @@ def test_absent_library_is_no_error(monkeypatch, tmp_path):
     assert "not built" in backend.unavailable_reason()
     (tmp_path / "absent.so").write_text("not a library")
     assert "do not load" in CudaBackend().unavailable_reason()
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 10, 40])
+@pytest.mark.parametrize(
+    "steering, rows", [(Steering.unsteered(), 1), (Steering.qpilots_u(), 1), (Steering.qpilots_m(num_samples=3), 3)]
+)
+def test_the_number_of_steps_does_not_choose_the_kernel(steering, rows, num_steps):
+    """Time features are K rows, but of one product a call; the steps' rows are what a tile is for."""
+    for batch_size in (1, 2, 16):
+        spec, networks, *_ = call(make_case(steering, batch_size=batch_size, num_steps=num_steps), "float32")
+        present = tuple(presence(network) for network in spec.taking_part(networks))
+        program = plan_sample(spec, present, batch_size, 4)
+        assert program.max_rows == batch_size * (rows if spec.steered_steps else 1)
+        assert tile_rows(program.max_rows) == (1 if program.max_rows == 1 else 4 if program.max_rows <= 4 else 16)
+
+
+def test_one_network_runs_the_kernel_of_its_rows():
+    network = make_case(batch_size=1).flow.bound()
+    assert plan_network(network.spec, presence(network), 33, 4, differentiable=True).max_rows == 33
 
 
 def test_barriers_a_step():

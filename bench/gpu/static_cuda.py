@@ -16,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from qpilots_fast.backends.cuda.build import compile_command, find_nvcc, find_sources
+from qpilots_fast.backends.cuda.build import ARCHITECTURES, compile_command, find_nvcc, find_sources
 
-TARGETS = (80, 86, 89, 90, 100, 120)
+TARGETS = ARCHITECTURES
 THREADS = 256  # of every kernel
 _REGISTERS = 65536  # of a multiprocessor
 _KERNELS = ("sample", "pack", "steer_step")  # sources with kernels

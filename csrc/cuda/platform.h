@@ -179,8 +179,9 @@ cudaError_t launch_kernel(void (*kernel)(Args), const LaunchConfig& config, Args
              ? cudaLaunchCooperativeKernel(function, grid, block, parameters, config.shared_bytes, config.stream)
              : cudaLaunchKernel(function, grid, block, parameters, config.shared_bytes, config.stream);
 #else
-  const bool passed =
-      cuda_emulator::machine.launch(config.grid, config.block, config.shared_bytes, [kernel, args] { kernel(args); });
+  const void* function = reinterpret_cast<const void*>(kernel);
+  const bool passed = cuda_emulator::machine.launch(function, config.grid, config.block, config.shared_bytes,
+                                                    [kernel, args] { kernel(args); });
   return passed ? cudaSuccess : cudaErrorLaunchFailure;
 #endif
 }

@@ -426,8 +426,8 @@ int launch_sample(const SampleArgs& args, int weight_bytes, int max_rows, const 
                               " bytes of shared memory; this GPU gives a block " + std::to_string(shared_limit));
   }
   const auto kernel = variants[pick].kernel;
-  QPILOTS_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  // what this call needs would be too little for a launch of another thread between its own call and its launch
+  QPILOTS_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit));
   int blocks_per_sm = 0;
   QPILOTS_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel, kThreads, shared_bytes));
   if (blocks_per_sm < 1) return fail(kRefused, "no block of the persistent kernel fits on an SM of this GPU");

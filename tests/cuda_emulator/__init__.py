@@ -84,6 +84,10 @@ class Emulator:
     def forget_memory(self) -> None:
         self._functions.cuda_emulator_forget_memory()
 
+    def allowed_shared_bytes(self) -> int:
+        """Of the kernel that may have the least, among those that were allowed any number; 0 without one."""
+        return self._functions.cuda_emulator_allowed_shared_bytes()
+
     def error(self) -> str:
         return self._functions.cuda_emulator_error().decode()
 

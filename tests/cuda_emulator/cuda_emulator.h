@@ -47,6 +47,7 @@ namespace cuda_emulator {
 constexpr int kWarpSize = 32;
 constexpr std::size_t kStackBytes = 64 * 1024;
 constexpr std::uint32_t kNoThread = 0xffffffffu;
+constexpr int kDefaultShared = 48 * 1024;  // dynamic shared memory of a kernel that was allowed no more
 
 // ---------------------------------------------------------------- memory
 
@@ -167,6 +168,7 @@ class Machine {
   Fiber* current = nullptr;
   uint3 block_dim{}, grid_dim{};
   std::mutex launch_mutex;
+  std::map<const void*, int> allowed_shared;  // kernel -> its attribute cudaFuncAttributeMaxDynamicSharedMemorySize
 
   // ---- allocations
   void register_memory(const void* pointer, std::size_t bytes, const char* name, bool read_only, bool initialised) {
@@ -310,15 +312,16 @@ class Machine {
   }
 
   // ---- launch: returns false, with `error` set, where a check failed
-  bool launch(unsigned grid, unsigned block, std::size_t shared_bytes, std::function<void()> body) {
+  bool launch(const void* kernel, unsigned grid, unsigned block, std::size_t shared_bytes, std::function<void()> body) {
     std::lock_guard<std::mutex> lock(launch_mutex);
     error.clear();
     if (grid == 0 || block == 0 || block > 1024 || block % kWarpSize != 0) {
       error = "invalid launch: grid " + std::to_string(grid) + ", block " + std::to_string(block);
       return false;
     }
-    if (shared_bytes > static_cast<std::size_t>(settings.max_shared_bytes)) {
-      error = "invalid launch: too much shared memory";
+    const auto allowed = allowed_shared.find(kernel);
+    if (shared_bytes > static_cast<std::size_t>(allowed == allowed_shared.end() ? kDefaultShared : allowed->second)) {
+      error = "invalid launch: more shared memory than the kernel was allowed";
       return false;
     }
     grid_dim = {grid, 1, 1};
@@ -635,8 +638,12 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 template <class Function>
-inline cudaError_t cudaFuncSetAttribute(Function, cudaFuncAttribute, int bytes) {
-  return bytes <= cuda_emulator::machine.settings.max_shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
+inline cudaError_t cudaFuncSetAttribute(Function function, cudaFuncAttribute, int bytes) {
+  cuda_emulator::Machine& machine = cuda_emulator::machine;
+  if (bytes > machine.settings.max_shared_bytes) return cudaErrorInvalidValue;
+  std::lock_guard<std::mutex> lock(machine.launch_mutex);
+  machine.allowed_shared[reinterpret_cast<const void*>(function)] = bytes;
+  return cudaSuccess;
 }
 template <class Function>
 inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Function, int, std::size_t) {
@@ -656,6 +663,15 @@ inline __attribute__((used, visibility("default"))) void cuda_emulator_configure
                                                                                  int preempt_every, int blocks_per_sm,
                                                                                  int has_device) {
   cuda_emulator::machine.settings = {seed, num_sms, max_shared_bytes, preempt_every, blocks_per_sm, has_device != 0};
+  cuda_emulator::machine.allowed_shared.clear();
+}
+// The least dynamic shared memory that any kernel whose attribute was set may have now; 0: none was set.
+inline __attribute__((used, visibility("default"))) int cuda_emulator_allowed_shared_bytes() {
+  int least = 0;
+  for (const auto& entry : cuda_emulator::machine.allowed_shared) {
+    least = least == 0 || entry.second < least ? entry.second : least;
+  }
+  return least;
 }
 inline __attribute__((used, visibility("default"))) void cuda_emulator_register(const void* pointer,
                                                                                 std::uint64_t bytes, const char* name,

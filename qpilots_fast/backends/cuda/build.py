@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 LIBRARY_NAME = "libqpilots_cuda.so"
-ARCHITECTURES: tuple[int, ...] = (80, 86, 89, 90, 100, 120)  # the first one also as PTX, for every other GPU
+# sm_87 is Orin, which runs no code of sm_86; the first one also as PTX, for every other GPU
+ARCHITECTURES: tuple[int, ...] = (80, 86, 87, 89, 90, 100, 120)
 SOURCES = ("device", "pack", "sample", "steer_step")
 # -fmad=false: the maths says where it fuses, so that a row has the same bits in every variant of a kernel
 NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden")

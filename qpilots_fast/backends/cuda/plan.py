@@ -180,7 +180,8 @@ def _finish(program: Program, num_once: int, num_flow: int) -> Program:
     args.num_once, args.num_flow_phases = num_once, num_flow
     args.num_step_phases = len(phases) - num_once
     args.stage_stride = max(phase.in_stride for phase in phases)
-    program.max_rows = max(phase.rows for phase in phases)
+    # not of what runs once a call: K rows of time features would take the tile of 16 rows to every step
+    program.max_rows = max(phase.rows for phase in phases[num_once:] or phases)
     return program
 
 
