@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qpilots_fast import BackendUnavailable, backends, reference
 from qpilots_fast.backends import Call
+from qpilots_fast.bounds import as_operands
 from qpilots_fast.evaluators import evaluators, reference_evaluators
 from qpilots_fast.reference import Evaluators, Pullback
 from qpilots_fast.spec import PRECISIONS
@@ -135,7 +136,7 @@ def record_loop(workload: Workload, backend: str, precision: str, record: Record
         stack.enter_context(spanned("clean_actions", "project", "clean-action estimate"))
         stack.enter_context(spanned("steer_velocity", "update", "norms and the steered velocity"))
         stack.enter_context(record("update", "Euler steps and the clip"))
-        bounds = (sampler.action_low, sampler.action_high)
+        bounds = as_operands(sampler.action_low, sampler.action_high, workload.noise)
         raw = reference.sample(
             instrument(net, record),
             workload.steering,

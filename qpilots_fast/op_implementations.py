@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import backends, reference
 from .backends import Backend, Call, Request, RowKernels
+from .bounds import as_operands
 from .evaluators import NetworkCall, backend_call, compute_dtype, packed_critic, reference_call, reference_evaluators
 from .inputs import check_actions
 from .networks import bind
@@ -121,8 +122,8 @@ def _steering_gradient(
     place: _Place,
     spec_json: str,
     steering_json: str,
-    low: float,
-    high: float,
+    low: Sequence[float],
+    high: Sequence[float],
     precision: str,
     backend: str,
 ) -> tuple[Tensor, Tensor | None, Steering]:
@@ -131,7 +132,8 @@ def _steering_gradient(
     steering, spec = Steering.from_json(steering_json), network_spec_from_json(spec_json)
     critic = packed_critic(spec, place(spec, precision, backend), obs)
     net = reference.Evaluators(flow=lambda *_: (v, lambda d: d), critic=critic)
-    g, std = reference.steering_gradient(net, steering, noisy_actions, v, lambda d: d, t, None, (low, high))
+    bounds = as_operands(low, high, noisy_actions)
+    g, std = reference.steering_gradient(net, steering, noisy_actions, v, lambda d: d, t, None, bounds)
     return g, std, steering
 
 
@@ -143,7 +145,7 @@ def _sample_reference(
     dtype = compute_dtype(spec.precision, obs, noise)
     net = reference_evaluators(_bind_sampler(spec, parameters), obs.to(dtype), dtype, spec.precision)
     eps, alpha = (None if value is None else value.to(dtype) for value in (eps, alpha))
-    raw = reference.sample(net, spec.steering, spec.schedule, noise.to(dtype), eps, spec.bounds, alpha)
+    raw = reference.sample(net, spec.steering, spec.schedule, noise.to(dtype), eps, spec.bounds(obs.to(dtype)), alpha)
     assert raw.report is not None
     return raw.actions, *raw.report
 

@@ -28,9 +28,9 @@ _SCHEMAS = {
     "float eps=1e-8, int[]? steered_dims=None) -> Tensor",
     "posterior_weights": "(Tensor q_values, float tau=1.0, float q_scale=1.0) -> Tensor",
     "steer_step": "(Tensor obs, Tensor noisy_actions, Tensor velocity, Tensor t, Tensor[] parameters, float dt, "
-    "str critic, str steering, float low, float high, str precision, str backend) -> Tensor",
+    "str critic, str steering, float[] low, float[] high, str precision, str backend) -> Tensor",
     "steer_velocity": "(Tensor obs, Tensor noisy_actions, Tensor velocity, Tensor t, Tensor[] parameters, str critic, "
-    "str steering, float low, float high, str precision, str backend) -> Tensor",
+    "str steering, float[] low, float[] high, str precision, str backend) -> Tensor",
     "sample": "(Tensor obs, Tensor noise, Tensor? posterior_noise, Tensor[] parameters, str spec, str backend, "
     "Tensor? alpha=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 }

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .bounds import as_lists
 from .loop_conventions import NOISE_AT_ZERO, check_step, check_time, from_convention, time_rows
 from .networks import PackableNetwork
 from .op_transforms import call
@@ -172,8 +173,8 @@ def steer_step(
     critic: PackableNetwork | None = None,
     q_grad: Tensor | None = None,
     steering: Steering | None = None,
-    action_low: float = -1.0,
-    action_high: float = 1.0,
+    action_low: Any = -1.0,
+    action_high: Any = 1.0,
     convention: str = NOISE_AT_ZERO,
     precision: str = "float32",
     backend: str = "auto",
@@ -189,6 +190,7 @@ def steer_step(
             and whose steered_dims index the flattened C D. Half precision is computed in float32, returned as given.
         t: in [0, 1]: a number, [B], [B, 1], or per token [B, C]. dt: step length.
         steering: defaults to Steering.qpilots_u(jacobian="identity").
+        action_low, action_high: bounds of the estimate, where the steering clips it; as SteeredSampler's.
         convention: "noise_at_zero" (time runs from 0 to 1, dt > 0, velocity = action - noise) or "noise_at_one"
             (openpi, LeRobot, diffusers: from 1 to 0, dt < 0, velocity = noise - action).
 
@@ -224,8 +226,8 @@ def steer_velocity(
     critic: PackableNetwork | None = None,
     q_grad: Tensor | None = None,
     steering: Steering | None = None,
-    action_low: float = -1.0,
-    action_high: float = 1.0,
+    action_low: Any = -1.0,
+    action_high: Any = 1.0,
     convention: str = NOISE_AT_ZERO,
     precision: str = "float32",
     backend: str = "auto",
@@ -256,8 +258,8 @@ def _step_arguments(
     critic: PackableNetwork | None,
     q_grad: Tensor | None,
     steering: Steering | None,
-    action_low: float,
-    action_high: float,
+    action_low: Any,
+    action_high: Any,
     convention: str,
     precision: str,
     backend: str,
@@ -286,7 +288,8 @@ def _step_arguments(
     obs, x, v = _float_rows(obs, noisy_actions, v)
     _check_rows(op, obs, x, critic.spec)
     times = times.to(x.dtype)
-    return obs, x, v, times, parameters, spec, steering.json, action_low, action_high, precision, backend
+    low, high = as_lists(action_low, action_high, x.shape[1], noisy_actions.shape[1:])
+    return obs, x, v, times, parameters, spec, steering.json, low, high, precision, backend
 
 
 def _callable_critic(op: str, critic: object, convention: str) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .bounds import Bounds
 from .reference_mlp import (
     ReferenceNetwork,
     layer_norm,
@@ -168,12 +169,13 @@ class Evaluators:
     """What the loop asks of the networks; obs is bound inside.
 
     flow(x, t): velocity [B, A] and the pullback of [B, A] to x.
-    critic(a): q_values [E, B] and the pullback of member weights [E, B] to a.
+    critic(a), or critic(a, t) where the steering has critic_time: q_values [E, B] and the pullback of member weights
+    [E, B] to a.
     posterior(eps, x, t): a draw [B, A] and the pullback of [B, A] to x.
     """
 
     flow: Callable[[Tensor, float], tuple[Tensor, Pullback]]
-    critic: Callable[[Tensor], tuple[Tensor, Pullback]] | None = None
+    critic: Callable[..., tuple[Tensor, Pullback]] | None = None
     posterior: Callable[[Tensor, Tensor, float], tuple[Tensor, Pullback]] | None = None
 
 
@@ -205,14 +207,15 @@ def glass_draw(
 
 
 def _critic_gradient(
-    critic: Callable[[Tensor], tuple[Tensor, Pullback]], a: Tensor, steering: Steering, low: float, high: float
+    critic: Callable[[Tensor], tuple[Tensor, Pullback]], a: Tensor, steering: Steering, bounds: Bounds
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d Qbar / d a at the (clipped) estimate, Qbar [B], and the critics' std [B]."""
-    q_values, pullback = critic(a if steering.clip == "none" else a.clamp(low, high))
+    q_values, pullback = critic(a if steering.clip == "none" else a.clamp(*bounds))
     d_a = pullback(member_weights(q_values, steering.aggregation, steering.rho))
     # a critic without a finite value has no usable gradient, whatever its derivative says
     d_a = torch.where(q_values.isfinite().all(0).unsqueeze(-1), d_a, torch.full_like(d_a, math.nan))
     if steering.clip == "masked" and steering.jacobian == "full":
+        low, high = bounds
         d_a = torch.where((a >= low) & (a <= high), d_a, torch.zeros_like(d_a))
     return d_a, aggregate(q_values, steering.aggregation, steering.rho), ensemble_std(q_values)
 
@@ -225,7 +228,7 @@ def steering_gradient(
     flow_pullback: Pullback,
     t: float | Tensor,
     eps: Tensor | None,
-    bounds: tuple[float, float],
+    bounds: Bounds,
 ) -> tuple[Tensor, Tensor]:
     """g [B, A], the gradient of the steering objective with respect to x, and the critics' std [B].
 
@@ -235,7 +238,8 @@ def steering_gradient(
     assert net.critic is not None
     if not steering.uses_posterior:
         a = x if steering.estimate == "noisy" else clean_actions(x, v, t)
-        d_a, q_bar, std = _critic_gradient(net.critic, a, steering, *bounds)
+        critic = (lambda a: net.critic(a, t)) if steering.critic_time else net.critic  # type: ignore[misc]
+        d_a, q_bar, std = _critic_gradient(critic, a, steering, bounds)
         if steering.pulls_flow:
             d_a = d_a + (1 - t) * flow_pullback(d_a)
         return d_a * steering.tau / _q_scale(q_bar, steering), std
@@ -247,7 +251,7 @@ def steering_gradient(
             a, pullback = net.posterior(eps[:, n], x, t)
         else:
             a, pullback = glass_draw(net.flow, eps[:, n], x, t, steering.glass_steps)
-        d_a, q_bar, std = _critic_gradient(net.critic, a, steering, *bounds)
+        d_a, q_bar, std = _critic_gradient(net.critic, a, steering, bounds)
         gradients.append(pullback(d_a))
         values.append(q_bar)
         stds.append(std)
@@ -277,7 +281,7 @@ def sample(
     schedule: Sequence[Step],
     noise: Tensor,
     posterior_noise: Tensor | None,
-    bounds: tuple[float, float],
+    bounds: Bounds,
     alpha: Tensor | None = None,
 ) -> RawSample:
     """The K Euler steps of the schedule from noise [B, A].

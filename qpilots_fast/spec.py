@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .bounds import Bound, Bounds, as_operands
 from .steering import Steering
 from .times import GlassCoefficients, Step, glass_coefficients, time_features
 
@@ -218,13 +219,18 @@ class SamplerSpec:
     steering: Steering = field(default_factory=Steering)
     num_steps: int = 10
     precision: str = "float32"
-    action_low: float = -1.0
-    action_high: float = 1.0
+    action_low: Bound = -1.0  # one number, or one for each of the A dimensions (then both)
+    action_high: Bound = 1.0
+    time_grid: tuple[float, ...] | None = None  # K + 1 increasing times from 0 to 1; None: k / K
 
     json: ClassVar[str]  # this spec as text, ready before torch.compile traces through
 
     def __post_init__(self) -> None:
         flow, steering = self.flow, self.steering
+        if self.time_grid is not None and len(self.time_grid) != self.num_steps + 1:
+            raise ValueError(
+                f"num_steps is {self.num_steps}, but time_grid has {len(self.time_grid)} times; expected num_steps + 1."
+            )
         for name, other in (("critic", self.critic), ("posterior", self.posterior)):
             if other is not None and (other.obs_dim, other.action_dim) != (flow.obs_dim, flow.action_dim):
                 raise ValueError(
@@ -253,14 +259,23 @@ class SamplerSpec:
         """Those of the networks that a call reads, in the order of `networks`."""
         return [getattr(networks, name) for name in self.networks]
 
+    def bounds(self, like: Tensor) -> Bounds:
+        """Low and high of the actions, as torch.clamp takes them beside like [..., A]."""
+        return as_operands(self.action_low, self.action_high, like)
+
     @property
-    def bounds(self) -> tuple[float, float]:
-        return self.action_low, self.action_high
+    def box(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Low and high of each dimension of the actions, [A] each."""
+        low, high = (
+            bound if isinstance(bound, tuple) else (bound,) * self.flow.action_dim
+            for bound in (self.action_low, self.action_high)
+        )
+        return low, high
 
     @cached_property
     def schedule(self) -> tuple[Step, ...]:
         """Every step: time, length, weight of the steering."""
-        return self.steering.schedule(self.num_steps)
+        return self.steering.schedule(self.num_steps, self.time_grid)
 
     @cached_property
     def times(self) -> tuple[float, ...]:
@@ -322,7 +337,7 @@ def network_spec_from_json(text: str) -> NetworkSpec:
 
 @lru_cache(maxsize=256)
 def _sampler_spec_from_json(text: str) -> SamplerSpec:
-    values = json.loads(text)
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
     steering = Steering.from_json(json.dumps(values.pop("steering")))
     networks = {name: _network_from_dict(values.pop(name)) for name in ("flow", "critic", "posterior")}
     return SamplerSpec(**networks, steering=steering, **values)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ odd: the emulator costs about 10^4 times a GPU, and edges are where indexing goe
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -53,6 +54,8 @@ def call(case: Case, precision: str) -> tuple:
         case.steering,
         case.num_steps,
         precision,
+        *case.bounds,
+        case.time_grid,
     )
     networks = BoundNetworks(
         case.flow.bound(),
@@ -153,6 +156,13 @@ def test_gate_and_strength_of_each_row(cuda, steering):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings(cuda, name):
     check(cuda, make_case(SETTINGS[name], batch_size=2, num_steps=3, hidden_dims=(21, 13)))
+
+
+@pytest.mark.parametrize("steering", [Steering(clip="masked", scale="absolute"), Steering.qpilots_m(num_samples=2)])
+def test_bounds_of_each_dimension_and_a_free_time_grid(cuda, steering):
+    bounds = (-0.3, -math.inf, 0.1), (0.2, 0.4, math.inf)
+    case = make_case(steering, batch_size=3, num_steps=3, action_dim=3)
+    check(cuda, dataclasses.replace(case, bounds=bounds, time_grid=(0.0, 0.15, 0.6, 1.0)))
 
 
 def test_more_draws_than_lanes(cuda):

@@ -95,7 +95,7 @@ def test_network_with_an_unknown_value_is_refused(changed: dict):
 @pytest.mark.parametrize("field", ["estimate", "clip", "aggregation", "scale", "q_scale_kind"])
 def test_steering_with_an_unknown_value_is_refused(field: str):
     module = native.load_module()
-    steering = steering_params(Steering.unsteered(), -1.0, 1.0)
+    steering = steering_params(Steering.unsteered())
     plan = {"flow": module.cpu_network(MLP, "float32", ""), "critic": None, "posterior": None}
     for bytes_of in (lambda: bytes(steering), lambda: bytes(steering)[:-4]):
         setattr(steering, field, 99)
@@ -115,10 +115,10 @@ def test_steering_params_hold_every_number_of_a_steering():
         gaf_min=7.0,
         max_disagreement=8.0,
     )
-    made = steering_params(steering, -2.0, 3.0)
+    made = steering_params(steering)
     for name, kind in params.FIELDS:
         if kind is ctypes.c_float and hasattr(steering, name) and name != "q_scale":
             assert getattr(made, name) == pytest.approx(getattr(steering, name))
-    assert steering_params(Steering(), -2.0, 3.0).max_disagreement == float("inf")
-    assert (made.action_low, made.action_high, made.q_scale) == (-2.0, 3.0, 1.0)
+    assert steering_params(Steering()).max_disagreement == float("inf")
+    assert made.q_scale == 1.0
     assert ctypes.sizeof(SteeringParams) == 4 * len(params.FIELDS)

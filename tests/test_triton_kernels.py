@@ -11,6 +11,7 @@ sides of every padding.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 
@@ -68,7 +69,9 @@ def spec_of(case: Case, precision: str = "float32") -> SamplerSpec:
     steering = case.steering
     posterior = case.posterior.spec if steering.steers and steering.estimate == "mfm" else None
     critic = case.critic.spec if steering.steers else None
-    return SamplerSpec(case.flow.spec, critic, posterior, steering, case.num_steps, precision)
+    return SamplerSpec(
+        case.flow.spec, critic, posterior, steering, case.num_steps, precision, *case.bounds, case.time_grid
+    )
 
 
 def networks_of(case: Case) -> BoundNetworks:
@@ -198,6 +201,12 @@ def test_unsteered_steps_between_steered_ones(steering: Steering, weights: tuple
     case = small(replace(steering, step_weights=weights), num_steps=6)
     check(case)
     assert len(backend().plan(spec_of(case), torch.device("cpu")).step_launches()) == 3
+
+
+@pytest.mark.parametrize("steering", [replace(U, clip="masked"), M, GLASS], ids=["u", "m", "glass"])
+def test_bounds_of_each_dimension_and_a_free_time_grid(steering: Steering) -> None:
+    bounds = (-0.3, -math.inf, 0.1), (0.2, 0.4, math.inf)
+    check(replace(small(steering, num_steps=3), bounds=bounds, time_grid=(0.0, 0.15, 0.6, 1.0)))
 
 
 @pytest.mark.parametrize("steering", [U, M, GLASS], ids=["u", "m", "glass"])

@@ -93,12 +93,12 @@ struct ActivateVjpArgs {
   std::ptrdiff_t dz_stride;
 };
 
-// dst = src as an operand; clamped to [low, high] first (NaN stays NaN).
+// dst = src as an operand; clamped to [low, high] first where there are bounds (NaN stays NaN).
 struct ConvertArgs {
   int rows, width;  // padded width
   const float* src;
   std::ptrdiff_t src_stride;
-  float low, high;
+  const float *low, *high;  // [width], or null
   void* dst;
   std::ptrdiff_t dst_stride;  // bytes
 };
@@ -131,10 +131,11 @@ struct CombineArgs {
   const SteeringParams* steering;
   const float* q;  // [members, q_stride]
   std::ptrdiff_t q_stride;
-  const float* dq;  // [members, q_stride, padded_width]
-  const float* a;   // [rows, padded_width], the unclipped estimate
-  float* weights;   // scratch [members]
-  float* g;         // [rows, padded_width]
+  const float* dq;          // [members, q_stride, padded_width]
+  const float* a;           // [rows, padded_width], the unclipped estimate
+  const float *low, *high;  // [padded_width], the bounds of the actions
+  float* weights;           // scratch [members]
+  float* g;                 // [rows, padded_width]
   float* value;
   float* std;
 };

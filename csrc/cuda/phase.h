@@ -78,6 +78,7 @@ struct SampleArgs {
   const float* posterior_noise;     // [K][B][N][A]
   const float* schedule;            // [K][3] 1 - t, dt, weight (0: the step is not steered)
   const float* alpha;               // [B] the strength of each row; null: the steering's
+  const float* bounds;              // [2][A] of the actions, low and high
   const unsigned char* steered;     // [A] 1 where the critic may move the action; null: all
   float* actions;                   // output [B][A]
   // the report, [K][B]: all of them or none

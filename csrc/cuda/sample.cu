@@ -105,6 +105,11 @@ __device__ __forceinline__ float estimate(const SampleArgs& a, const SharedMemor
   }
 }
 
+__device__ __forceinline__ float action_low(const SampleArgs& a, int c) { return load_constant(a.bounds + c); }
+__device__ __forceinline__ float action_high(const SampleArgs& a, int c) {
+  return load_constant(a.bounds + a.action_dim + c);
+}
+
 // sum_j w_j dQ_j / da at the estimate, through the clip.
 template <class Weight>
 __device__ __forceinline__ float critic_gradient(const SampleArgs& a, const SharedMemory<Weight>& shared, int k,
@@ -119,7 +124,7 @@ __device__ __forceinline__ float critic_gradient(const SampleArgs& a, const Shar
   }
   if (a.steering.clip == Clip::kMasked && a.steering.full_jacobian) {
     const float at = estimate(a, shared, k, row, c);
-    if (!(at >= a.steering.action_low && at <= a.steering.action_high)) sum = 0.0f;
+    if (!(at >= action_low(a, c) && at <= action_high(a, c))) sum = 0.0f;
   }
   return sum;
 }
@@ -271,7 +276,7 @@ __device__ __forceinline__ void stage(const SampleArgs& a, const SharedMemory<We
     case Stage::kEstimate:
       stage_each<ROWS>(p, tile, staged, [&](int r, int c) {
         const float value = estimate(a, shared, k, tile.row0 + r, c);
-        return a.steering.clip == Clip::kNone ? value : clamp(value, a.steering.action_low, a.steering.action_high);
+        return a.steering.clip == Clip::kNone ? value : clamp(value, action_low(a, c), action_high(a, c));
       });
       break;
     case Stage::kPosteriorInput:
@@ -391,7 +396,8 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const SampleArgs a)
   if (a.actions == nullptr) return;
   for (int i = threadIdx.x; i < a.batch * a.action_dim; i += kThreads) {
     const float x = alive ? load_shared(shared.x + i) : not_a_number();
-    store_global(a.actions + i, clamp(x, a.steering.action_low, a.steering.action_high));
+    const int c = i % a.action_dim;
+    store_global(a.actions + i, clamp(x, action_low(a, c), action_high(a, c)));
   }
 }
 

@@ -28,7 +28,7 @@ FIELDS: list[tuple[str, type[ctypes.c_int32] | type[ctypes.c_float]]] = [
     *((name, _I32) for name in ("estimate", "clip", "aggregation", "scale", "q_scale_kind", "full_jacobian")),
     *((name, _I32) for name in ("num_samples", "glass_steps")),
     *((name, _F32) for name in ("alpha", "rho", "tau", "q_scale", "eps", "max_grad_norm")),
-    *((name, _F32) for name in ("gaf_beta", "gaf_decay", "gaf_min", "max_disagreement", "action_low", "action_high")),
+    *((name, _F32) for name in ("gaf_beta", "gaf_decay", "gaf_min", "max_disagreement")),
 ]
 
 
@@ -36,7 +36,7 @@ class SteeringParams(ctypes.Structure):
     _fields_ = FIELDS
 
 
-def steering_params(steering: Steering, low: float, high: float) -> SteeringParams:
+def steering_params(steering: Steering) -> SteeringParams:
     """The steering as kernels read it."""
     batch_std = steering.q_scale == "batch_std"
     return SteeringParams(
@@ -50,8 +50,6 @@ def steering_params(steering: Steering, low: float, high: float) -> SteeringPara
         glass_steps=steering.glass_steps,
         q_scale=1.0 if batch_std or steering.q_scale is None else steering.q_scale,
         max_disagreement=math.inf if steering.max_disagreement is None else steering.max_disagreement,
-        action_low=low,
-        action_high=high,
         **{name: getattr(steering, name) for name in ("alpha", "rho", "tau", "eps", "max_grad_norm")},
         **{name: getattr(steering, name) for name in ("gaf_beta", "gaf_decay", "gaf_min")},
     )

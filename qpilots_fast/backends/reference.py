@@ -39,7 +39,8 @@ class ReferenceBackend(Backend):
             net = reference_evaluators(networks, call.obs.to(dtype), dtype, spec.precision)
             eps = None if call.posterior_noise is None else call.posterior_noise.to(dtype)
             alpha = None if call.alpha is None else call.alpha.to(dtype)
-            return sample(net, spec.steering, spec.schedule, call.noise.to(dtype), eps, spec.bounds, alpha)
+            noise = call.noise.to(dtype)
+            return sample(net, spec.steering, spec.schedule, noise, eps, spec.bounds(noise), alpha)
 
     def forward(self, network: Any, blocks: Sequence[Tensor], precision: str) -> Tensor:
         with torch.autocast(blocks[0].device.type, enabled=False):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import backends, reference
 from ..backends.base import Backend
+from ..bounds import as_lists, as_operands
 from ..evaluators import evaluators
 from ..sampler import SampleInfo
 from ..steering import Steering, check_choice
@@ -202,8 +203,8 @@ def ddim_steered_sample(
     timesteps: Sequence[int] | None = None,
     prediction: str = "epsilon",
     clip: float | None = None,
-    action_low: float = -1.0,
-    action_high: float = 1.0,
+    action_low: Any = -1.0,
+    action_high: Any = 1.0,
     backend: str = "auto",
     critic_layout: str = "auto",
 ) -> tuple[Tensor, SampleInfo]:
@@ -222,7 +223,8 @@ def ddim_steered_sample(
         num_steps: K. timesteps: K indices into the path, from noise to clean; by default spread evenly, from the
             last. The step after the last one ends at lambda = 0, the clean estimate.
         prediction, clip: as in DiffusionVelocity.
-        action_low, action_high: bounds of the estimates (where the steering clips them) and of the result.
+        action_low, action_high: bounds of the estimates (where the steering clips them) and of the result, as
+            SteeredSampler's.
         backend: where a packed critic runs.
         critic_layout: of a callable critic's output, as SteeredSampler's.
 
@@ -251,6 +253,8 @@ def ddim_steered_sample(
     drift = _DDIMDrift(network, prediction, clip)
     chosen = _critic_backend(backend, noise)
     net = evaluators(drift, critic, None, steering, chosen, "float32", obs, critic_layout)
+    low, high = as_lists(action_low, action_high, noise.shape[-1], noise.shape[1:])
+    bounds = as_operands(low, high, noise)
     xbar = noise / levels[0][1]
     reports = []
     times = [alpha / (alpha + sigma) for _, alpha, sigma in levels]
@@ -261,9 +265,8 @@ def ddim_steered_sample(
         report = reference.unsteered_report(noise)
         if step.weight > 0:
             # the estimate xbar + lambda u is the linear path's x + (1 - t) v with 1 - t = lambda
-            bounds = (action_low, action_high)
             g, std = reference.steering_gradient(net, steering, xbar, u, pullback, 1 - lambdas[k], None, bounds)
             u, report = reference.steer_velocity(u, g, steering, std, steering.alpha * step.weight)
         reports.append(report)
         xbar = xbar + (lambdas[k] - lambdas[k + 1]) * u
-    return xbar.clamp(action_low, action_high), SampleInfo(None, *map(torch.stack, zip(*reports)))
+    return xbar.clamp(*bounds), SampleInfo(None, *map(torch.stack, zip(*reports)))

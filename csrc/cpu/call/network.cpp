@@ -1,15 +1,12 @@
 #include "call/network.h"
 
 #include <algorithm>
-#include <limits>
 #include <utility>
 
 #include "tuning.h"
 
 namespace qpilots::cpu {
 namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 std::size_t round_up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
 
@@ -298,7 +295,7 @@ int backward_pass(const Pass& pass, const float* d_out, std::ptrdiff_t d_out_pit
     const int begin = team.begin(pass.rows), end = team.end(pass.rows);
     const bool plain = hidden == 0 && as_float;
     (plain ? net.table().formats[0] : fk)
-        .to_operand({end - begin, net.out_padded(), d_out + begin * d_out_pitch, d_out_pitch, -kInfinity, kInfinity,
+        .to_operand({end - begin, net.out_padded(), d_out + begin * d_out_pitch, d_out_pitch, nullptr, nullptr,
                      s.d_operand[current] + begin * d_pitch, d_pitch});
     team.wait();
   }

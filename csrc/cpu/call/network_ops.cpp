@@ -1,6 +1,5 @@
 // One network's forward and vector-Jacobian product on its own, for the operators.
 #include <cstring>
-#include <limits>
 #include <utility>
 
 #include "call/region.h"
@@ -8,8 +7,6 @@
 
 namespace qpilots::cpu {
 namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 class NetworkRun {
  public:
@@ -95,7 +92,7 @@ class NetworkRun {
       }
       if (input == kX) continue;
       const std::ptrdiff_t pitch = scratch.pitch * kernels.a_bytes;
-      kernels.to_operand({rows, width, wide, width, -kInfinity, kInfinity, scratch.operand[0], pitch});
+      kernels.to_operand({rows, width, wide, width, nullptr, nullptr, scratch.operand[0], pitch});
       kernels.forward({&block, member + block.offset, 0, block.panels, scratch.operand[0], pitch, rows, scratch.init,
                        nullptr, base, first});
     }
@@ -105,7 +102,7 @@ class NetworkRun {
       std::memcpy(wide + r * width, blocks_[kX] + static_cast<std::size_t>(begin + r) * net_.input(kX).in,
                   sizeof(float) * net_.input(kX).in);
     }
-    fk.to_operand({rows, width, wide, width, -kInfinity, kInfinity, scratch.operand[0], scratch.pitch * fk.a_bytes});
+    fk.to_operand({rows, width, wide, width, nullptr, nullptr, scratch.operand[0], scratch.pitch * fk.a_bytes});
     const std::size_t row = static_cast<std::size_t>(j) * batch_ + begin;
     const int out_width = net_.shape().widths.back();
     const Saves saves{cotangent != nullptr ? saves_ + saves_bytes_ * thread : nullptr, rows, 0};
@@ -134,7 +131,7 @@ class NetworkRun {
       if (!net_.has(input)) continue;
       const Block& block = net_.input(input);
       const FormatKernels& kernels = net_.table().formats[static_cast<int>(block.format)];
-      kernels.to_operand({rows, static_cast<int>(first), delta, scratch.pitch, -kInfinity, kInfinity,
+      kernels.to_operand({rows, static_cast<int>(first), delta, scratch.pitch, nullptr, nullptr,
                           scratch.d_operand[1 - which], scratch.d_pitch()});
       input_vjp(pass, block, kernels, 1 - which, wide, block.in_padded);
       for (int r = 0; r < rows; ++r) {

@@ -1,15 +1,10 @@
 // Posterior draws: the meta flow map's and GLASS flows' estimates of a step, and their way back to x.
 #include <cstring>
-#include <limits>
 
 #include "call/sample_run.h"
 
 namespace qpilots::cpu {
-namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-}  // namespace
+namespace {}  // namespace
 
 // a_n = eps_n + vhat(obs, eps_n, x, t, 0, 1); W_x x is computed once for the N draws.
 void SampleRun::estimate_posterior(int k, RowRange rows, const Worker& w) {
@@ -19,7 +14,7 @@ void SampleRun::estimate_posterior(int k, RowRange rows, const Worker& w) {
   const std::ptrdiff_t operand_pitch = w.scratch.pitch * fk.a_bytes, first = posterior.first_padded();
   {
     const int begin = team.begin(rows.count()), end = team.end(rows.count());
-    fk.to_operand({end - begin, pitch_, row(x_, rows.begin + begin), pitch_, -kInfinity, kInfinity,
+    fk.to_operand({end - begin, pitch_, row(x_, rows.begin + begin), pitch_, nullptr, nullptr,
                    w.scratch.operand[0] + begin * operand_pitch, operand_pitch});
     for (int r = begin; r < end; ++r) w.scratch.init[r] = posterior_base_ + (rows.begin + r) * first;
     team.wait();
@@ -37,7 +32,7 @@ void SampleRun::estimate_posterior(int k, RowRange rows, const Worker& w) {
       std::memset(row(a_, i), 0, sizeof(float) * pitch_);
       std::memcpy(row(a_, i), draw_noise(k, i), sizeof(float) * plan_.action_dim);
     }
-    fk.to_operand({end - begin, pitch_, row(a_, draws.begin + begin), pitch_, -kInfinity, kInfinity,
+    fk.to_operand({end - begin, pitch_, row(a_, draws.begin + begin), pitch_, nullptr, nullptr,
                    w.scratch.operand[0] + begin * operand_pitch, operand_pitch});
     team.wait();
     forward_pass(pass(posterior, arenas_[2], w, draws.count()), kXbar, nullptr,
@@ -121,8 +116,8 @@ void SampleRun::pull_back_posterior(RowRange rows, const Worker& w) {
   });
   const std::ptrdiff_t d_pitch = w.scratch.d_pitch();
   const int begin = team.begin(rows.count()), end = team.end(rows.count());
-  fk.to_operand({end - begin, static_cast<int>(first), delta_sum_ + (rows.begin + begin) * first, first, -kInfinity,
-                 kInfinity, w.scratch.d_operand[0] + begin * d_pitch, d_pitch});
+  fk.to_operand({end - begin, static_cast<int>(first), delta_sum_ + (rows.begin + begin) * first, first, nullptr,
+                 nullptr, w.scratch.d_operand[0] + begin * d_pitch, d_pitch});
   team.wait();
   input_vjp(pass(posterior, arenas_[2], w, rows.count()), posterior.input(kX), fk, 0, row(jg_, rows.begin), pitch_);
   team.wait();

@@ -1,16 +1,11 @@
 // The phases of one step: prepare, denoise and project, gradient, pull back, update.
 #include <cmath>
 #include <cstring>
-#include <limits>
 
 #include "call/sample_run.h"
 
 namespace qpilots::cpu {
-namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-}  // namespace
+namespace {}  // namespace
 
 // ---------------------------------------------------------------- once a call
 
@@ -96,7 +91,7 @@ void SampleRun::flow_forward(RowRange rows, const Worker& w, const float* src, i
     w.scratch.init[r] = flow_base_ + static_cast<std::size_t>((rows.begin + r) / group) * flow.first_padded();
   }
   flow.fk().to_operand({end - begin, pitch_, src + static_cast<std::size_t>(rows.begin + begin) * pitch_, pitch_,
-                        -kInfinity, kInfinity, w.scratch.operand[0] + begin * operand_pitch, operand_pitch});
+                        nullptr, nullptr, w.scratch.operand[0] + begin * operand_pitch, operand_pitch});
   w.team.wait();
   forward_pass(pass(flow, arenas_[0], w, rows.count()), kX, time, saves, row(out, rows.begin), pitch_);
   w.team.wait();
@@ -118,7 +113,7 @@ void SampleRun::denoise(int k, RowRange rows, const Worker& w) {
   switch (steering_.estimate) {
     case Estimate::kNoisy:
     case Estimate::kTweedie: {
-      const float ahead = steering_.estimate == Estimate::kNoisy ? 0.0f : 1.0f - t;
+      const float ahead = steering_.estimate == Estimate::kNoisy ? 0.0f : 1.0f - static_cast<float>(t);
       for (int r = begin; r < end; ++r) {
         for (int c = 0; c < pitch_; ++c)
           row(a_, r)[c] = ahead == 0.0f ? row(x_, r)[c] : row(x_, r)[c] + ahead * row(v_, r)[c];
@@ -150,9 +145,8 @@ void SampleRun::criticise(int item, const Worker& w) {
   for (int r = begin; r < end; ++r) {
     w.scratch.init[r] = critic_base_ + (static_cast<std::ptrdiff_t>(j) * batch_ + (rows.begin + r) / draws_) * first;
   }
-  fk.to_operand({end - begin, pitch_, row(a_, rows.begin + begin), pitch_, clipped ? steering_.action_low : -kInfinity,
-                 clipped ? steering_.action_high : kInfinity, w.scratch.operand[0] + begin * operand_pitch,
-                 operand_pitch});
+  fk.to_operand({end - begin, pitch_, row(a_, rows.begin + begin), pitch_, clipped ? plan_.low.data() : nullptr,
+                 clipped ? plan_.high.data() : nullptr, w.scratch.operand[0] + begin * operand_pitch, operand_pitch});
   team.wait();
   const Pass p = pass(critic, arena, w, rows.count());
   const Saves saves{w.critic_saves, rows.count(), 0};
@@ -178,7 +172,8 @@ void SampleRun::criticise(int item, const Worker& w) {
 void SampleRun::combine(RowRange rows, const Worker& w) {
   const int count = rows.count() * draws_, first = rows.begin * draws_;
   table_.combine({first + w.team.begin(count), first + w.team.end(count), plan_.critic->shape().members,
-                  plan_.action_dim, pitch_, &steering_, q_, draw_rows_, dq_, a_, w.weights, g_, value_, std_});
+                  plan_.action_dim, pitch_, &steering_, q_, draw_rows_, dq_, a_, plan_.low.data(), plan_.high.data(),
+                  w.weights, g_, value_, std_});
 }
 
 // The population std of all finite values (+ 1e-6); the same on every thread.
@@ -205,7 +200,7 @@ void SampleRun::pull_back_tweedie(int k, RowRange rows, const Worker& w) {
   const int which = backward_pass(p, row(g_, rows.begin), pitch_, {flow_saves_, batch_, rows.begin}, false);
   input_vjp(p, flow.input(kX), flow.fk(), which, row(jg_, rows.begin), pitch_);
   w.team.wait();
-  const float ahead = static_cast<float>(1.0 - static_cast<double>(k) / plan_.steps());
+  const float ahead = static_cast<float>(1.0 - plan_.schedule[k].t);
   for (int r = rows.begin + w.team.begin(rows.count()); r < rows.begin + w.team.end(rows.count()); ++r) {
     for (int c = 0; c < pitch_; ++c) row(g_, r)[c] += ahead * row(jg_, r)[c];
   }

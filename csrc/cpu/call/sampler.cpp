@@ -94,8 +94,7 @@ void SampleRun::set_arenas(const std::unique_ptr<ArenaLease> (&live)[3]) {
 void SampleRun::finish(RowRange rows, const Team& team) {
   for (int r = rows.begin + team.begin(rows.count()); r < rows.begin + team.end(rows.count()); ++r) {
     float* out = args_.actions + static_cast<std::size_t>(r) * plan_.action_dim;
-    for (int c = 0; c < plan_.action_dim; ++c)
-      out[c] = qpilots::clamp(row(x_, r)[c], steering_.action_low, steering_.action_high);
+    for (int c = 0; c < plan_.action_dim; ++c) out[c] = qpilots::clamp(row(x_, r)[c], plan_.low[c], plan_.high[c]);
   }
 }
 

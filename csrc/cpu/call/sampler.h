@@ -25,7 +25,8 @@ struct GlassStep {
 
 // One Euler step, from flow time t over dt; weight multiplies the strength of the steering, at 0 no critic is asked.
 struct Step {
-  float t, dt, weight;
+  double t;
+  float dt, weight;
 };
 
 struct SamplerPlan {
@@ -33,6 +34,7 @@ struct SamplerPlan {
   SteeringParams steering{};
   int obs_dim = 0, action_dim = 0;
   std::vector<Step> schedule;             // [K]
+  std::vector<float> low, high;           // [padded(A)], the bounds of the actions; infinite in the padding
   std::vector<unsigned char> mask;        // steered dims, or empty
   std::vector<float> flow_times;          // [K (+ K m for glass), dim]
   std::vector<float> posterior_times[3];  // t, s, u: [K, dim] each

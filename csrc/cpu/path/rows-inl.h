@@ -274,13 +274,17 @@ static void activate_vjp_rows(const ActivateVjpArgs& args) {
 
 template <class F>
 static void convert_rows(const ConvertArgs& args) {
-  const Vec low(args.low), high(args.high);
   for (int r = 0; r < args.rows; ++r) {
     const float* src = args.src + r * args.src_stride;
     char* dst = at<char*>(args.dst, r * args.dst_stride);
     for_vectors(0, args.width, [&](int c, auto n) {
       Vec x[n];
-      unroll<n>([&](auto i) { x[i] = qpilots::clamp(Vec::load(src + c + i * Vec::kLanes), low, high); });
+      unroll<n>([&](auto i) {
+        const int column = c + i * Vec::kLanes;
+        x[i] = Vec::load(src + column);
+        if (args.low != nullptr)
+          x[i] = qpilots::clamp(x[i], Vec::load(args.low + column), Vec::load(args.high + column));
+      });
       store_operands<F>(x, dst + c * F::kABytes);
     });
   }

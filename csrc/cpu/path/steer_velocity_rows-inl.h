@@ -19,7 +19,6 @@ namespace {
 static void combine_rows(const CombineArgs& args) {
   const SteeringParams& s = *args.steering;
   const bool masked = s.clip == Clip::kMasked && s.full_jacobian;
-  const Vec low(s.action_low), high(s.action_high);
   for (int i = args.begin; i < args.end; ++i) {
     const EnsembleValue row =
         aggregate(args.q + i, static_cast<int>(args.q_stride), args.members, s.aggregation, s.rho, args.weights, 1);
@@ -37,6 +36,7 @@ static void combine_rows(const CombineArgs& args) {
       }
       if (masked) {
         const Vec a = Vec::load(args.a + static_cast<std::ptrdiff_t>(i) * args.padded_width + c);
+        const Vec low = Vec::load(args.low + c), high = Vec::load(args.high + c);
         total = select(a < low, Vec(0.0f), select(high < a, Vec(0.0f), total));
       }
       total.store(g + c);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -106,7 +107,7 @@ std::shared_ptr<SamplerPlan> make_plan(const py::dict& d) {
   plan->posterior = network("posterior");
   plan->steering = read_steering(d["steering"].cast<std::string>());
   for (const auto& [t, dt, weight] : d["schedule"].cast<std::vector<std::array<double, 3>>>()) {
-    plan->schedule.push_back({static_cast<float>(t), static_cast<float>(dt), static_cast<float>(weight)});
+    plan->schedule.push_back({t, static_cast<float>(dt), static_cast<float>(weight)});
   }
   plan->obs_dim = d["obs_dim"].cast<int>();
   plan->action_dim = d["action_dim"].cast<int>();
@@ -128,6 +129,13 @@ std::shared_ptr<SamplerPlan> make_plan(const py::dict& d) {
             "networks of different paths");
   }
   require(plan->posterior == nullptr || plan->posterior->has(kXbar), "the posterior needs an xbar input");
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  plan->low = floats(d["action_low"]);
+  plan->high = floats(d["action_high"]);
+  const std::size_t width = plan->action_dim;
+  require(plan->low.size() == width && plan->high.size() == width, "action_low, action_high: wrong size");
+  plan->low.resize(padded(plan->action_dim), -infinity);
+  plan->high.resize(padded(plan->action_dim), infinity);
   if (!d["steered_dims"].is_none()) {
     plan->mask.assign(plan->action_dim, 0);
     for (int dim : d["steered_dims"].cast<std::vector<int>>()) {

@@ -64,7 +64,7 @@ inline constexpr int kCount = 0;  // of enumerators
   inline constexpr int kCount<Enum> = 0 LIST(QPILOTS_ONE_MORE);
 QPILOTS_ENUMS(QPILOTS_DEFINE_ENUM)
 
-// How a step steers: X(type, field) for the fields of qpilots_fast.Steering, and the bounds of the actions.
+// How a step steers: X(type, field) for the fields of qpilots_fast.Steering.
 #define QPILOTS_STEERING_FIELDS(X)                                                      \
   X(Estimate, estimate)                                                                 \
   X(Clip, clip)                                                                         \
@@ -83,9 +83,7 @@ QPILOTS_ENUMS(QPILOTS_DEFINE_ENUM)
   X(float, gaf_beta)                                                                    \
   X(float, gaf_decay)                                                                   \
   X(float, gaf_min)                                                                     \
-  X(float, max_disagreement) /* infinite: no gate */                                    \
-  X(float, action_low)                                                                  \
-  X(float, action_high)
+  X(float, max_disagreement) /* infinite: no gate */
 
 #define QPILOTS_FIELD(type, field) type field;
 struct SteeringParams {

@@ -148,12 +148,12 @@ class CudaBackend(Backend):
             report = StepReport(values[0], flags[0], values[1], flags[1])
         args.noise, args.posterior_noise = noise.data_ptr(), pointer(eps)
         args.schedule, args.steered = pointer(loaded.schedule), pointer(loaded.steered)
-        args.alpha, args.actions = pointer(alpha), actions.data_ptr()
+        args.alpha, args.bounds, args.actions = pointer(alpha), pointer(loaded.bounds), actions.data_ptr()
         reported: dict[str, Tensor | None] = {} if report is None else report._asdict()
         for name, value in reported.items():
             setattr(args, name, pointer(value))
         others = {"noise": noise, "posterior noise": eps, "schedule": loaded.schedule, "steered dims": loaded.steered}
-        others["alpha"] = alpha
+        others |= {"alpha": alpha, "bounds": loaded.bounds}
         outputs = {"actions": actions, **reported}
         workspace, barrier = self._launcher.launch(loaded, args, weights, inputs, others, outputs)
         return RawSample(actions, report), ((loaded, table, packed), (weights, workspace, barrier))

@@ -29,6 +29,7 @@ class DeviceProgram:
     time_tables: dict[str, Tensor]
     schedule: Tensor | None
     steered: Tensor | None
+    bounds: Tensor | None
 
 
 class Launcher:
@@ -167,8 +168,9 @@ def _bytes_tensor(data: bytes, device: torch.device) -> Tensor:
 def _to_device(key: Hashable, program: Program, device: torch.device) -> DeviceProgram:
     refuse_while_capturing(device, "this sampler has not run at this batch size yet")
     tables = {name: table.to(device) for name, table in program.time_tables.items()}
-    schedule, steered = (None if t is None else t.to(device) for t in (program.schedule, program.steered))
-    return DeviceProgram(key, program, _bytes_tensor(program.program_bytes(), device), tables, schedule, steered)
+    rows = (program.schedule, program.steered, program.bounds)
+    rest = (None if row is None else row.to(device) for row in rows)
+    return DeviceProgram(key, program, _bytes_tensor(program.program_bytes(), device), tables, *rest)
 
 
 def _device_pack_table(

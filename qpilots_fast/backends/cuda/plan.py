@@ -168,6 +168,7 @@ class Program:
     time_tables: dict[str, Tensor] = field(default_factory=dict)  # features [K, .] by input; float32
     schedule: Tensor | None = None  # [K, 3]; float32
     steered: Tensor | None = None  # [A] uint8
+    bounds: Tensor | None = None  # [2, A] float32
     output: Region | None = None
     num_steered: int = 0  # steps that run all step phases
 
@@ -212,7 +213,7 @@ def plan_sample(spec: SamplerSpec, present: tuple[tuple[Presence, ...], ...], ba
 
     workspace = Workspace()
     args = SampleArgs(batch=batch, action_dim=action_dim, num_steps=spec.num_steps)
-    args.steering = steering_params(steering, spec.action_low, spec.action_high)
+    args.steering = steering_params(steering)
     args.velocity = workspace.plane("velocity", batch, action_dim)
     once: list[Phase] = []
     step: list[Phase] = []
@@ -267,7 +268,7 @@ def plan_sample(spec: SamplerSpec, present: tuple[tuple[Presence, ...], ...], ba
         mask[list(steering.steered_dims)] = 1
     program = Program(
         layouts, workspace, once + step, args, weight_bytes, 0, layouts[-1].end, tables, schedule, mask,
-        num_steered=len(spec.steered_steps),
+        bounds=torch.tensor(spec.box, dtype=torch.float32, device="cpu"), num_steered=len(spec.steered_steps),
     )  # fmt: skip
     return _finish(program, len(once), num_flow)
 
@@ -289,7 +290,7 @@ def plan_network(
         cotangent = {"input": INPUTS.index("cotangent"), "source_member_stride": batch * spec.output_dim}
         program_phases += phases.backward(spec.input_dim, output, cotangent, "rows")
     args = SampleArgs()  # no state in shared memory: any batch
-    args.steering = steering_params(Steering(), -1.0, 1.0)
+    args.steering = steering_params(Steering())
     size = spec.num_members * batch * width
     program = Program([layout], workspace, program_phases, args, weight_bytes, 0, layout.end)
     program.output = Region("output", output, size)

@@ -45,7 +45,7 @@ class CudaRows:
         nonfinite = torch.empty(len(x), dtype=torch.bool, device=x.device)
         read = {"v": float32_rows(v), "g": float32_rows(g), "q_std": None if q_std is None else float32_rows(q_std)}
         read["steered"] = self._mask(steering, x)
-        args = SteerStepArgs(dt=dt, steering=steering_params(steering, 0.0, 0.0))
+        args = SteerStepArgs(dt=dt, steering=steering_params(steering))
         result = self._launch("steer_step", args, x, read, {}, {"gradient_norms": norms, "nonfinite": nonfinite})
         return result, norms, nonfinite
 

@@ -28,7 +28,7 @@ class SampleArgs(ctypes.Structure):
     _fields_ = [
         *((name, _POINTER) for name in ("program", "weights", "workspace", "sync", "host_failure")),
         ("inputs", _POINTER * len(INPUTS)),
-        *((name, _POINTER) for name in ("noise", "posterior_noise", "schedule", "alpha", "steered")),
+        *((name, _POINTER) for name in ("noise", "posterior_noise", "schedule", "alpha", "bounds", "steered")),
         *((name, _POINTER) for name in ("actions", "gradient_norms", "nonfinite", "q_std", "gated")),
         *((name, _I64) for name in ("velocity", "posterior_output", "q_values", "critic_vjp", "estimate_vjp")),
         *((name, _I32) for name in ("num_once", "num_flow_phases", "num_step_phases", "num_steps", "batch")),

@@ -60,9 +60,16 @@ def _clip(x, low, high):
     return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
+@triton.jit
+def _bounds(bounds_ptr, A_PAD: tl.constexpr):
+    """(low, high) of the actions, [1, A_PAD] each, of the table [2, A_PAD]."""
+    offs_a = tl.arange(0, A_PAD)
+    return tl.load(bounds_ptr + offs_a)[None, :], tl.load(bounds_ptr + A_PAD + offs_a)[None, :]
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_draws", "num_tiles"])
 def _critic_kernel(obs_ptr, a_ptr, q_ptr, dq_ptr, w_ptr, vec_ptr, layer_ptr, h_ptr, z_ptr, stat_ptr,
-                   num_rows, num_draws, num_tiles, low, high, norm_eps,
+                   bounds_ptr, num_rows, num_draws, num_tiles, norm_eps,
                    OBS_DIM: tl.constexpr, ACTION_DIM: tl.constexpr, COLUMN: tl.constexpr, A_PAD: tl.constexpr,
                    L: tl.constexpr, K0: tl.constexpr, H_PAD: tl.constexpr, LD: tl.constexpr, LDH: tl.constexpr,
                    OUT_ROWS: tl.constexpr, CLIP: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr,
@@ -79,6 +86,7 @@ def _critic_kernel(obs_ptr, a_ptr, q_ptr, dq_ptr, w_ptr, vec_ptr, layer_ptr, h_p
     offs_b = tl.arange(0, BLOCK_B)
     offs_a = tl.arange(0, A_PAD)
     offs_o = tl.arange(0, OUT_ROWS)
+    low, high = _bounds(bounds_ptr, A_PAD)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         member = (tile // row_blocks).to(tl.int64)
         rows = (tile % row_blocks).to(tl.int64) * BLOCK_B + offs_b
@@ -227,10 +235,10 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
                  obs_ptr, eps_ptr,
                  flow_w_ptr, flow_vec_ptr, flow_bias_ptr, flow_layer_ptr,
                  map_w_ptr, map_vec_ptr, map_bias_ptr, map_layer_ptr,
-                 h_ptr, z_ptr, stat_ptr, schedule_ptr, glass_ptr, dims_ptr, alpha_ptr, norm_ptr, nonfinite_ptr,
-                 row_std_ptr, gated_ptr,
+                 h_ptr, z_ptr, stat_ptr, schedule_ptr, glass_ptr, dims_ptr, bounds_ptr, alpha_ptr, norm_ptr,
+                 nonfinite_ptr, row_std_ptr, gated_ptr,
                  num_rows, num_draws, rows_per_tile, num_tiles, step, flow_begin, flow_end, plain_end,
-                 low, high, gain, rho, tilt, floor, max_grad_norm, gaf_decay, gaf_min, max_disagreement,
+                 gain, rho, tilt, floor, max_grad_norm, gaf_decay, gaf_min, max_disagreement,
                  flow_eps, map_eps,
                  STEER: tl.constexpr, PROPOSE: tl.constexpr, FLOW: tl.constexpr, RECOMPUTE: tl.constexpr,
                  ESTIMATE: tl.constexpr,
@@ -248,6 +256,7 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
     estimates that the critics see next. FLOW: unsteered steps in [flow_begin, plain_end) are taken on the way.
 
     schedule_ptr [K, 3]: 1 - t_k, dt_k, weight_k. alpha_ptr [B]: each row's strength.
+    bounds_ptr [2, A_PAD]: of the actions, low and high.
     glass_ptr [K, GLASS_STEPS, 5]: p_x, p_xbar, then c_x, c_xbar, c_v over GLASS_STEPS.
     flow_bias_ptr [K (+ K GLASS_STEPS), H_PAD]: first-layer bias with that time's columns folded in.
     RECOMPUTE: the scratch holds another tile's activations by now, so each pull-back is preceded by its forward.
@@ -259,6 +268,7 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
     offs_b = tl.arange(0, BLOCK_B)
     offs_a = tl.arange(0, A_PAD)
     dims = tl.load(dims_ptr + offs_a)[None, :]
+    low, high = _bounds(bounds_ptr, A_PAD)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         rows = tile * rows_per_tile.to(tl.int64) + offs_b
         mask_b = (offs_b < rows_per_tile) & (rows < num_rows)

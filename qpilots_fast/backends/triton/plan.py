@@ -130,6 +130,9 @@ class SamplerPlan:
         if steering.steered_dims is not None:
             mask.zero_()[list(steering.steered_dims)] = 1.0
         self.dims = mask.to(device)
+        bounds = torch.zeros(2, action_pad, dtype=torch.float32, device="cpu")
+        bounds[:, : spec.flow.action_dim] = torch.tensor(spec.box)
+        self.bounds = bounds.to(device)
         rows = [[1 - step.t, step.dt, step.weight] for step in spec.schedule]
         self.schedule = torch.tensor(rows, dtype=torch.float32, device="cpu").to(device)
         self.glass = torch.tensor(self._glass_table(), dtype=torch.float32, device="cpu").to(device)
@@ -261,8 +264,7 @@ class SamplerPlan:
             w_ptr=net.weights, vec_ptr=net.vectors, layer_ptr=net.layers,
             h_ptr=ws.critic_h, z_ptr=ws.critic_z, stat_ptr=ws.critic_stat,
             num_rows=len(ws.estimates), num_draws=self.num_draws, num_tiles=grid.critic_tiles,
-            low=float(self.spec.action_low), high=float(self.spec.action_high),
-            norm_eps=float(net.layout.spec.layer_norm_eps), **self.critic_arguments(),
+            bounds_ptr=self.bounds, norm_eps=float(net.layout.spec.layer_norm_eps), **self.critic_arguments(),
         )  # fmt: skip
 
     def _step(
@@ -279,12 +281,11 @@ class SamplerPlan:
             flow_w_ptr=net.weights, flow_vec_ptr=net.vectors, flow_bias_ptr=net.time_bias, flow_layer_ptr=net.layers,
             map_w_ptr=posterior.weights, map_vec_ptr=posterior.vectors, map_bias_ptr=posterior.time_bias,
             map_layer_ptr=posterior.layers, h_ptr=ws.step_h, z_ptr=ws.step_z, stat_ptr=ws.step_stat,
-            schedule_ptr=self.schedule, glass_ptr=self.glass, dims_ptr=self.dims,
+            schedule_ptr=self.schedule, glass_ptr=self.glass, dims_ptr=self.dims, bounds_ptr=self.bounds,
             alpha_ptr=ws.alpha if alpha is None else alpha, norm_ptr=ws.report[0], nonfinite_ptr=ws.report[1],
             row_std_ptr=ws.report[2], gated_ptr=ws.report[3],
             num_rows=len(obs), num_draws=self.num_draws, rows_per_tile=grid.rows_per_tile, num_tiles=grid.step_tiles,
             step=max(step.steered, 0), flow_begin=step.steered + 1, flow_end=step.flow_end, plain_end=step.plain_end,
-            low=float(self.spec.action_low), high=float(self.spec.action_high),
             gain=1.0 / steering.gaf_beta, rho=float(steering.rho), tilt=float(tilt), floor=float(steering.eps),
             max_grad_norm=float(steering.max_grad_norm), gaf_decay=float(steering.gaf_decay),
             gaf_min=float(steering.gaf_min),
