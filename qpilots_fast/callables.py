@@ -14,8 +14,8 @@ from .trees import map_leaves
 class CriticList(nn.ModuleList):
     """Critics side by side, called as one: a list of their outputs, which the reader of critic outputs joins."""
 
-    def forward(self, obs: Any, actions: Tensor) -> list[Any]:
-        return [critic(obs, actions) for critic in self]
+    def forward(self, obs: Any, actions: Tensor, *t: Tensor) -> list[Any]:
+        return [critic(obs, actions, *t) for critic in self]
 
 
 class _Called(nn.Module):

@@ -95,9 +95,10 @@ def read_output(output: Any, layout: Layout) -> Tensor:
 
 
 def ask_critic(
-    critic: Callable[[Any, Tensor], Any], obs: Any, actions: Tensor, layout: str = "auto", owner: str = "critic"
-) -> Tensor:
-    """q_values [E, B] = critic(obs, actions), whichever way the critic lays them out.
+    critic: Callable[..., Any], obs: Any, actions: Tensor, layout: str = "auto", owner: str = "critic",
+    t: float | None = None,
+) -> Tensor:  # fmt: skip
+    """q_values [E, B] = critic(obs, actions), or critic(obs, actions, t [B, 1]) where t is given, in any layout.
 
     An output [B, B] is [E, B] or [B, E]: with layout="auto" the critic is asked once more, at another batch size, and
     what this shows is remembered for that critic.
@@ -105,6 +106,8 @@ def ask_critic(
     Raises:
         TypeError, ValueError: for outputs that cannot be read, and where such a question cannot be asked.
     """
+    if t is not None:
+        critic = _AtTime(critic, t)
     output = critic(obs, actions)
     if type(output) is Tensor and output.ndim == 2:  # what most critics return, without a further look
         rows, columns = output.shape
@@ -114,6 +117,21 @@ def ask_critic(
     if _is_open(found):
         found = _remembered(critic, found) or _probe(critic, obs, actions, found, owner)
     return read_output(output, found)
+
+
+class _AtTime:
+    """A critic of noised actions, at flow time t."""
+
+    def __init__(self, critic: Callable[..., Any], t: float) -> None:
+        self.critic, self.t = critic, t
+
+    def __call__(self, obs: Any, actions: Tensor) -> Any:
+        return self.critic(obs, actions, actions.new_full((len(actions), 1), self.t))
+
+
+def _function(critic: Any) -> Any:
+    """What a layout is a property of."""
+    return critic.critic if isinstance(critic, _AtTime) else critic
 
 
 def _is_open(layout: Layout) -> bool:
@@ -129,7 +147,7 @@ def _agrees(shape: Layout, found: Layout) -> bool:
 
 def _remembered(critic: Any, shape: Layout) -> Layout | None:
     try:
-        found = _settled.get(critic)
+        found = _settled.get(_function(critic))
     except TypeError:  # neither hashable nor weakly referable: asked anew at every call
         return None
     return found if found is not None and _agrees(shape, found) else None
@@ -155,7 +173,7 @@ def _probe(critic: Any, obs: Any, actions: Tensor, shape: Layout, owner: str) ->
             "[E, B], critic_layout='batch_first' where it returns [B, E]."
         )
     try:
-        _settled[critic] = found
+        _settled[_function(critic)] = found
     except TypeError:
         pass
     return found

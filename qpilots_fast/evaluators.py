@@ -165,9 +165,12 @@ def callable_flow(flow: Any, steering: Steering, obs: Any) -> Callable[[Tensor, 
     return velocity
 
 
-def callable_critic(critic: Any, obs: Any, layout: str) -> Callable[[Tensor], tuple[Tensor, Pullback]]:
-    def values(a: Tensor) -> tuple[Tensor, Pullback]:
-        return _differentiable(lambda leaf: ask_critic(critic, obs, leaf, layout), a, "critic", critic, "steering")
+def callable_critic(critic: Any, obs: Any, layout: str) -> Callable[..., tuple[Tensor, Pullback]]:
+    def values(a: Tensor, t: float | None = None) -> tuple[Tensor, Pullback]:
+        def at(leaf: Tensor) -> Tensor:
+            return ask_critic(critic, obs, leaf, layout, t=t)
+
+        return _differentiable(at, a, "critic", critic, "steering")
 
     return values
 

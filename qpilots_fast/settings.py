@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from .bounds import check_bounds, read_bound
 from .callables import CriticList, unwrapped
 from .critic_outputs import check_layout
 from .integers import as_int
@@ -19,6 +22,9 @@ from .steering import Steering
 if TYPE_CHECKING:
     from .sampler import SteeredSampler
 
+DEFAULT_STEPS = 10
+_ROUNDING = 1e-6  # what float32 leaves of 0 and 1
+
 
 def read_setting(name: str, value: Any) -> Any:
     """A setting of a sampler as it is kept."""
@@ -28,16 +34,37 @@ def read_setting(name: str, value: Any) -> Any:
         return tuple(map(as_int, value))
     if name == "critic" and isinstance(value, (list, tuple, nn.ModuleList)):
         return CriticList(value)
+    if name == "time_grid":
+        return _read_time_grid(value)
+    if name in ("action_low", "action_high"):
+        return read_bound(name, value)
     if name in ("flow", "critic", "posterior") and isinstance(unwrapped(value), PackableNetwork):
         return unwrapped(value)  # the wrapper itself would run as a callable, many times slower
     return value
 
 
-def check_bound(name: str, value: object) -> float:
-    """An action bound as a float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; expected a finite number (actions are scaled to one common box).")
-    return float(value)
+def _read_time_grid(value: Any) -> tuple[float, ...] | None:
+    """K + 1 increasing times from 0 to 1; None: even steps."""
+    if value is None:
+        return None
+    try:
+        times = tuple(float(t) for t in (value.tolist() if isinstance(value, (torch.Tensor, np.ndarray)) else value))
+    except (TypeError, ValueError):
+        raise TypeError(f"time_grid is {value!r}; expected K + 1 increasing numbers from 0 to 1, or None.") from None
+    if len(times) < 2 or any(not b > a for a, b in pairwise(times)) or abs(times[0]) + abs(times[-1] - 1) > _ROUNDING:
+        raise ValueError(
+            f"time_grid is {value!r}; expected K + 1 increasing numbers from 0 (noise) to 1 (action). A scheduler's "
+            "grid from 1 to 0 goes in as 1 - t."
+        )
+    return (0.0, *times[1:-1], 1.0)
+
+
+def check_num_steps(given: object, steps: int) -> None:
+    """Raises where num_steps was given beside a time_grid of another number of steps."""
+    if steps != given and given != DEFAULT_STEPS and isinstance(given, int):
+        raise ValueError(
+            f"num_steps is {given}, but time_grid has {steps + 1} times, {steps} steps; expected one of the two."
+        )
 
 
 def check_network(name: str, network: object, needed: bool) -> None:
@@ -81,14 +108,22 @@ def check_settings(sampler: SteeredSampler) -> None:
         raise ValueError(f"num_steps is {sampler.num_steps!r}; expected an integer >= 1.")
     if sampler.precision not in PRECISIONS:
         raise ValueError(f"precision is {sampler.precision!r}; expected one of {', '.join(map(repr, PRECISIONS))}.")
-    low, high = check_bound("action_low", sampler.action_low), check_bound("action_high", sampler.action_high)
-    if not low < high:
-        raise ValueError(f"action_low is {low:g} and action_high {high:g}; expected action_low < action_high.")
+    check_bounds(sampler.action_low, sampler.action_high)
+    if sampler.time_grid is not None and len(sampler.time_grid) != sampler.num_steps + 1:
+        raise ValueError(
+            f"num_steps is {sampler.num_steps}, but time_grid has {len(sampler.time_grid)} times, "
+            f"{len(sampler.time_grid) - 1} steps; expected num_steps to be left out, or time_grid=None."
+        )
+    if steering.critic_time and isinstance(sampler.critic, PackableNetwork):
+        raise ValueError(
+            f"Steering.critic_time asks Q(obs, a, t), but {type(sampler.critic).__name__} is packed as Q(obs, a); "
+            "expected a callable critic(obs, actions, t [B, 1]) -> q_values, or critic_time=False."
+        )
     check_layout(sampler.critic_layout)
     check_chunk_shape(sampler.chunk_shape, sampler.networks.values())
     for name, network, needed in (
         ("flow", sampler.flow, True),
-        ("critic", sampler.critic, steering.steers or steering.num_candidates > 1),
+        ("critic", sampler.critic, steering.needs_critic),
         ("posterior", sampler.posterior, steering.steers and steering.estimate == "mfm"),
     ):
         check_network(name, network, needed)

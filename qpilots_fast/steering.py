@@ -17,12 +17,14 @@ Jacobian = Literal["full", "identity"]
 Clip = Literal["straight_through", "masked", "none"]
 Aggregation = Literal["pessimistic", "mean", "min"]
 Scale = Literal["norm_match", "absolute", "gaf"]
+Selection = Literal["argmax", "softmax"]
 
 ESTIMATES: tuple[str, ...] = ("noisy", "tweedie", "mfm", "glass")
 JACOBIANS: tuple[str, ...] = ("full", "identity")
 CLIPS: tuple[str, ...] = ("straight_through", "masked", "none")
 AGGREGATIONS: tuple[str, ...] = ("pessimistic", "mean", "min")
 SCALES: tuple[str, ...] = ("norm_match", "absolute", "gaf")
+SELECTIONS: tuple[str, ...] = ("argmax", "softmax")
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -38,6 +40,18 @@ def check_number(name: str, value: object, low: float, *, strict: bool = False) 
     if not math.isfinite(value) or value < low or (strict and value == low):
         relation = ">" if strict else ">="
         raise ValueError(f"{name} is {value!r}; expected a finite number {relation} {low:g}.")
+
+
+_LISTS = ("step_weights", "window", "steered_dims")
+
+
+def _plain(value: Any, listed: bool) -> Any:
+    """Numbers of numpy and torch as Python's; the entries of a list, array or tensor as a tuple."""
+    if listed and (isinstance(value, list) or getattr(value, "ndim", 0) == 1):
+        value = tuple(value)
+    if listed and isinstance(value, tuple):
+        return tuple(_plain(entry, False) for entry in value)
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
 
 
 def _check_count(name: str, value: object, low: int) -> None:
@@ -81,8 +95,16 @@ class Steering:
         glass_steps: m inner Euler steps of the "glass" estimate, >= 1; m = 1 equals tweedie in its one draw.
         q_scale: what Q is divided by before exp(tau Q): None, "batch_std" (the std of the aggregated Q over
             the whole batch and draws, so rows are no longer independent) or a positive number.
-        num_candidates: n actions drawn per observation; the one with the highest value is returned.
-        candidate_aggregation: the critics' aggregation that ranks the candidates.
+        num_candidates: n actions drawn per observation, of which one is returned.
+        candidate_aggregation: the critics' aggregation Qbar that ranks the candidates.
+        selection: ``"argmax"`` (the candidate with the highest Qbar) or ``"softmax"`` (drawn with p proportional to
+            exp(Qbar / selection_temperature), from the call's generator or the row's seed).
+        selection_temperature: in units of Q, > 0.
+        final_steps: gradient steps on the finished action, x <- clip(x + final_step_size dQbar/da(obs, x)) with
+            `aggregation`, also at alpha = 0 (QGF's grad_step; policy-agnostic RL). Before candidates are ranked.
+        final_step_size: > 0, in actions squared over Q; the gradient is not scaled.
+        critic_time: the critic is Q(obs, a, t), t [B, 1], trained on noised actions; for estimate="noisy" and callable
+            critics. Finished actions are valued at t = 1.
         eps: added to the gradient's norm in the norm match, > 0.
         steered_dims: action dimensions that the critic may move, as sorted distinct indices; None means all.
             Norms and gradients see only these; the rest follow the base flow.
@@ -109,6 +131,11 @@ class Steering:
     q_scale: float | Literal["batch_std"] | None = None
     num_candidates: int = 1
     candidate_aggregation: Aggregation = "mean"
+    selection: Selection = "argmax"
+    selection_temperature: float = 1.0
+    final_steps: int = 0
+    final_step_size: float = 0.01
+    critic_time: bool = False
     eps: float = 1e-8
     steered_dims: tuple[int, ...] | None = None
     max_grad_norm: float = 1.0
@@ -117,20 +144,30 @@ class Steering:
     gaf_min: float = 0.1
 
     def __post_init__(self) -> None:
+        for name, value in list(vars(self).items()):
+            object.__setattr__(self, name, _plain(value, name in _LISTS))
         check_choice("Steering.estimate", self.estimate, ESTIMATES)
         check_choice("Steering.jacobian", self.jacobian, JACOBIANS)
         check_choice("Steering.clip", self.clip, CLIPS)
         check_choice("Steering.aggregation", self.aggregation, AGGREGATIONS)
         check_choice("Steering.candidate_aggregation", self.candidate_aggregation, AGGREGATIONS)
         check_choice("Steering.scale", self.scale, SCALES)
+        check_choice("Steering.selection", self.selection, SELECTIONS)
         for name in ("alpha", "rho", "gaf_decay", "gaf_min"):
             check_number(f"Steering.{name}", getattr(self, name), 0.0)
-        for name in ("tau", "eps", "max_grad_norm", "gaf_beta"):
+        for name in ("tau", "eps", "max_grad_norm", "gaf_beta", "selection_temperature", "final_step_size"):
             check_number(f"Steering.{name}", getattr(self, name), 0.0, strict=True)
         for name in ("num_samples", "num_candidates", "glass_steps"):
             _check_count(name, getattr(self, name), 1)
-        if not isinstance(self.steer_first_step, bool):
-            raise TypeError(f"Steering.steer_first_step is {self.steer_first_step!r}; expected True or False.")
+        _check_count("final_steps", self.final_steps, 0)
+        for name in ("steer_first_step", "critic_time"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"Steering.{name} is {getattr(self, name)!r}; expected True or False.")
+        if self.critic_time and self.estimate != "noisy":
+            raise ValueError(
+                f"Steering.critic_time=True with estimate={self.estimate!r}; expected 'noisy', where the critic is "
+                "asked at the noised action itself."
+            )
         if self.q_scale is not None and self.q_scale != "batch_std":
             check_number("Steering.q_scale", self.q_scale, 0.0, strict=True)
         if self.max_disagreement is not None:
@@ -157,6 +194,13 @@ class Steering:
                 raise ValueError(f"Steering.steered_dims is {dims!r}; expected sorted, distinct indices >= 0.")
         self._check_weights()
         object.__setattr__(self, "json", json.dumps(asdict(self), sort_keys=True))
+        object.__setattr__(self, "ascent", self._ascent() if self.final_steps else None)
+
+    def _ascent(self) -> Steering:
+        return Steering(
+            alpha=1.0, estimate="noisy", jacobian="identity", clip="none", aggregation=self.aggregation, rho=self.rho,
+            scale="absolute", steer_first_step=True, steered_dims=self.steered_dims, critic_time=self.critic_time,
+        )  # fmt: skip
 
     def _check_weights(self) -> None:
         for name, count in (("step_weights", "K"), ("window", "2")):
@@ -172,7 +216,9 @@ class Steering:
                 "Steering got both window and step_weights; expected one of them (a window is short for 0s and 1s)."
             )
 
-    json: ClassVar[str]  # these settings as text, ready before torch.compile traces through
+    # ready before torch.compile traces through
+    json: ClassVar[str]  # these settings as text
+    ascent: ClassVar[Steering | None]  # one final step, as a steered step of length final_step_size from velocity 0
 
     @classmethod
     def from_json(cls, text: str) -> Steering:
@@ -188,6 +234,11 @@ class Steering:
     def steers(self) -> bool:
         """Whether the critic moves the velocity at all."""
         return self.alpha > 0 and (self.step_weights is None or any(weight > 0 for weight in self.step_weights))
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether a call asks the critic at all: in the loop, or about finished actions."""
+        return self.steers or self.num_candidates > 1 or self.final_steps > 0
 
     @property
     def draws_posterior(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,11 +79,13 @@ class Case:
     noise: Tensor
     posterior_noise: Tensor | None
     num_steps: int
+    bounds: tuple[Any, Any] = (-1.0, 1.0)
+    time_grid: tuple[float, ...] | None = None
 
     def sampler(self, backend: str, precision: str = "float32") -> SteeredSampler:
         return SteeredSampler(
             self.flow, self.critic, self.steering, posterior=self.posterior, num_steps=self.num_steps, backend=backend,
-            precision=precision,
+            precision=precision, action_low=self.bounds[0], action_high=self.bounds[1], time_grid=self.time_grid,
         )  # fmt: skip
 
     def expected(self) -> Tensor:

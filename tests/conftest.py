@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -30,3 +31,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)  # small matrices: more threads only wait for each other
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _no_recompilations_of_earlier_tests() -> Iterator[None]:
+    """torch.compile counts the recompilations of one function over a whole process, whoever calls it."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

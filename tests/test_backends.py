@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -74,6 +75,40 @@ SETTINGS = settings_grid("noisy", "tweedie", "mfm", "glass") | {
     "window_around_no_step": Steering(window=(0.01, 0.02)),
     "five_glass_steps": Steering(estimate="glass", num_samples=2, glass_steps=5),
 }
+
+
+BOUNDS = {
+    "each": ((-0.3, -1.0, 0.1, 0.0, -2.0), (0.2, 0.4, 0.7, 0.5, 2.0)),
+    "one_sided": ((-0.3, -math.inf, 0.1, -math.inf, 0.0), (math.inf, 0.4, 0.7, math.inf, 0.2)),
+    "high_alone": (-1.0, (0.2, 0.4, 0.7, 0.5, 2.0)),
+    "none": (None, None),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+@pytest.mark.parametrize("clip", ["straight_through", "masked", "none"])
+@pytest.mark.parametrize("estimate", ["noisy", "tweedie", "mfm", "glass"])
+def test_bounds(name, clip, estimate, backend):
+    draws = 2 if estimate in ("mfm", "glass") else 1
+    steering = Steering(alpha=0.5, estimate=estimate, clip=clip, num_samples=draws)
+    case = dataclasses.replace(make_case(steering, num_steps=4), bounds=BOUNDS[name])
+    got, expected = case.run(backend), case.expected()
+    assert_close(got, expected, scale=max(1.0, float(expected.abs().max())))
+    low, high = (torch.as_tensor(sign * math.inf if b is None else b) for sign, b in zip((-1, 1), BOUNDS[name]))
+    assert bool(((got >= low) & (got <= high)).all())
+    if name != "none":  # what ends on the bounds shows that they are the ones asked for
+        assert bool(((got == low) | (got == high)).any())
+
+
+@pytest.mark.parametrize("estimate", ["tweedie", "mfm", "glass"])
+def test_a_free_time_grid(estimate, backend):
+    steering = Steering(alpha=0.5, estimate=estimate, num_samples=1 if estimate == "tweedie" else 2)
+    case = make_case(steering, num_steps=4, time_embedding="sinusoidal")
+    free = dataclasses.replace(case, time_grid=(0.0, 0.05, 0.3, 0.8, 1.0))
+    assert_close(free.run(backend), free.expected())
+    assert (free.expected() - case.expected()).abs().max() > 0.01
+    even = dataclasses.replace(case, time_grid=(0.0, 0.25, 0.5, 0.75, 1.0))
+    assert torch.equal(even.run(backend), case.run(backend))
 
 
 @pytest.mark.parametrize("name", list(SETTINGS))

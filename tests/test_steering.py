@@ -139,7 +139,7 @@ def test_q_std_is_the_members_std_at_the_estimate(backend):
 @pytest.mark.parametrize(
     "settings, error, words",
     [
-        (dict(step_weights=[1.0, 1.0]), TypeError, "expected a tuple of K numbers"),
+        (dict(step_weights="ab"), TypeError, "expected a tuple of K numbers"),
         (dict(step_weights=()), TypeError, "expected a tuple of K numbers"),
         (dict(step_weights=(1.0, -1.0)), ValueError, "expected a finite number >= 0"),
         (dict(step_weights=(1.0, float("nan"))), ValueError, "expected a finite number >= 0"),
