@@ -4,6 +4,7 @@ from . import networks, objectives, ops
 from .callables import as_critic, as_flow
 from .errors import BackendUnavailable
 from .from_module import from_module
+from .gate import calibrate_gate
 from .networks import CriticEnsemble, FlowMLP, MetaFlowMap
 from .sampler import SampleInfo, SteeredSampler
 from .steering import Steering
@@ -20,6 +21,7 @@ __all__ = [
     "Steering",
     "as_critic",
     "as_flow",
+    "calibrate_gate",
     "from_module",
     "networks",
     "objectives",

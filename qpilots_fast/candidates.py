@@ -46,18 +46,24 @@ def as_rows(value: Any, count: int, dim: int = 0) -> Any:
     return value if value is None or count == 1 else value.repeat_interleave(count, dim=dim)
 
 
-def keep_best(raw: RawSample, q_values: Tensor, steering: Steering) -> tuple[RawSample, Tensor]:
-    """Per row the candidate that the critics value most; one without a finite value never wins.
+def keep_one(raw: RawSample, q_values: Tensor, steering: Steering, draws: Tensor | None) -> tuple[RawSample, Tensor]:
+    """Per row the candidate that the critics value most, or one drawn with p ~ exp(Qbar / selection_temperature); one
+    without a finite value never wins.
 
     Args:
         raw: of [B n] rows, the candidates of a row side by side. q_values: [E, B n].
+        draws: [B, n] standard normal numbers, for selection="softmax".
 
     Returns:
         The chosen rows of raw, and their q_values [E, B].
     """
     count = steering.num_candidates
     rank = aggregate(q_values, steering.candidate_aggregation, steering.rho).view(-1, count)
-    best = torch.where(rank.isfinite(), rank, torch.full_like(rank, -math.inf)).argmax(-1)
+    usable = rank.isfinite()
+    if draws is not None:  # the largest of log p_n + Gumbel noise is a draw from p
+        uniform = torch.special.ndtr(draws.double()).clamp(1e-300, 1 - 1e-16)
+        rank = rank.double() / steering.selection_temperature - (-uniform.log()).log()
+    best = torch.where(usable, rank, torch.full_like(rank, -math.inf)).argmax(-1)
     rows = torch.arange(len(best), device=best.device) * count + best
     report = None if raw.report is None else StepReport(*(value[:, rows] for value in raw.report))
     return RawSample(raw.actions[rows], report), q_values[:, rows]

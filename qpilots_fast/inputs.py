@@ -91,7 +91,8 @@ class Layout:
 class Inputs:
     """What a call starts from, in rows: obs [B, S] or any object, noise [B, n, A], posterior_noise [K, B, N, A].
 
-    alpha: [B], the strength of each row; None: the steering's.
+    alpha: [B], the strength of each row; None: the steering's. selection: [B, n] standard normal numbers, from which
+    selection="softmax" draws.
     """
 
     obs: Any
@@ -99,6 +100,7 @@ class Inputs:
     posterior_noise: Tensor | None
     layout: Layout
     alpha: Tensor | None = None
+    selection: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,9 @@ class Reader:
             obs = obs.to(dtype)
         start = None if noise is None else self._start(noise.to(dtype), layout)
         eps = self._posterior_noise(posterior_noise, layout, device, dtype) if self.steering.draws_posterior else None
-        start, eps = self._drawn(layout, (start, eps), (device, dtype), generator, seeds)
+        start, eps, selection = self._drawn(layout, (start, eps), (device, dtype), generator, seeds)
         strength = None if alpha is None else self._row_alpha(as_tensor("alpha", alpha, self.device), layout, start)
-        return Inputs(self._rows_of(obs, layout), start, eps, layout, strength)
+        return Inputs(self._rows_of(obs, layout), start, eps, layout, strength, selection)
 
     # ------------------------------------------------------------ checks
 
@@ -309,26 +311,29 @@ class Reader:
     def _drawn(
         self, layout: Layout, kept: tuple[Tensor | None, Tensor | None], like: tuple[torch.device, torch.dtype],
         generator: torch.Generator | None, seeds: Any,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Start and posterior noise: what was given of them, and the rest drawn."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """Start and posterior noise: what was given of them, and the rest drawn; and what selection="softmax" draws."""
         start, eps = kept
         rows, action_dim, steering = layout.rows, layout.action_dim, self.steering
+        count = steering.num_candidates
         draws_eps = steering.draws_posterior and eps is None
+        selects = count > 1 and steering.selection == "softmax"
         if seeds is None:
             if start is None:
-                start = drawn((rows, steering.num_candidates, action_dim), *like, generator)
+                start = drawn((rows, count, action_dim), *like, generator)
             if draws_eps:
                 eps = drawn((self.num_steps, rows, steering.num_samples, action_dim), *like, generator)
-            return start, eps
+            return start, eps, drawn((rows, count), *like, generator) if selects else None
         if generator is not None:
             raise ValueError("both generator and seeds were given; expected one of them (seeds draws row by row).")
-        if start is not None and not draws_eps:
+        if start is not None and not draws_eps and not selects:
             raise ValueError(
                 "both noise and seeds were given, and nothing is left to draw; expected one of them (beside noise, "
-                "seeds draws posterior_noise where a call needs it)."
+                "seeds draws posterior_noise and the selection where a call needs them)."
             )
         # the start is drawn even where it was given: a seed's posterior noise is then the same beside any noise
-        shapes = [(steering.num_candidates, action_dim), (self.num_steps, steering.num_samples, action_dim)]
-        found = drawn_by_row(read_seeds(seeds, rows), shapes[: 1 + draws_eps])
-        start = found[0].to(*like) if start is None else start
-        return start, found[1].to(*like).movedim(1, 0) if draws_eps else eps
+        shapes: list[tuple[int, ...]] = [(count, action_dim)]
+        shapes += [(self.num_steps, steering.num_samples, action_dim)] * draws_eps + [(count,)] * selects
+        found = [value.to(*like) for value in drawn_by_row(read_seeds(seeds, rows), shapes)]
+        start = found[0] if start is None else start
+        return start, found[1].movedim(1, 0) if draws_eps else eps, found[-1] if selects else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,17 +13,19 @@ from torch import Tensor, nn
 
 from . import backends, ops, reference
 from .backends import Backend, Call, Choice, QuickCall, Request, Slots
+from .bounds import Bounds
 from .callables import out_of_inference, run_outside_inference
 from .candidates import as_rows, side_by_side
 from .chunks import in_chunks
-from .critic_outputs import ask_critic
 from .errors import BackendUnavailable
 from .evaluators import evaluators
 from .info import Explanation
 from .inputs import Inputs, check_actions, check_all_finite
 from .networks import PackableNetwork
+from .remarks import Remarks
 from .spec import BoundNetworks, RawSample, SamplerSpec, StepReport
 from .steering import Steering
+from .times import Step
 
 Networks = dict[str, Any]  # "flow", "critic" and "posterior" as the user gave them
 
@@ -30,6 +33,12 @@ Networks = dict[str, Any]  # "flow", "critic" and "posterior" as the user gave t
 def all_packed(networks: Networks, steering: Steering) -> bool:
     """Whether every network that the steering asks is packed."""
     return all(isinstance(net, PackableNetwork) for name, net in networks.items() if steering.asks(name))
+
+
+_NOT_CAPTURED = (
+    ("num_candidates", 1, "rank its actions by ops.pessimistic_q"),
+    ("final_steps", 0, "move its actions by the gradient of ops.pessimistic_q"),
+)
 
 
 class Choices:
@@ -64,13 +73,30 @@ class PackedRun:
         frozen: whether weights are packed at the first call and kept.
     """
 
-    def __init__(self, spec: SamplerSpec, modules: dict[str, nn.Module | None], frozen: bool, choices: Choices) -> None:
+    def __init__(
+        self,
+        spec: SamplerSpec,
+        modules: dict[str, nn.Module | None],
+        frozen: bool,
+        choices: Choices,
+        remarks: Remarks,
+    ) -> None:
         self.spec = spec
+        self._remarks = remarks
         self._modules = modules
         self._frozen = frozen
         self._choices = choices
         self._packs: dict[str, tuple[BoundNetworks, Any]] = {}  # of a frozen sampler, by backend
+        self._frozen_critic: PackableNetwork | None = None
         self._quick: tuple[str, tuple[Any, ...], QuickCall | None] | None = None  # backend asked for, made for, call
+
+    def finishing_critic(self, critic: Any) -> Any:
+        """Whom to ask about finished actions: the critic, or its copy as it was when a frozen sampler packed it."""
+        if not self._frozen or not isinstance(critic, PackableNetwork):
+            return critic
+        if self._frozen_critic is None:
+            self._frozen_critic = copy.deepcopy(critic)
+        return self._frozen_critic
 
     def networks(self) -> dict[str, PackableNetwork]:
         """The networks that take part in a call, by name, in the order of the spec."""
@@ -91,8 +117,8 @@ class PackedRun:
         made = self._quick
         return made[2] if made is not None and made[0] == backend else None
 
-    def sample(self, networks: Networks, backend: str, inputs: Inputs, return_info: bool) -> RawSample:
-        """The loop from every candidate's noise at once: rows [B n]."""
+    def sample(self, networks: Networks, backend: str, inputs: Inputs, bounds: Bounds, return_info: bool) -> RawSample:
+        """The loop from every candidate's noise at once: rows [B n]; bounds are the spec's."""
         count, action_dim = inputs.noise.shape[1:]
         obs, noise = as_rows(inputs.obs, count), inputs.noise.reshape(-1, action_dim)
         eps, alpha = as_rows(inputs.posterior_noise, count, dim=1), as_rows(inputs.alpha, count)
@@ -115,7 +141,9 @@ class PackedRun:
         bound, packed = self._packed(chosen, bound)
         raw = chosen.sample(Call(self.spec, bound, obs, noise, eps, alpha, packed, return_info))
         check_actions(raw.actions)
-        if count == 1:
+        if bound.critic is not None:
+            self._remarks.on_weights(bound.critic, self.spec.steering)
+        if count == 1 and not self.spec.steering.final_steps:
             self._make_quick(backend, chosen, bound, packed)
         return raw
 
@@ -155,16 +183,19 @@ class PackedRun:
         live = None if self._frozen else chosen.live_weights(spec, self.bound())
         if live is not None:
             cost = replace(cost, notes=(*cost.notes, f"live weights: {live}"))
+        if spec.steering.final_steps:
+            cost = replace(cost, notes=(*cost.notes, f"{spec.steering.final_steps} final steps are not counted"))
         return Explanation(chosen.name, {**others, **choice.passed}, batch_size, cost)
 
     def capture(self, backend: str, device: torch.device, batch_size: int) -> Callable[..., Tensor]:
         """A CUDA graph of one call."""
-        count = self.spec.steering.num_candidates
-        if count > 1:
-            raise BackendUnavailable(
-                f"a captured graph takes one sample an observation, and this steering has num_candidates={count}; "
-                "expected 1: capture such a sampler and rank its actions by ops.pessimistic_q."
-            )
+        for name, expected, cure in _NOT_CAPTURED:
+            value = getattr(self.spec.steering, name)
+            if value != expected:
+                raise BackendUnavailable(
+                    f"a captured graph is the loop of one sample an observation, and this steering has {name}={value}; "
+                    f"expected {expected}: capture such a sampler and {cure}."
+                )
         chosen = self._choice(backend, device, batch_size).backend
         bound, packed = self._packed(chosen, self.bound())
         return chosen.capture(self.spec, bound, batch_size, packed)
@@ -183,22 +214,25 @@ class CallableRun:
         return not all_packed(networks, self._steering)
 
     def __init__(
-        self, steering: Steering, num_steps: int, precision: str, bounds: tuple[float, float], critic_layout: str
+        self, steering: Steering, schedule: tuple[Step, ...], precision: str, critic_layout: str, remarks: Remarks
     ) -> None:
-        self._steering, self._precision, self._bounds = steering, precision, bounds
-        self._schedule = steering.schedule(num_steps)
-        self._critic_layout = critic_layout
+        self._steering, self._schedule, self._precision = steering, schedule, precision
+        self._critic_layout, self._remarks = critic_layout, remarks
+
+    def finishing_critic(self, critic: Any) -> Any:
+        """Whom to ask about finished actions."""
+        return critic
 
     def quick(self, backend: str) -> QuickCall | None:
         return None
 
-    def sample(self, networks: Networks, backend: str, inputs: Inputs, return_info: bool) -> RawSample:
+    def sample(self, networks: Networks, backend: str, inputs: Inputs, bounds: Bounds, return_info: bool) -> RawSample:
         """The loop from each candidate's noise, one after the other: rows [B n]; outside of any inference mode."""
-        return run_outside_inference(lambda: self._sample(networks, backend, inputs))
+        return run_outside_inference(lambda: self._sample(networks, backend, inputs, bounds))
 
-    def _sample(self, networks: Networks, backend: str, inputs: Inputs) -> RawSample:
-        given = (inputs.obs, inputs.noise, inputs.posterior_noise, inputs.alpha)
-        obs, noise, eps, alpha = out_of_inference(given)
+    def _sample(self, networks: Networks, backend: str, inputs: Inputs, bounds: Bounds) -> RawSample:
+        given = (inputs.obs, inputs.noise, inputs.posterior_noise, inputs.alpha, bounds)
+        obs, noise, eps, alpha, bounds = out_of_inference(given)
         check_all_finite(obs, noise, eps)
         chosen = self._choose(backend, noise.device, noise.dtype).backend
         shown = {name: in_chunks(name, network, inputs.layout.chunk) for name, network in networks.items()}
@@ -207,8 +241,10 @@ class CallableRun:
             critic_layout=self._critic_layout,
         )  # fmt: skip
 
+        net = self._remarks.watching(net, self._steering)
+
         def from_start(x: Tensor) -> RawSample:
-            return reference.sample(net, self._steering, self._schedule, x, eps, self._bounds, alpha)
+            return reference.sample(net, self._steering, self._schedule, x, eps, bounds, alpha)
 
         raw = side_by_side([from_start(x) for x in noise.unbind(1)])
         check_actions(raw.actions)
@@ -223,26 +259,3 @@ class CallableRun:
 
     def _choose(self, backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
         return backends.choose(Request(backend, self._precision, device, dtype))
-
-
-def finished_values(
-    critic: Any, inputs: Inputs, actions: Tensor, precision: str, backend: str, critic_layout: str
-) -> Tensor | None:
-    """q_values [E, B n] of finished actions [B n, A], n of them for each row of obs; None without a critic."""
-    obs, count = inputs.obs, inputs.noise.shape[1]
-    if critic is None:
-        return None
-    if isinstance(critic, PackableNetwork) and isinstance(obs, Tensor):
-        wide = as_rows(obs, count)
-        return ops.critic_values(wide, actions, critic, precision=precision, backend=backend)
-    shown = in_chunks("critic", critic, inputs.layout.chunk)
-    of_each = [ask_critic(shown, obs, actions[n::count], critic_layout) for n in range(count)]
-    return torch.stack(of_each, dim=-1).flatten(1).detach().to(actions.dtype)
-
-
-def empty_sample(critic: Any, noise: Tensor, num_steps: int) -> tuple[RawSample, Tensor | None]:
-    """What a call of no rows returns, and its q_values."""
-    members = critic.spec.num_members if isinstance(critic, PackableNetwork) else 1
-    zeros = noise.new_empty(num_steps, 0)
-    report = StepReport(zeros, zeros > 0, zeros, zeros > 0)
-    return RawSample(noise[:, 0], report), None if critic is None else noise.new_empty(members, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .candidates import keep_best
+from .bounds import DEFAULT_HIGH, DEFAULT_LOW, as_operands, box_of
 from .draws import Seeds
+from .finish import Finish, empty_sample
 from .info import Explanation, SampleInfo
 from .inputs import Reader, as_tensor
 from .networks import PackableNetwork
-from .runs import CallableRun, Choices, PackedRun, all_packed, empty_sample, finished_values
-from .settings import check_settings, computes_float64, read_setting
+from .remarks import Remarks
+from .runs import CallableRun, Choices, PackedRun, all_packed
+from .settings import DEFAULT_STEPS, check_num_steps, check_settings, computes_float64, read_setting
 from .spec import SamplerSpec
 from .steering import Steering
 
@@ -27,8 +29,8 @@ Network = PackableNetwork | Callable[..., Any]
 
 # what a run is made from: assigning one makes another
 _SETTINGS = (
-    "flow", "critic", "posterior", "steering", "num_steps", "precision", "action_low", "action_high", "critic_layout",
-    "chunk_shape",
+    "flow", "critic", "posterior", "steering", "num_steps", "time_grid", "precision", "action_low", "action_high",
+    "critic_layout", "chunk_shape",
 )  # fmt: skip
 
 
@@ -41,11 +43,14 @@ class SteeredSampler(nn.Module):
             [B, 1], [B], [E, B, 1], a list or tuple of these; or a list of such modules; None where no critic is asked.
         steering: how to steer; see Steering.
         posterior: MetaFlowMap or callable (obs, xbar, noisy_actions, t) -> [B, A]; for estimate="mfm" alone.
-        num_steps: K >= 1.
+        num_steps: K >= 1 even steps.
+        time_grid: K + 1 increasing times from 0 to 1, in place of num_steps.
         backend: "auto", or "reference", "cpu", "triton", "cuda".
         precision: of weights and products: "float32" or "bfloat16" (float32 accumulation and state); "tf32" and
             "float16" where the backend offers them; "float64" on the reference backend.
-        action_low, action_high: bounds of the actions, and of the estimates where the steering clips them.
+        action_low, action_high: bounds of the actions, and of the estimates where the steering clips them: a number,
+            None or infinities for no clip, or one per dimension, [A], [D] or [C, D], as a tensor, array or sequence
+            (a gymnasium Box's low and high as they are).
         critic_layout: of a callable critic's output: "members_first" [E, B] or "batch_first" [B, E]; "auto" reads it
             from the shape, and asks a critic that returned [B, B] once more at another batch size.
         chunk_shape: (C, D) where an action is a chunk: drawn noise and its actions are [B, C, D], and callables see
@@ -63,25 +68,28 @@ class SteeredSampler(nn.Module):
         steering: Steering,
         *,
         posterior: Network | None = None,
-        num_steps: int = 10,
+        num_steps: int = DEFAULT_STEPS,
         backend: str = "auto",
         precision: str = "float32",
-        action_low: float = -1.0,
-        action_high: float = 1.0,
+        action_low: Any = DEFAULT_LOW,
+        action_high: Any = DEFAULT_HIGH,
         critic_layout: str = "auto",
         chunk_shape: tuple[int, int] | None = None,
+        time_grid: Sequence[float] | Tensor | np.ndarray | None = None,
     ) -> None:
         super().__init__()
         self.flow, self.critic, self.posterior = flow, critic, posterior
         self.steering = steering
         self.num_steps = num_steps
+        self.time_grid: tuple[float, ...] | None = time_grid  # type: ignore[assignment]
+        check_num_steps(num_steps, self.num_steps)
         self.backend = backend
         self.precision = precision
         self.action_low, self.action_high = action_low, action_high
         self.critic_layout = critic_layout
         self.chunk_shape = chunk_shape
         self._frozen = False
-        self._choices = Choices()
+        self._choices, self._remarks = Choices(), Remarks()
         self._run = self._make_run()
         if backend != "auto":
             backends.get(backend)
@@ -154,6 +162,8 @@ class SteeredSampler(nn.Module):
             quick = run.quick(self.backend)
             actions = None if quick is None else quick(obs, noise, posterior_noise)
             if actions is not None:
+                if self._remarks.calls_left:
+                    self._remarks.on_actions(actions, self.action_low, self.action_high)
                 chunk = self.chunk_shape
                 return actions if chunk is None or noise is not None else actions.unflatten(1, chunk)
         with torch.no_grad():
@@ -161,17 +171,18 @@ class SteeredSampler(nn.Module):
             if not run.fits(networks):
                 run = self._run = self._make_run()
             inputs = self._reader().read(obs, noise, posterior_noise, generator, seeds, alpha)
-            layout, count = inputs.layout, inputs.noise.shape[1]
+            layout = inputs.layout
+            box = box_of(self.action_low, self.action_high, layout.action_dim, layout.chunk or layout.action)
+            bounds = as_operands(*box, inputs.noise)
             if len(inputs.noise) == 0:
                 raw, q_values = empty_sample(self.critic, inputs.noise, self.num_steps)
             else:
-                raw = run.sample(networks, self.backend, inputs, return_info)
-                q_values = None
-                if return_info or count > 1:
-                    how = (self.precision, self.backend, self.critic_layout)
-                    q_values = finished_values(self.critic, inputs, raw.actions, *how)
-                if q_values is not None and count > 1:
-                    raw, q_values = keep_best(raw, q_values, self.steering)
+                raw = run.sample(networks, self.backend, inputs, bounds, return_info)
+                critic = run.finishing_critic(self.critic)
+                finish = Finish(critic, self.steering, self.precision, self.backend, self.critic_layout)
+                raw, q_values = finish(inputs, raw, bounds, return_info)
+                if not torch.compiler.is_compiling() and self._remarks.calls_left:  # traced: no guard on it
+                    self._remarks.on_actions(raw.actions, self.action_low, self.action_high)
             actions = layout.unfold(raw.actions, *layout.action)
             if not return_info:
                 return actions
@@ -236,10 +247,15 @@ class SteeredSampler(nn.Module):
     def _make_run(self) -> PackedRun | CallableRun:
         """The way that calls take; made anew where what earlier calls kept must be forgotten."""
         check_settings(self)
-        networks, steering, bounds = self.networks, self.steering, (float(self.action_low), float(self.action_high))
-        if not all_packed(networks, steering):
-            return CallableRun(steering, self.num_steps, self.precision, bounds, self.critic_layout)
+        networks, steering = self.networks, self.steering
+        bounds = self.action_low, self.action_high
         specs = {name: net.spec if isinstance(net, PackableNetwork) else None for name, net in networks.items()}
+        tells = next((spec for spec in specs.values() if spec is not None), None)
+        if tells is not None:  # refused here rather than at the first call
+            bounds = box_of(*bounds, tells.action_dim, self.chunk_shape)
+        if not all_packed(networks, steering):
+            schedule = steering.schedule(self.num_steps, self.time_grid)
+            return CallableRun(steering, schedule, self.precision, self.critic_layout, self._remarks)
         spec = SamplerSpec(
             **specs,  # type: ignore[arg-type]
             steering=steering,
@@ -247,8 +263,9 @@ class SteeredSampler(nn.Module):
             precision=self.precision,
             action_low=bounds[0],
             action_high=bounds[1],
+            time_grid=self.time_grid,
         )
-        return PackedRun(spec, self._modules, self._frozen, self._choices)
+        return PackedRun(spec, self._modules, self._frozen, self._choices, self._remarks)
 
     def _reader(self) -> Reader:
         packed = {name: net for name, net in self.networks.items() if isinstance(net, PackableNetwork)}
@@ -265,7 +282,7 @@ class SteeredSampler(nn.Module):
         )
 
     def _asks(self, name: str) -> bool:
-        return self.steering.asks(name) or (name == "critic" and self.steering.num_candidates > 1)
+        return self.steering.asks(name) or (name == "critic" and self.steering.needs_critic)
 
     def _device(self) -> torch.device:
         parameter = next(self.parameters(), None)
@@ -274,13 +291,16 @@ class SteeredSampler(nn.Module):
     # ------------------------------------------------------------ nn.Module plumbing
 
     def __setattr__(self, name: str, value: Any) -> None:
-        before = getattr(self, name, None)
+        before = {known: getattr(self, known, None) for known in (name, "num_steps")}
         super().__setattr__(name, read_setting(name, value))
+        if name == "time_grid" and self.time_grid is not None:
+            super().__setattr__("num_steps", len(self.time_grid) - 1)  # type: ignore[arg-type]
         if name in _SETTINGS and "_run" in self.__dict__:
             try:
                 self._run = self._make_run()
             except Exception:
-                super().__setattr__(name, before)  # type: ignore[arg-type]
+                for known, old in before.items():
+                    super().__setattr__(known, old)  # type: ignore[arg-type]
                 raise
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SteeredSampler:
@@ -289,11 +309,11 @@ class SteeredSampler(nn.Module):
         return moved
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_run", "_choices")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_run", "_choices", "_remarks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._choices = Choices()
+        self._choices, self._remarks = Choices(), Remarks()
         self._run = self._make_run()
 
     def extra_repr(self) -> str:

@@ -1,0 +1,105 @@
+"""What becomes of finished actions: ascent steps on them, the critics' values of them, the choice among candidates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, ops, reference
+from .backends import Request
+from .bounds import Bounds
+from .callables import out_of_inference, run_outside_inference
+from .candidates import as_rows, keep_one
+from .chunks import in_chunks
+from .critic_outputs import ask_critic
+from .evaluators import evaluators
+from .inputs import Inputs
+from .networks import PackableNetwork
+from .spec import RawSample, StepReport
+from .steering import Steering
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Asks one critic about finished actions [B n, A], n of them for each row of obs.
+
+    Args:
+        critic: packed or a callable; None: nobody is asked.
+        layout: critic_layout of the sampler.
+    """
+
+    critic: Any
+    steering: Steering
+    precision: str
+    backend: str
+    layout: str
+
+    def __call__(
+        self, inputs: Inputs, raw: RawSample, bounds: Bounds, values_wanted: bool
+    ) -> tuple[RawSample, Tensor | None]:
+        """One action for each row of obs, and its q_values [E, B] where they are wanted."""
+        several = inputs.noise.shape[1] > 1
+        if self.critic is None:
+            return raw, None
+        if self.steering.final_steps:
+            raw = RawSample(self._climbed(inputs, raw.actions, bounds), raw.report)
+        if not several and not values_wanted:
+            return raw, None
+        q_values = self._values(inputs, raw.actions)
+        return keep_one(raw, q_values, self.steering, inputs.selection) if several else (raw, q_values)
+
+    def _packed_obs(self, inputs: Inputs) -> Tensor | None:
+        """obs of every candidate, where the critic runs on a backend."""
+        if isinstance(self.critic, PackableNetwork) and isinstance(inputs.obs, Tensor):
+            return as_rows(inputs.obs, inputs.noise.shape[1])
+        return None
+
+    def _values(self, inputs: Inputs, actions: Tensor) -> Tensor:
+        """q_values [E, B n]."""
+        obs, count = self._packed_obs(inputs), inputs.noise.shape[1]
+        if obs is not None:
+            return ops.critic_values(obs, actions, self.critic, precision=self.precision, backend=self.backend)
+        shown = in_chunks("critic", self.critic, inputs.layout.chunk)
+        t = 1.0 if self.steering.critic_time else None
+        of_each = [ask_critic(shown, inputs.obs, actions[n::count], self.layout, t=t) for n in range(count)]
+        return torch.stack(of_each, dim=-1).flatten(1).detach().to(actions.dtype)
+
+    def _climbed(self, inputs: Inputs, actions: Tensor, bounds: Bounds) -> Tensor:
+        """After the steering's final steps, each inside the bounds."""
+        steering, ascent, obs = self.steering, self.steering.ascent, self._packed_obs(inputs)
+        if obs is None:
+            return run_outside_inference(lambda: self._climbed_by_autograd(inputs, actions, bounds))
+        at_rest = torch.zeros_like(actions)
+        for _ in range(steering.final_steps):
+            actions = ops.steer_step(
+                actions, at_rest, 1.0, steering.final_step_size, obs=obs, critic=self.critic, steering=ascent,
+                precision=self.precision, backend=self.backend,
+            ).clamp(*bounds)  # fmt: skip
+        return actions
+
+    def _climbed_by_autograd(self, inputs: Inputs, actions: Tensor, bounds: Bounds) -> Tensor:
+        steering, ascent, count = self.steering, self.steering.ascent, inputs.noise.shape[1]
+        assert ascent is not None
+        obs, actions, bounds = out_of_inference((inputs.obs, actions, bounds))
+        backend = backends.choose(Request(self.backend, self.precision, actions.device, actions.dtype)).backend
+        shown = in_chunks("critic", self.critic, inputs.layout.chunk)
+        net = evaluators(None, shown, None, ascent, backend, self.precision, obs, self.layout)
+        found = []
+        for x in actions.unflatten(0, (-1, count)).unbind(1):
+            at_rest = torch.zeros_like(x)
+            for _ in range(steering.final_steps):
+                g, std = reference.steering_gradient(net, ascent, x, at_rest, lambda d: d, 1.0, None, bounds)
+                x = (x + steering.final_step_size * reference.steer_velocity(at_rest, g, ascent, std)[0]).clamp(*bounds)
+            found.append(x)
+        return torch.stack(found, 1).flatten(0, 1)
+
+
+def empty_sample(critic: Any, noise: Tensor, num_steps: int) -> tuple[RawSample, Tensor | None]:
+    """What a call of no rows returns, and its q_values."""
+    members = critic.spec.num_members if isinstance(critic, PackableNetwork) else 1
+    zeros = noise.new_empty(num_steps, 0)
+    report = StepReport(zeros, zeros > 0, zeros, zeros > 0)
+    return RawSample(noise[:, 0], report), None if critic is None else noise.new_empty(members, 0)
