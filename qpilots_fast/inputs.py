@@ -14,6 +14,7 @@ from torch import Tensor
 from .candidates import rotated_starts
 from .draws import drawn, drawn_by_row, read_seeds
 from .networks import PackableNetwork
+from .settings import computes_float64
 from .steering import Steering
 
 
@@ -337,3 +338,17 @@ class Reader:
         found = [value.to(*like) for value in drawn_by_row(read_seeds(seeds, rows), shapes)]
         start = found[0] if start is None else start
         return start, found[1].movedim(1, 0) if draws_eps else eps, found[-1] if selects else None
+
+
+def reader_of(sampler: Any) -> Reader:
+    """The reader of a SteeredSampler as it is now."""
+    steering = sampler.steering
+    packed = {name: net for name, net in sampler.networks.items() if isinstance(net, PackableNetwork)}
+    asks = {name: steering.asks(name) or (name == "critic" and steering.needs_critic) for name in packed}
+    asked = [net for name, net in packed.items() if asks[name]]
+    tells = next(iter(asked or packed.values()), None)
+    parameter = next(sampler.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    return Reader(
+        steering, sampler.num_steps, tells, bool(asked), device, sampler.chunk_shape, lambda: computes_float64(sampler)
+    )

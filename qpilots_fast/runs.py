@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import backends, ops, reference
 from .backends import Backend, Call, Choice, QuickCall, Request, Slots
-from .bounds import Bounds
+from .bounds import Bounds, box_of
 from .callables import out_of_inference, run_outside_inference
 from .candidates import as_rows, side_by_side
 from .chunks import in_chunks
@@ -41,6 +41,9 @@ _NOT_CAPTURED = (
 )
 
 
+_CHOICES_KEPT = 256
+
+
 class Choices:
     """The backend of each kind of call, asked for once; says once where "auto" falls back."""
 
@@ -51,16 +54,18 @@ class Choices:
     def backend(self, name: str, spec: SamplerSpec, noise: Tensor) -> Backend:
         # only on GPUs does the choice depend on the batch size
         key = (name, noise.device, noise.dtype, noise.shape[0] if noise.device.type == "cuda" else None)
-        if key not in self._chosen:
-            request = Request(name, spec.precision, noise.device, noise.dtype, spec, noise.shape[0])
-            choice = backends.choose(request)
+        chosen = self._chosen.get(key)
+        if chosen is None:
+            choice = backends.choose(Request(name, spec.precision, noise.device, noise.dtype, spec, noise.shape[0]))
             if choice.fallback is not None and not self._warned:
                 self._warned = True  # once a sampler, whatever it is called with
                 warnings.warn(
                     f"qpilots_fast falls back to the unfused reference backend ({choice.fallback}).", stacklevel=6
                 )
-            self._chosen[key] = choice.backend
-        return self._chosen[key]
+            if len(self._chosen) >= _CHOICES_KEPT:
+                self._chosen.clear()
+            chosen = self._chosen[key] = choice.backend
+        return chosen
 
 
 class PackedRun:
@@ -183,6 +188,7 @@ class PackedRun:
         live = None if self._frozen else chosen.live_weights(spec, self.bound())
         if live is not None:
             cost = replace(cost, notes=(*cost.notes, f"live weights: {live}"))
+        cost = replace(cost, notes=(*cost.notes, f"kept between calls: {chosen.keeps}"))
         if spec.steering.final_steps:
             cost = replace(cost, notes=(*cost.notes, f"{spec.steering.final_steps} final steps are not counted"))
         return Explanation(chosen.name, {**others, **choice.passed}, batch_size, cost)
@@ -259,3 +265,32 @@ class CallableRun:
 
     def _choose(self, backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
         return backends.choose(Request(backend, self._precision, device, dtype))
+
+
+def make_run(
+    sampler: Any, modules: dict[str, nn.Module | None], frozen: bool, choices: Choices, remarks: Remarks
+) -> PackedRun | CallableRun:
+    """The way that the calls of a sampler with these settings take.
+
+    Args:
+        sampler: a SteeredSampler whose settings were checked. modules: its own dict of submodules.
+    """
+    networks, steering = sampler.networks, sampler.steering
+    bounds = sampler.action_low, sampler.action_high
+    specs = {name: net.spec if isinstance(net, PackableNetwork) else None for name, net in networks.items()}
+    tells = next((spec for spec in specs.values() if spec is not None), None)
+    if tells is not None:  # refused here rather than at the first call
+        bounds = box_of(*bounds, tells.action_dim, sampler.chunk_shape)
+    if not all_packed(networks, steering):
+        schedule = steering.schedule(sampler.num_steps, sampler.time_grid)
+        return CallableRun(steering, schedule, sampler.precision, sampler.critic_layout, remarks)
+    spec = SamplerSpec(
+        **specs,  # type: ignore[arg-type]
+        steering=steering,
+        num_steps=sampler.num_steps,
+        precision=sampler.precision,
+        action_low=bounds[0],
+        action_high=bounds[1],
+        time_grid=sampler.time_grid,
+    )
+    return PackedRun(spec, modules, frozen, choices, remarks)

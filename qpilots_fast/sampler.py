@@ -15,13 +15,13 @@ from .bounds import DEFAULT_HIGH, DEFAULT_LOW, as_operands, box_of
 from .draws import Seeds
 from .finish import Finish, empty_sample
 from .info import Explanation, SampleInfo
-from .inputs import Reader, as_tensor
+from .inputs import as_tensor, reader_of
 from .networks import PackableNetwork
 from .remarks import Remarks
-from .runs import CallableRun, Choices, PackedRun, all_packed
-from .settings import DEFAULT_STEPS, check_num_steps, check_settings, computes_float64, read_setting
-from .spec import SamplerSpec
+from .runs import CallableRun, Choices, PackedRun, make_run
+from .settings import DEFAULT_STEPS, check_num_steps, check_settings, read_setting
 from .steering import Steering
+from .warming import warm_up
 
 _log = logging.getLogger("qpilots_fast")
 
@@ -170,7 +170,7 @@ class SteeredSampler(nn.Module):
             networks = self.networks
             if not run.fits(networks):
                 run = self._run = self._make_run()
-            inputs = self._reader().read(obs, noise, posterior_noise, generator, seeds, alpha)
+            inputs = reader_of(self).read(obs, noise, posterior_noise, generator, seeds, alpha)
             layout = inputs.layout
             box = box_of(self.action_low, self.action_high, layout.action_dim, layout.chunk or layout.action)
             bounds = as_operands(*box, inputs.noise)
@@ -219,6 +219,21 @@ class SteeredSampler(nn.Module):
         """Whether calls use weights packed once rather than the current parameters."""
         return self._frozen
 
+    def warm_up(self, batch_sizes: Sequence[int] = (1,), obs: Any = None) -> SteeredSampler:
+        """Does now what the first calls would do (allocate, pack, compile), so that the next one at any of these batch
+        sizes is as fast as those after it. Draws nothing from torch's generators.
+
+        Args:
+            batch_sizes: each >= 1. `explain` says how many of them the backend keeps ready.
+            obs: a batch of observations to call with, where the networks are callables that read any obs; else zeros.
+        """
+        left, self._remarks.calls_left = self._remarks.calls_left, 0  # these actions are nobody's
+        try:
+            warm_up(self, batch_sizes, obs)
+        finally:
+            self._remarks.calls_left = left
+        return self
+
     def explain(self, batch_size: int = 1) -> Explanation:
         """Which backend runs a batch of this size, why the others do not, and the exact cost of a call."""
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -247,42 +262,7 @@ class SteeredSampler(nn.Module):
     def _make_run(self) -> PackedRun | CallableRun:
         """The way that calls take; made anew where what earlier calls kept must be forgotten."""
         check_settings(self)
-        networks, steering = self.networks, self.steering
-        bounds = self.action_low, self.action_high
-        specs = {name: net.spec if isinstance(net, PackableNetwork) else None for name, net in networks.items()}
-        tells = next((spec for spec in specs.values() if spec is not None), None)
-        if tells is not None:  # refused here rather than at the first call
-            bounds = box_of(*bounds, tells.action_dim, self.chunk_shape)
-        if not all_packed(networks, steering):
-            schedule = steering.schedule(self.num_steps, self.time_grid)
-            return CallableRun(steering, schedule, self.precision, self.critic_layout, self._remarks)
-        spec = SamplerSpec(
-            **specs,  # type: ignore[arg-type]
-            steering=steering,
-            num_steps=self.num_steps,
-            precision=self.precision,
-            action_low=bounds[0],
-            action_high=bounds[1],
-            time_grid=self.time_grid,
-        )
-        return PackedRun(spec, self._modules, self._frozen, self._choices, self._remarks)
-
-    def _reader(self) -> Reader:
-        packed = {name: net for name, net in self.networks.items() if isinstance(net, PackableNetwork)}
-        asked = {name: net for name, net in packed.items() if self._asks(name)}
-        tells = next(iter((asked or packed).values()), None)
-        return Reader(
-            self.steering,
-            self.num_steps,
-            tells,
-            bool(asked),
-            self._device(),
-            self.chunk_shape,
-            lambda: computes_float64(self),
-        )
-
-    def _asks(self, name: str) -> bool:
-        return self.steering.asks(name) or (name == "critic" and self.steering.needs_critic)
+        return make_run(self, self._modules, self._frozen, self._choices, self._remarks)
 
     def _device(self) -> torch.device:
         parameter = next(self.parameters(), None)

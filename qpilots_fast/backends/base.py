@@ -91,6 +91,7 @@ class Backend(ABC):
     name: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]]
     max_batch_size: ClassVar[int | None] = None  # "auto" takes the next backend for larger batches
+    keeps: ClassVar[str] = "nothing by batch size"  # how much of it stays ready for a next call, in words
     auto_for_networks: ClassVar[bool] = True  # whether "auto" may take it to run single networks
 
     @abstractmethod

@@ -134,6 +134,7 @@ class CpuBackend(Backend):
 
     name = "cpu"
     precisions = ("float32", "bfloat16")
+    keeps = f"{_KEPT} plans for any batch size, and a workspace of the largest one for each of concurrent calls"
 
     def __init__(self) -> None:
         self._plans, self._tables = Cache(_KEPT), Cache(_KEPT)

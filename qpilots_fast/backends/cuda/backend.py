@@ -20,7 +20,7 @@ from ..base import Backend, Call, Footprint, Graph
 from ..captured import CapturedSampler, CudaGraph, capturing
 from ..counts import count_flops
 from .counts import count_barriers, count_traffic, counted_program
-from .launcher import Launcher
+from .launcher import KEPT_PROGRAMS, Launcher
 from .layout import presence
 from .library import Library, Loader, float32_rows, pointer
 from .rows import CudaRows
@@ -61,6 +61,7 @@ class CudaBackend(Backend):
     name: ClassVar[str] = "cuda"
     precisions: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
     max_batch_size: ClassVar[int | None] = MAX_BATCH_SIZE
+    keeps: ClassVar[str] = f"the programs of the {KEPT_PROGRAMS} latest (sampler, batch size) pairs"
     auto_for_networks: ClassVar[bool] = False  # one network needs no grid barrier
 
     def __init__(self, library: Library | None = None, max_blocks: int = 0, spin_limit: int = _SPIN_LIMIT) -> None:

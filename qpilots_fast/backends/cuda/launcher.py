@@ -32,6 +32,9 @@ class DeviceProgram:
     bounds: Tensor | None
 
 
+KEPT_PROGRAMS = 64
+
+
 class Launcher:
     """Programs by what they are made for, pack tables by the parameters' addresses.
 
@@ -43,7 +46,7 @@ class Launcher:
     def __init__(self, loader: Loader, max_blocks: int, spin_limit: int) -> None:
         self._loader, self._max_blocks, self._spin_limit = loader, max_blocks, spin_limit
         self._lock = threading.Lock()
-        self._programs, self._pack_tables = Cache(64), Cache(32)
+        self._programs, self._pack_tables = Cache(KEPT_PROGRAMS), Cache(32)
         self._failure_words: dict[torch.device, Tensor] = {}
 
     def sample_program(self, spec: SamplerSpec, networks: BoundNetworks, batch: int) -> DeviceProgram:

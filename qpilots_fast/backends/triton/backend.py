@@ -62,6 +62,7 @@ class TritonBackend(Backend):
 
     name = "triton"
     precisions = ("float32", "tf32", "bfloat16", "float16")
+    keeps = f"the workspaces and plans of the {_KEPT} latest (sampler, batch size) pairs"
 
     def __init__(self, table: LaunchTable | None = None, fill: float | None = None) -> None:
         self._table, self._fill = table, fill

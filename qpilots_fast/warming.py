@@ -1,0 +1,57 @@
+"""Calls made ahead of time, so that none that counts is the first of its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .inputs import reader_of
+from .integers import as_int
+from .trees import with_rows
+
+_CALLS = 2  # the first makes plans, packs and workspaces, the second the quick way
+
+
+def warm_up(sampler: Any, batch_sizes: Sequence[int], obs: Any) -> None:
+    """Calls a sampler at each of these batch sizes; see SteeredSampler.warm_up."""
+    if isinstance(as_int(batch_sizes), int):
+        raise TypeError(f"warm_up: batch_sizes is {batch_sizes!r}; expected a sequence, e.g. ({batch_sizes},).")
+    sizes = [as_int(size) for size in batch_sizes]
+    for size in sizes:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"warm_up: batch_sizes has {size!r}; expected integers >= 1.")
+    reader = reader_of(sampler)
+    if obs is None and not reader.reads_obs:
+        raise ValueError(
+            "warm_up: obs is None, and the networks are callables that read any obs; expected obs, a batch of yours "
+            "(its rows are repeated as needed)."
+        )
+    action = sampler.chunk_shape or (None if reader.packed is None else (reader.packed.spec.action_dim,))
+    if action is None:
+        raise ValueError("warm_up: no network tells the action width; give the sampler a chunk_shape, (1, A) for one.")
+    like = next((p for p in sampler.parameters() if p.is_floating_point()), torch.empty(0))
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64 if reader.float64() else torch.float32, device=like.device)
+
+    for size in sizes:
+        rows = zeros(size, reader.packed.spec.obs_dim) if obs is None and reader.packed else _rows(obs, size)
+        noise, steering = zeros(size, *action), sampler.steering
+        draws = (sampler.num_steps, size, steering.num_samples, *action)
+        eps = zeros(*draws) if steering.draws_posterior else None
+        for _ in range(_CALLS):
+            # a generator of its own: what later calls draw does not depend on it
+            sampler(rows, noise, eps, torch.Generator(like.device) if steering.num_candidates > 1 else None)
+
+
+def _rows(obs: Any, size: int) -> Any:
+    """size rows of a batch of observations."""
+    leaf = obs
+    while not hasattr(leaf, "shape"):
+        leaf = next(iter(leaf.values() if hasattr(leaf, "values") else leaf))
+    if isinstance(obs, Tensor) and obs.ndim == 1:
+        return obs.expand(size, -1)
+    return with_rows(obs, len(leaf), size)
