@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
 from bench.gpu.roofline import DEVICES, triton_seconds
+from qpilots_fast import BackendUnavailable
+from qpilots_fast.backends import Call
 from qpilots_fast.backends.counts import network_macs
 from qpilots_fast.backends.triton import LaunchRow, LaunchTable, Tile, TritonBackend
 from qpilots_fast.backends.triton.counts import call_counts, workspace_bytes
 from qpilots_fast.backends.triton.launch_table import TABLE
 from qpilots_fast.backends.triton.packing import NetworkLayout
 from qpilots_fast.backends.triton.plan import SamplerPlan
-from qpilots_fast.spec import NetworkSpec, SamplerSpec
+from qpilots_fast.spec import BoundNetworks, NetworkSpec, SamplerSpec
 from qpilots_fast.steering import Steering
 from qpilots_fast.testing import make_case
 
@@ -148,10 +152,62 @@ def test_static_check_refuses_spills_and_missing_tensor_cores() -> None:
     assert good.blocks_per_sm(LIMITS[90]) == 2
 
 
-def test_capture_needs_a_gpu() -> None:
-    from qpilots_fast import BackendUnavailable
-    from qpilots_fast.spec import BoundNetworks
+@needs_triton
+def test_packing_divides_nothing() -> None:
+    """A division of 64-bit integers an element costs several times its copy."""
+    from bench.gpu.aot import cases, compile_case
 
+    pack = next(case for case in cases(90, ("bfloat16",)) if case.kernel == "pack")
+    code = compile_case(pack, 90).asm["ptx"]
+    assert "ld.global" in code and not re.search(r"\b(div|rem)\.[su](32|64)", code)
+
+
+@needs_triton
+@pytest.mark.parametrize("estimate", ["noisy", "tweedie", "mfm", "glass"])
+def test_no_kernel_is_compiled_again_for_another_address_or_batch(
+    estimate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Triton compiles for is the same wherever a caller's tensors lie and whatever number an integer is."""
+    from qpilots_fast.backends.triton import kernels, launcher
+
+    monkeypatch.setattr("qpilots_fast.backends.triton.backend.interpreting", lambda: True)
+    seen: list[tuple[str, dict]] = []
+
+    class Grids:
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda **arguments: seen.append((self._name, arguments))
+
+    monkeypatch.setattr(launcher, "kernel_of", Grids)
+    case = make_case(Steering(estimate=estimate), batch_size=3, num_steps=2)  # type: ignore[arg-type]
+    posterior = case.posterior if estimate == "mfm" else None
+    networks = BoundNetworks(case.flow.bound(), case.critic.bound(), posterior and posterior.bound())
+    spec = SamplerSpec(case.flow.spec, case.critic.spec, posterior and posterior.spec, case.steering, 2)
+    backend, alpha = TritonBackend(), torch.rand(3)
+    given = [case.obs, case.noise, alpha, *([] if case.posterior_noise is None else [case.posterior_noise])]
+    backend.sample(Call(spec, networks, case.obs, case.noise, case.posterior_noise, alpha))
+    cotangent = torch.rand(1, 3, case.flow.spec.output_dim)
+    blocks = [case.obs, case.noise, torch.rand(3, 1)]
+    backend.forward(networks.flow, blocks, "float32")
+    backend.vjp(networks.flow, blocks, cotangent, "float32")
+    addresses = {tensor.data_ptr() for tensor in (*given, *blocks, cotangent)}
+    found = set()
+    for name, arguments in seen:
+        for parameter in getattr(kernels, f"_{name}_kernel").params:
+            value = arguments[parameter.name]
+            if isinstance(value, torch.Tensor) and value.data_ptr() in addresses:
+                found.add((name, parameter.name))
+                assert parameter.do_not_specialize_on_alignment, (name, parameter.name)
+            elif isinstance(value, int) and not parameter.is_constexpr:
+                assert parameter.do_not_specialize, (name, parameter.name)
+    expected = {("critic", "obs_ptr"), ("network", "cotangent_ptr")}
+    expected |= {("step", argument) for argument in ("x_in_ptr", "obs_ptr", "alpha_ptr", "eps_ptr")}
+    assert found == expected  # eps_ptr stands for the noise where nothing is drawn
+
+
+def test_capture_needs_a_gpu() -> None:
     case = make_case(batch_size=2)
     spec = SamplerSpec(case.flow.spec, case.critic.spec, None, case.steering, 10)
     with pytest.raises(BackendUnavailable, match="CUDA device"):

@@ -10,7 +10,7 @@ import torch
 
 from qpilots_fast.backends.triton.launch_table import LaunchTable, Tile, dot_mode
 from qpilots_fast.backends.triton.launcher import kernel_of
-from qpilots_fast.backends.triton.packing import NetworkLayout, launch_constants
+from qpilots_fast.backends.triton.packing import NetworkLayout, launch_constants, pack_options
 from qpilots_fast.backends.triton.plan import SamplerPlan
 from qpilots_fast.spec import NetworkSpec, SamplerSpec
 from qpilots_fast.steering import Steering
@@ -70,7 +70,8 @@ def compile_case(case: KernelCase, sm: int) -> Any:
         elif name.endswith("_ptr"):
             operand = _OPERAND[case.precision] if name in _OPERAND_POINTERS else "*fp32"
             signature[name] = _POINTERS.get(name, operand)
-            attributes[(index,)] = [["tt.divisibility", 16]]  # torch allocations are aligned
+            if not kernel.params[index].do_not_specialize_on_alignment:
+                attributes[(index,)] = [["tt.divisibility", 16]]  # the backend's own tensors are aligned
         else:
             signature[name] = "i32" if name in _INTEGERS else "fp32"
     return triton.compile(
@@ -113,7 +114,7 @@ def cases(sm: int, precisions: tuple[str, ...] = ("bfloat16", "float16", "tf32",
             "pack",
             "all parameters",
             precision,
-            dict(SOURCE=torch.float32, BLOCK=1024, num_warps=4, num_stages=1),
+            dict(SOURCE=torch.float32, **pack_options()),
             half,
             False,
         )

@@ -14,24 +14,24 @@ PACK_FIELDS = tl.constexpr(12)
 
 
 @triton.jit
-def _pack_kernel(item_ptr, block_ptr, weights_ptr, vectors_ptr, SOURCE: tl.constexpr, BLOCK: tl.constexpr):
-    """One block of one parameter into the packed buffers; the table of items says what and where.
+def _pack_kernel(item_ptr, block_ptr, weights_ptr, vectors_ptr,
+                 SOURCE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """One tile of one parameter into the packed buffers; the table of items says what and where.
 
-    item_ptr [*, 12] int64: source address, row stride, column stride, columns, elements, destination, its leading
-    dimension, kind (0 weights, 1 vectors, 2 time bias), and for the time bias: address of the bias (0: none), of the
-    features [T_count, features], of the column indices [features] int64, and features.
-    block_ptr [grid, 2] int64: item, first element.
+    item_ptr [*, 12] int64: source address, row stride, column stride, columns, elements (the last row may be short),
+    destination, its leading dimension, kind (0 weights, 1 vectors, 2 time bias), and for the time bias: address of the
+    bias (0: none), of the features [T_count, features], of the column indices [features] int64, and features.
+    block_ptr [grid, 3] int64: item, first row, first column.
     """
-    block = tl.program_id(0)
-    item = item_ptr + tl.load(block_ptr + 2 * block) * PACK_FIELDS
-    index = tl.load(block_ptr + 2 * block + 1) + tl.arange(0, BLOCK)
+    block_ptr += 3 * tl.program_id(0)
+    item = item_ptr + tl.load(block_ptr) * PACK_FIELDS
+    row = tl.load(block_ptr + 1) + tl.arange(0, ROWS)[:, None] + tl.zeros((1, COLUMNS), dtype=tl.int64)
+    column = tl.load(block_ptr + 2) + tl.arange(0, COLUMNS)[None, :] + tl.zeros((ROWS, 1), dtype=tl.int64)
     source = tl.load(item).to(tl.pointer_type(SOURCE))
     row_stride = tl.load(item + 1)
     column_stride = tl.load(item + 2)
     columns = tl.load(item + 3)
-    mask = index < tl.load(item + 4)
-    row = index // columns
-    column = index % columns
+    mask = (column < columns) & (row * columns + column < tl.load(item + 4))
     target = tl.load(item + 5) + row * tl.load(item + 6) + column
     kind = tl.load(item + 7)
     if kind == 2:
@@ -40,7 +40,7 @@ def _pack_kernel(item_ptr, block_ptr, weights_ptr, vectors_ptr, SOURCE: tl.const
         features = tl.load(item + 9).to(tl.pointer_type(tl.float32))
         indices = tl.load(item + 10).to(tl.pointer_type(tl.int64))
         num_features = tl.load(item + 11)
-        has_bias = tl.zeros_like(index) + tl.load(item + 8) != 0
+        has_bias = tl.zeros_like(column) + tl.load(item + 8) != 0
         total = tl.load(bias + column, mask=mask & has_bias, other=0.0).to(tl.float32)
         for j in range(0, num_features):
             w = tl.load(source + column * row_stride + tl.load(indices + j) * column_stride, mask=mask, other=0.0)
@@ -67,7 +67,9 @@ def _bounds(bounds_ptr, A_PAD: tl.constexpr):
     return tl.load(bounds_ptr + offs_a)[None, :], tl.load(bounds_ptr + A_PAD + offs_a)[None, :]
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_draws", "num_tiles"])
+# A caller's tensors are never specialised on alignment: of a rollout [T, S] only some rows obs[i : i + 1] are aligned,
+# and the first one that is not would compile every kernel again, in the middle of a control loop.
+@triton.jit(do_not_specialize=["num_rows", "num_draws", "num_tiles"], do_not_specialize_on_alignment=["obs_ptr"])
 def _critic_kernel(obs_ptr, a_ptr, q_ptr, dq_ptr, w_ptr, vec_ptr, layer_ptr, h_ptr, z_ptr, stat_ptr,
                    bounds_ptr, num_rows, num_draws, num_tiles, norm_eps,
                    OBS_DIM: tl.constexpr, ACTION_DIM: tl.constexpr, COLUMN: tl.constexpr, A_PAD: tl.constexpr,
@@ -230,7 +232,8 @@ def _steer_velocity(v, g, std, dims, alpha, gain, floor, max_grad_norm, gaf_deca
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_draws", "rows_per_tile", "num_tiles", "step", "flow_begin", "flow_end",
-                               "plain_end"])  # fmt: skip
+                               "plain_end"],
+            do_not_specialize_on_alignment=["x_in_ptr", "obs_ptr", "eps_ptr", "alpha_ptr"])  # fmt: skip
 def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_std_ptr, gx_ptr, xbar_ptr,
                  obs_ptr, eps_ptr,
                  flow_w_ptr, flow_vec_ptr, flow_bias_ptr, flow_layer_ptr,
@@ -442,7 +445,7 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
             tl.store(x_out_ptr + element, _clip(x, low, high), mask=mask_a)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
+@triton.jit(do_not_specialize=["num_rows", "num_tiles"], do_not_specialize_on_alignment=["cotangent_ptr"])
 def _network_kernel(in_ptr, cotangent_ptr, out_ptr, w_ptr, vec_ptr, layer_ptr, h_ptr, z_ptr, stat_ptr,
                     num_rows, num_tiles, norm_eps,
                     IN_DIM: tl.constexpr, OUT_DIM: tl.constexpr, OUT_PAD: tl.constexpr, VJP: tl.constexpr,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ OPERAND_DTYPES = {
 }
 _PLACEMENTS = {None: 0, "pre": 1, "post": 2}
 _MOVING = {"flow": ("noisy_actions",), "critic": ("actions",), "meta_flow_map": ("noisy_actions", "xbar")}
-_PACK_BLOCK = 1024
+PACK_TILE = 32  # rows and columns that one program of the pack kernel copies
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -221,7 +222,7 @@ class PackedBuffers:
         for dtype, items, blocks in self._table.groups:
             launch(
                 "pack", (len(blocks),), item_ptr=items, block_ptr=blocks, weights_ptr=self.weights,
-                vectors_ptr=self.vectors, SOURCE=dtype, BLOCK=_PACK_BLOCK, num_warps=4, num_stages=1,
+                vectors_ptr=self.vectors, SOURCE=dtype, **pack_options(),
             )  # fmt: skip
 
     def _build_table(self, bound: Sequence[BoundNetwork], addresses: tuple[int, ...]) -> PackTable:
@@ -236,10 +237,22 @@ class PackedBuffers:
             w += layout.num_weights
             vec += round_up(layout.num_vectors, 16)
         for dtype, items in by_dtype.items():
-            blocks = [[i, start] for i, item in enumerate(items) for start in range(0, item[4], _PACK_BLOCK)]
+            blocks = [
+                [i, *start] for i, item in enumerate(items) for start in _tiles(columns=item[3], elements=item[4])
+            ]
             tensors = (torch.tensor(v, dtype=torch.int64, device="cpu").to(device) for v in (items, blocks))
             table.groups.append((dtype, *tensors))  # type: ignore[arg-type]
         return table
+
+
+def pack_options() -> dict[str, int]:
+    """Tile and compile options of the pack kernel, as launch arguments."""
+    return {"ROWS": PACK_TILE, "COLUMNS": PACK_TILE, "num_warps": 4, "num_stages": 1}
+
+
+def _tiles(columns: int, elements: int) -> Iterator[tuple[int, int]]:
+    """First row and column of every tile of a matrix whose last row may be short."""
+    return product(range(0, -(-elements // columns), PACK_TILE), range(0, columns, PACK_TILE))
 
 
 def parameter_addresses(bound: Sequence[BoundNetwork]) -> tuple[int, ...]:
@@ -257,6 +270,12 @@ def _items(
         row = [p.data_ptr(), *strides, columns, rows * columns, target, ld, kind, *(more or (0, 0, 0, 0))]
         items.append((p.dtype, row))
 
+    def add_vector(p: Tensor, target: int) -> None:
+        """In rows of a tile's width: as one long row it would leave most of each tile idle."""
+        (size,), (stride,) = p.shape, p.stride()
+        row = [p.data_ptr(), PACK_TILE * stride, stride, PACK_TILE, size, target, PACK_TILE, 1, 0, 0, 0, 0]
+        items.append((p.dtype, row))
+
     for member in range(spec.num_members):
         for index, (layer, (fan_in, fan_out)) in enumerate(zip(network.layers, spec.layer_dims)):
             weight = layer.weight[member]
@@ -272,8 +291,7 @@ def _items(
             vectors = (layer.bias, layer.norm_weight, layer.norm_bias)
             for offset, values in enumerate(v[member] if v else None for v in vectors):
                 if values is not None:
-                    place = target + offset * layout.hidden_pad
-                    add(values, place, 1, fan_out, (0, values.stride(0)), fan_out, 1)
+                    add_vector(values, target + offset * layout.hidden_pad)
     if layout.times:
         first = network.layers[0]
         weight, bias = first.weight[0], first.bias[0] if first.bias else None
