@@ -1,4 +1,4 @@
-"""The pack kernel in the interpreter (test_triton_interpreter.py starts it): every parameter in its place, zeros else."""
+"""The pack kernel in the interpreter (test_triton_interpreter.py starts it): every parameter in its place."""
 
 from __future__ import annotations
 
