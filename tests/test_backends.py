@@ -38,6 +38,17 @@ def test_widths_and_members(hidden, num_critics, backend):
     assert_close(case.run(backend), case.expected())
 
 
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_bfloat16_keeps_the_gradient_of_a_layer_norm_over_two_units(norm, backend):
+    """Its derivative is what is left of a difference of nearly equal numbers."""
+    cases = [make_case(seed=seed, hidden_dims=(16, 2), critic_layer_norm=norm) for seed in range(8)]
+    ours, torchs = (
+        torch.cat([(case.run(b, "bfloat16") - case.expected()).abs() for case in cases]).mean()
+        for b in (backend, "reference")
+    )
+    assert ours <= 2 * torchs
+
+
 @pytest.mark.parametrize("members", [2, 3, 6, 7, 10])
 def test_members_that_agree_are_one_member(members, backend):
     """At std = 0 the pessimistic gradient is that of the mean, whatever the mean of equal numbers rounds to."""

@@ -66,7 +66,11 @@ def test_double_and_chunks():
 
 @pytest.mark.parametrize(
     "sizes, error, words",
-    [(3, TypeError, r"expected a sequence, e.g. \(3,\)"), ((0,), ValueError, "integers >= 1"), ((1.5,), ValueError, "1.5")],
+    [
+        (3, TypeError, r"expected a sequence, e.g. \(3,\)"),
+        ((0,), ValueError, "integers >= 1"),
+        ((1.5,), ValueError, "1.5"),
+    ],
 )  # fmt: skip
 def test_bad_batch_sizes(sizes, error, words):
     with pytest.raises(error, match=words):
