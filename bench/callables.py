@@ -85,8 +85,9 @@ def build_sampler(workload: Workload) -> Run:
     """SteeredSampler, as a user calls it."""
     networks = opaque(workload)
     sampler = SteeredSampler(
-        networks.flow, networks.critic, workload.steering, posterior=networks.posterior, num_steps=workload.num_steps
-    )
+        networks.flow, networks.critic, workload.steering, posterior=networks.posterior, num_steps=workload.num_steps,
+        action_low=-1.0, action_high=1.0,
+    )  # fmt: skip
     return lambda: sampler(workload.obs, workload.noise, workload.posterior_noise)
 
 

@@ -94,7 +94,7 @@ class Workload:
         """Our sampler on this workload's networks."""
         sampler = SteeredSampler(
             self.flow, self.critic, self.steering, posterior=self.posterior, num_steps=self.num_steps,
-            backend=backend, precision=precision,
+            backend=backend, precision=precision, action_low=-1.0, action_high=1.0,
         )  # fmt: skip
         return sampler.freeze() if frozen else sampler
 

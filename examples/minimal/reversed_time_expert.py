@@ -47,7 +47,8 @@ def main() -> None:
         expert, chunk_shape=(CHUNK, PADDED), call=lambda m, obs, x, tau: m.denoise_step(obs.prefix, x, tau)
     )
     steering = replace(Steering.qpilots_u(alpha=0.5), steered_dims=dims)  # jacobian="identity" spares the backward
-    sampler = SteeredSampler(flow, lambda obs, actions: critics(obs.state, actions[:, list(dims)]), steering)
+    critic = lambda obs, actions: critics(obs.state, actions[:, list(dims)])  # noqa: E731
+    sampler = SteeredSampler(flow, critic, steering, action_low=-1.0, action_high=1.0)
     noise = torch.randn(batch_size, CHUNK * PADDED)
     chunk = sampler(obs, noise).unflatten(1, (CHUNK, PADDED))[..., :REAL]
     print(f"steered chunks {list(chunk.shape)}, first action {[round(a, 3) for a in chunk[0, 0].tolist()]}")

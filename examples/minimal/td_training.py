@@ -21,7 +21,8 @@ def main(num_updates: int = 120) -> float:
     flow = FlowMLP(obs_dim, action_dim, hidden_dims=(32, 32))
     critic = CriticEnsemble(obs_dim, action_dim, num_critics=3, hidden_dims=(32, 32))
     target = copy.deepcopy(critic).requires_grad_(False)
-    sampler = SteeredSampler(flow, target, Steering.qpilots_u(alpha=0.5))  # sees each update of flow and target
+    box = dict(action_low=-1.0, action_high=1.0)
+    sampler = SteeredSampler(flow, target, Steering.qpilots_u(alpha=0.5), **box)  # sees each update of flow and target
     optimizer = torch.optim.Adam([*flow.parameters(), *critic.parameters()], lr=1e-2)
 
     for update in range(num_updates):
@@ -39,7 +40,7 @@ def main(num_updates: int = 120) -> float:
             print(f"update {update + 1:4d}   critic loss {loss_q.item():.3f}   flow loss {loss_flow.item():.3f}")
 
     obs, noise = torch.rand(256, obs_dim), torch.randn(256, action_dim)
-    plain = SteeredSampler(flow, None, Steering.unsteered())(obs, noise)
+    plain = SteeredSampler(flow, None, Steering.unsteered(), **box)(obs, noise)
     distance = [(a - goal).norm(dim=-1).mean().item() for a in (plain, sampler(obs, noise))]
     print(f"mean distance to the goal: plain {distance[0]:.3f}, steered {distance[1]:.3f}")
     return distance[0] - distance[1]

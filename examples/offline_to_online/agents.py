@@ -64,7 +64,7 @@ class Agent:
         # the slow critics steer: they are also the ones that judge the action
         self.sampler = SteeredSampler(
             self.flow, self.target, steering_of(config), posterior=self.slow_posterior, num_steps=config.num_steps,
-            backend=config.backend, precision=config.precision,
+            backend=config.backend, precision=config.precision, action_low=-1.0, action_high=1.0,
         )  # fmt: skip
         self._regression = self._compiled(self._critic_loss)
         self.optimisers: dict[str, torch.optim.Optimizer] = {}

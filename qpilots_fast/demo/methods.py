@@ -74,8 +74,9 @@ def sampler_of(policy: CubePolicy, steering: Steering, backend: str, precision: 
     """The policy's networks behind one frozen sampler."""
     posterior = policy.posterior if steering.estimate == "mfm" else None
     sampler = SteeredSampler(
-        policy.flow, policy.critic, steering, posterior=posterior, backend=backend, precision=precision
-    )
+        policy.flow, policy.critic, steering, posterior=posterior, backend=backend, precision=precision,
+        action_low=-1.0, action_high=1.0,
+    )  # fmt: skip
     return sampler.freeze()
 
 
