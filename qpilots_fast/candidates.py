@@ -71,6 +71,10 @@ def keep_one(raw: RawSample, q_values: Tensor, steering: Steering, draws: Tensor
 
 def side_by_side(raws: Sequence[RawSample]) -> RawSample:
     """Runs of one candidate each as one run whose rows are [B n]."""
+    if len(raws) == 1:
+        return raws[0]
     actions = torch.stack([raw.actions for raw in raws], 1).flatten(0, 1)
     reports = [raw.report for raw in raws if raw.report is not None]
+    if not reports:
+        return RawSample(actions)
     return RawSample(actions, StepReport(*(torch.stack(values, 2).flatten(1, 2) for values in zip(*reports))))

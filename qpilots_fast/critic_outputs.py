@@ -96,16 +96,17 @@ def read_output(output: Any, layout: Layout) -> Tensor:
 
 def ask_critic(
     critic: Callable[..., Any], obs: Any, actions: Tensor, layout: str = "auto", owner: str = "critic",
-    t: float | None = None,
+    t: float | None = None, known_as: Any = None,
 ) -> Tensor:  # fmt: skip
     """q_values [E, B] = critic(obs, actions), or critic(obs, actions, t [B, 1]) where t is given, in any layout.
 
     An output [B, B] is [E, B] or [B, E]: with layout="auto" the critic is asked once more, at another batch size, and
-    what this shows is remembered for that critic.
+    what this shows is remembered for that critic, or for known_as, which it wraps.
 
     Raises:
         TypeError, ValueError: for outputs that cannot be read, and where such a question cannot be asked.
     """
+    key = critic if known_as is None else known_as
     if t is not None:
         critic = _AtTime(critic, t)
     output = critic(obs, actions)
@@ -115,7 +116,7 @@ def ask_critic(
             return output
     found = layout_of(output, len(actions), layout, owner)
     if _is_open(found):
-        found = _remembered(critic, found) or _probe(critic, obs, actions, found, owner)
+        found = _remembered(key, found) or _settle(key, _probe(critic, obs, actions, found, owner))
     return read_output(output, found)
 
 
@@ -127,11 +128,6 @@ class _AtTime:
 
     def __call__(self, obs: Any, actions: Tensor) -> Any:
         return self.critic(obs, actions, actions.new_full((len(actions), 1), self.t))
-
-
-def _function(critic: Any) -> Any:
-    """What a layout is a property of."""
-    return critic.critic if isinstance(critic, _AtTime) else critic
 
 
 def _is_open(layout: Layout) -> bool:
@@ -147,7 +143,7 @@ def _agrees(shape: Layout, found: Layout) -> bool:
 
 def _remembered(critic: Any, shape: Layout) -> Layout | None:
     try:
-        found = _settled.get(_function(critic))
+        found = _settled.get(critic)
     except TypeError:  # neither hashable nor weakly referable: asked anew at every call
         return None
     return found if found is not None and _agrees(shape, found) else None
@@ -172,8 +168,13 @@ def _probe(critic: Any, obs: Any, actions: Tensor, shape: Layout, owner: str) ->
             f"{other} rows instead did not tell ({reason}). Say it: critic_layout='members_first' where it returns "
             "[E, B], critic_layout='batch_first' where it returns [B, E]."
         )
+    return found
+
+
+def _settle(critic: Any, found: Layout) -> Layout:
+    """found, from now on `_remembered` for that critic."""
     try:
-        _settled[_function(critic)] = found
+        _settled[critic] = found
     except TypeError:
         pass
     return found

@@ -11,9 +11,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .backends.base import Backend
 
-from .callables import inference_tensor_error
-from .critic_outputs import ask_critic
+from .chunks import in_chunks
 from .networks import PackableNetwork
+from .recorded import Called, called_critic, called_flow, called_posterior, one_graph
 from .reference import Evaluators
 from .reference_mlp import ReferenceNetwork
 from .spec import BoundNetwork, BoundNetworks, NetworkSpec, Pullback
@@ -105,99 +105,25 @@ def reference_evaluators(networks: BoundNetworks, obs: Tensor, dtype: torch.dtyp
     )
 
 
-# ---------------------------------------------------------------- users' callables
-
-
-def _checked(output: Any, shape: torch.Size, owner: str, signature: str) -> Tensor:
-    if not isinstance(output, Tensor):
-        raise TypeError(f"{owner} returned {type(output).__name__}; expected a Tensor from {signature}.")
-    if output.shape != shape:
-        raise ValueError(f"{owner} returned shape {list(output.shape)}; expected {list(shape)} from {signature}.")
-    return output
-
-
-def _differentiable(
-    function: Callable[[Tensor], Tensor], x: Tensor, owner: str, network: Any, needed_for: str
-) -> tuple[Tensor, Pullback]:
-    """function(x) and its pullback, recorded by autograd."""
-    with torch.enable_grad():
-        leaf = x.detach().clone().requires_grad_()
-        try:
-            output = function(leaf)
-        except RuntimeError as error:
-            if "nference tensor" in str(error):
-                raise inference_tensor_error(owner, network, error) from error
-            raise
-    if not output.requires_grad:
-        raise RuntimeError(
-            f"{owner}'s output does not depend differentiably on its actions (was it detached, or computed under "
-            f"no_grad?), but {needed_for} needs that gradient. Let autograd see the computation"
-            + (", or use jacobian='identity'." if owner == "flow" else ".")
-        )
-
-    def pull_back(cotangent: Tensor) -> Tensor:
-        (grad,) = torch.autograd.grad(output, leaf, cotangent.to(output.dtype), allow_unused=True, retain_graph=True)
-        return torch.zeros_like(x) if grad is None else grad.to(x.dtype)
-
-    return output.detach().to(x.dtype), pull_back
-
-
-def _no_pullback(_: Tensor) -> Tensor:
-    raise AssertionError("this steering never pulls a gradient back through the flow")
-
-
-def _times(t: float, like: Tensor) -> Tensor:
-    return torch.full((len(like), 1), t, dtype=like.dtype, device=like.device)
-
-
-def callable_flow(flow: Any, steering: Steering, obs: Any) -> Callable[[Tensor, float], tuple[Tensor, Pullback]]:
-    needs_gradient = steering.pulls_flow or (steering.steers and steering.estimate == "glass")
-
-    def velocity(x: Tensor, t: float) -> tuple[Tensor, Pullback]:
-        def at(leaf: Tensor) -> Tensor:
-            output = flow(obs, leaf, _times(t, leaf))
-            return _checked(output, x.shape, "flow", "flow(obs, noisy_actions, t)")
-
-        if needs_gradient:
-            return _differentiable(at, x, "flow", flow, f"estimate={steering.estimate!r}, jacobian='full'")
-        return at(x).detach().to(x.dtype), _no_pullback
-
-    return velocity
-
-
-def callable_critic(critic: Any, obs: Any, layout: str) -> Callable[..., tuple[Tensor, Pullback]]:
-    def values(a: Tensor, t: float | None = None) -> tuple[Tensor, Pullback]:
-        def at(leaf: Tensor) -> Tensor:
-            return ask_critic(critic, obs, leaf, layout, t=t)
-
-        return _differentiable(at, a, "critic", critic, "steering")
-
-    return values
-
-
-def callable_posterior(posterior: Any, obs: Any) -> Callable[[Tensor, Tensor, float], tuple[Tensor, Pullback]]:
-    def draw(eps: Tensor, x: Tensor, t: float) -> tuple[Tensor, Pullback]:
-        def at(leaf: Tensor) -> Tensor:
-            drawn = posterior(obs, eps, leaf, _times(t, leaf))
-            return _checked(drawn, x.shape, "posterior", "posterior(obs, xbar, noisy_actions, t)")
-
-        return _differentiable(at, x, "posterior", posterior, "estimate='mfm'")
-
-    return draw
-
-
-# ---------------------------------------------------------------- any mixture of both
+# ---------------------------------------------------------------- any mixture with users' callables
 
 
 def evaluators(
     flow: Any, critic: Any, posterior: Any, steering: Steering, backend: Backend, precision: str, obs: Any,
-    critic_layout: str = "auto",
+    critic_layout: str = "auto", chunk: tuple[int, int] | None = None,
 ) -> Evaluators:  # fmt: skip
-    """Packed networks run on a backend and callables in PyTorch; obs may be any object that the callables read."""
+    """Packed networks run on a backend and callables in PyTorch; obs may be any object that the callables read.
 
-    def made(network: Any, packed: Any, own: Callable[[], Any]) -> Any:
+    Args:
+        chunk: [C, D] where callables are shown chunks.
+    """
+    given = {"flow": flow, "critic": critic, "posterior": posterior}
+    shown = {name: in_chunks(name, network, chunk) for name, network in given.items()}
+    called = Called(steering, obs, **shown, layout=critic_layout, known_as=critic)
+
+    def made(network: Any, packed: Any, own: Callable[[Called], Any]) -> Any:
         if not isinstance(network, PackableNetwork):
-            return own()
+            return own(called)
         if not isinstance(obs, Tensor):
             raise TypeError(
                 f"obs is {type(obs).__name__}; {type(network).__name__} needs a Tensor [B, {network.spec.obs_dim}]: "
@@ -205,9 +131,17 @@ def evaluators(
             )
         return packed(network.spec, backend_call(backend, network.bound(), precision), obs)
 
-    asked = steering.asks
+    flow_of_step = made(flow, packed_flow, called_flow)
+    velocity = None if isinstance(flow, PackableNetwork) else lambda x, t: called.velocity(x, t).detach()
+    through = {"tweedie": (flow, critic), "mfm": (posterior, critic), "glass": (flow, critic)}.get(steering.estimate)
+    steered = None
+    if through is not None and steering.steers and steering.jacobian == "full":
+        if not any(isinstance(network, PackableNetwork) for network in through):
+            steered = one_graph(called, velocity or (lambda x, t: flow_of_step(x, t)[0]))
     return Evaluators(
-        made(flow, packed_flow, lambda: callable_flow(flow, steering, obs)),
-        made(critic, packed_critic, lambda: callable_critic(critic, obs, critic_layout)) if asked("critic") else None,
-        made(posterior, packed_posterior, lambda: callable_posterior(posterior, obs)) if asked("posterior") else None,
+        flow_of_step,
+        made(critic, packed_critic, called_critic) if steering.asks("critic") else None,
+        made(posterior, packed_posterior, called_posterior) if steering.asks("posterior") else None,
+        velocity,
+        steered,
     )

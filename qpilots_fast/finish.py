@@ -64,7 +64,10 @@ class Finish:
             return ops.critic_values(obs, actions, self.critic, precision=self.precision, backend=self.backend)
         shown = in_chunks("critic", self.critic, inputs.layout.chunk)
         t = 1.0 if self.steering.critic_time else None
-        of_each = [ask_critic(shown, inputs.obs, actions[n::count], self.layout, t=t) for n in range(count)]
+        of_each = [
+            ask_critic(shown, inputs.obs, actions[n::count], self.layout, t=t, known_as=self.critic)
+            for n in range(count)
+        ]
         return torch.stack(of_each, dim=-1).flatten(1).detach().to(actions.dtype)
 
     def _climbed(self, inputs: Inputs, actions: Tensor, bounds: Bounds) -> Tensor:
@@ -85,14 +88,15 @@ class Finish:
         assert ascent is not None
         obs, actions, bounds = out_of_inference((inputs.obs, actions, bounds))
         backend = backends.choose(Request(self.backend, self.precision, actions.device, actions.dtype)).backend
-        shown = in_chunks("critic", self.critic, inputs.layout.chunk)
-        net = evaluators(None, shown, None, ascent, backend, self.precision, obs, self.layout)
+        chunk = inputs.layout.chunk
+        net = evaluators(None, self.critic, None, ascent, backend, self.precision, obs, self.layout, chunk)
         found = []
         for x in actions.unflatten(0, (-1, count)).unbind(1):
             at_rest = torch.zeros_like(x)
             for _ in range(steering.final_steps):
-                g, std = reference.steering_gradient(net, ascent, x, at_rest, lambda d: d, 1.0, None, bounds)
-                x = (x + steering.final_step_size * reference.steer_velocity(at_rest, g, ascent, std)[0]).clamp(*bounds)
+                g, std = reference.steering_gradient(net, ascent, x, at_rest, lambda d: d, 1.0, None, bounds, False)
+                pushed, _ = reference.steer_velocity(at_rest, g, ascent, std, None, False)
+                x = (x + steering.final_step_size * pushed).clamp(*bounds)
             found.append(x)
         return torch.stack(found, 1).flatten(0, 1)
 

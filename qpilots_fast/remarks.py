@@ -57,7 +57,7 @@ class Remarks:
 
     def watching(self, net: Evaluators, steering: Steering) -> Evaluators:
         """The same networks; the first gradient that is asked of the critic is looked at."""
-        ask = net.critic
+        ask, step = net.critic, net.steered
         if ask is None or not self._concerns(steering):
             return net
 
@@ -66,16 +66,24 @@ class Remarks:
             values, pullback = ask(*arguments)
             return values, self._looks_at(pullback) if self._padding_open else pullback
 
-        return replace(net, critic=watched)
+        def watched_step(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+            assert step is not None
+            return step(*arguments, self._look if self._padding_open else None)
+
+        return replace(net, critic=watched, steered=None if step is None else watched_step)
 
     def _looks_at(self, pullback: Callable[[Tensor], Tensor]) -> Pullback:
         def pull_back(weights: Tensor) -> Tensor:
             gradient = pullback(weights)
-            if self._padding_open:
-                self._say_padding((gradient == 0).all(0))
+            self._look(gradient)
             return gradient
 
         return pull_back
+
+    def _look(self, gradient: Tensor) -> None:
+        """At the critic's own gradient [B, A]."""
+        if self._padding_open:
+            self._say_padding((gradient == 0).all(0))
 
     def _concerns(self, steering: Steering) -> bool:
         # under other scales than the norm match a column without a gradient changes nothing in the others

@@ -16,7 +16,6 @@ from .backends import Backend, Call, Choice, QuickCall, Request, Slots
 from .bounds import Bounds, box_of
 from .callables import out_of_inference, run_outside_inference
 from .candidates import as_rows, side_by_side
-from .chunks import in_chunks
 from .errors import BackendUnavailable
 from .evaluators import evaluators
 from .info import Explanation
@@ -224,6 +223,7 @@ class CallableRun:
     ) -> None:
         self._steering, self._schedule, self._precision = steering, schedule, precision
         self._critic_layout, self._remarks = critic_layout, remarks
+        self._chosen: dict[tuple[str, torch.device, torch.dtype], Choice] = {}
 
     def finishing_critic(self, critic: Any) -> Any:
         """Whom to ask about finished actions."""
@@ -234,23 +234,21 @@ class CallableRun:
 
     def sample(self, networks: Networks, backend: str, inputs: Inputs, bounds: Bounds, return_info: bool) -> RawSample:
         """The loop from each candidate's noise, one after the other: rows [B n]; outside of any inference mode."""
-        return run_outside_inference(lambda: self._sample(networks, backend, inputs, bounds))
+        return run_outside_inference(lambda: self._sample(networks, backend, inputs, bounds, return_info))
 
-    def _sample(self, networks: Networks, backend: str, inputs: Inputs, bounds: Bounds) -> RawSample:
+    def _sample(self, networks: Networks, backend: str, inputs: Inputs, bounds: Bounds, return_info: bool) -> RawSample:
         given = (inputs.obs, inputs.noise, inputs.posterior_noise, inputs.alpha, bounds)
-        obs, noise, eps, alpha, bounds = out_of_inference(given)
+        obs, noise, eps, alpha, bounds = map(out_of_inference, given)
         check_all_finite(obs, noise, eps)
         chosen = self._choose(backend, noise.device, noise.dtype).backend
-        shown = {name: in_chunks(name, network, inputs.layout.chunk) for name, network in networks.items()}
         net = evaluators(
-            **shown, steering=self._steering, backend=chosen, precision=self._precision, obs=obs,
-            critic_layout=self._critic_layout,
+            **networks, steering=self._steering, backend=chosen, precision=self._precision, obs=obs,
+            critic_layout=self._critic_layout, chunk=inputs.layout.chunk,
         )  # fmt: skip
-
         net = self._remarks.watching(net, self._steering)
 
         def from_start(x: Tensor) -> RawSample:
-            return reference.sample(net, self._steering, self._schedule, x, eps, bounds, alpha)
+            return reference.sample(net, self._steering, self._schedule, x, eps, bounds, alpha, return_info)
 
         raw = side_by_side([from_start(x) for x in noise.unbind(1)])
         check_actions(raw.actions)
@@ -264,7 +262,10 @@ class CallableRun:
         raise BackendUnavailable("capture needs packed networks; flow or critic is your own callable.")
 
     def _choose(self, backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
-        return backends.choose(Request(backend, self._precision, device, dtype))
+        key = (backend, device, dtype)
+        if key not in self._chosen:
+            self._chosen[key] = backends.choose(Request(backend, self._precision, device, dtype))
+        return self._chosen[key]
 
 
 def make_run(

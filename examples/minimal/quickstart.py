@@ -9,7 +9,6 @@ from torch import nn
 
 from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering, from_module
 
-
 BOUNDS = {"action_low": -1.0, "action_high": 1.0}  # or an environment's action_space.low and .high
 
 

@@ -40,7 +40,8 @@ class ReferenceBackend(Backend):
             eps = None if call.posterior_noise is None else call.posterior_noise.to(dtype)
             alpha = None if call.alpha is None else call.alpha.to(dtype)
             noise = call.noise.to(dtype)
-            return sample(net, spec.steering, spec.schedule, noise, eps, spec.bounds(noise), alpha)
+            bounds = spec.bounds(noise)
+            return sample(net, spec.steering, spec.schedule, noise, eps, bounds, alpha, call.return_info)
 
     def forward(self, network: Any, blocks: Sequence[Tensor], precision: str) -> Tensor:
         with torch.autocast(blocks[0].device.type, enabled=False):
