@@ -162,6 +162,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--control-loop", action="store_true", help="B=1 back to back, and after a torch operation")
     parser.add_argument("--scaling", action="store_true", help="time against B, E, N, K and H with fitted exponents")
     parser.add_argument("--gpu", action="store_true", help="the GPU's table: every kernel's correctness, then times")
+    parser.add_argument(
+        "--limit", type=float, default=480.0, help="seconds after which --gpu begins nothing new (default 480)"
+    )
     parser.add_argument("--compare", type=folder, metavar="OLD.jsonl", help="show what became slower since that result")
     parser.add_argument(
         "--out", type=folder, default=records.RESULTS, help="folder of results and plots (default bench/results)"
@@ -258,9 +261,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.compare and not options.compare.is_file():
         parser.error(f"--compare {options.compare}: no such file")
     if options.gpu:
-        from .gpu import check
+        from .gpu import command
 
-        return check.main(options)
+        return command.main(options)
     console = Console(width=max(Console().width, 160))
     session = Session(
         console, options.precision, options.peers, options.budget, options.rounds,

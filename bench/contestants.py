@@ -74,6 +74,8 @@ def our_contestants(
 
 def _accepts(name: str, workload: Workload, precision: str) -> bool:
     backend = backends.get(name)
+    if backend.max_batch_size is not None and workload.batch_size > backend.max_batch_size:
+        return False
     spec = workload.sampler("reference", "float32")._run.spec
     assert spec is not None
     return backend.refusal(replace(spec, precision=precision), workload.obs.device) is None

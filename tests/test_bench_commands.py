@@ -157,11 +157,11 @@ def test_gpu_commands_say_what_is_missing(capsys: pytest.CaptureFixture[str]) ->
 
 def test_gpu_checks_compare_every_network_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check itself, with the reference backend in the GPU's place."""
-    networks = check.check_networks("reference", "float32", "cpu")
+    networks = [*check.check_networks("reference", "float32", "cpu")]
     assert len(networks) == len(ACTIVATIONS) * 3 * 3 * 2 and all(check.compared.passed for check in networks)
     monkeypatch.setattr(check, "_CHECKED_BATCHES", (3,))
     monkeypatch.setattr(check, "_CHECKED_SHAPES", check._CHECKED_SHAPES[:1])
-    samplers = check.check_samplers("reference", "float32", "cpu")
+    samplers = [*check.check_samplers("reference", "float32", "cpu")]
     assert len(samplers) >= 8 and all(check.compared.passed for check in samplers)
 
 

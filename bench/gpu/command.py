@@ -1,0 +1,205 @@
+"""`qpilots-fast bench --gpu`: a card's first minutes. What is right comes first, then times, and it ends by itself.
+
+Nothing here was run by its authors on a GPU: its first run on one is the measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from qpilots_fast import backends
+
+from .. import plots, records, report
+from ..cases import CASES, Workload, make_workload
+from ..contestants import forget_compiled, our_contestants, peer_contestants
+from ..machine import Peaks, header, measure_peaks
+from ..measure import Cell, measure_cell
+from ..peers import Contestant
+from .check import SHIPPED, KernelCheck, check_networks, check_samplers, check_shipped
+
+GPU_BACKENDS = ("triton", "cuda")
+_BATCH_SIZES = (1, 16, 256, 4096, 64, 1024, 16384)  # in the order of measurement
+_FIRST_CALL_S = 30.0  # of a sampler at its own shape: a handful of kernels are compiled
+_COMPILES_FROM_S = 2.0  # peers whose first call takes longer wait until everything else was measured
+
+
+@dataclass
+class Deadline:
+    """When nothing new begins.
+
+    Args:
+        limit_s: from now on. clock: tells seconds.
+    """
+
+    limit_s: float
+    clock: Callable[[], float] = time.perf_counter
+
+    def __post_init__(self) -> None:
+        self._start = self.clock()
+
+    def allows(self, seconds: float = 0.0) -> bool:
+        """Whether something that takes so long still ends in time."""
+        return self.limit_s - (self.clock() - self._start) > seconds
+
+
+@dataclass
+class Session:
+    """What one run does and has found; what it had no time for is named in left_out."""
+
+    console: Console
+    options: argparse.Namespace
+    deadline: Deadline
+    device: str = "cuda"
+    checks: list[KernelCheck] = field(default_factory=list)
+    cells: dict[tuple[str, str, int], Cell] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+    def usable(self) -> list[str]:
+        """The backends that can run; says why another cannot."""
+        reasons = {name: backends.unavailable_reason(name) for name in GPU_BACKENDS}
+        for name, reason in reasons.items():
+            if reason is not None:
+                self.console.print(f"{name}: not here ({reason})")
+        return [name for name, reason in reasons.items() if reason is None]
+
+    @property
+    def wrong(self) -> bool:
+        """Whether any kernel, or any contestant of ours, is."""
+        contestants = any(r.contestant.ours and not r.usable for cell in self.cells.values() for r in cell.results)
+        return contestants or any(check.words for check in self.checks)
+
+    def note(self, checks: Iterable[KernelCheck]) -> None:
+        for check in checks:
+            self.checks.append(check)
+            verdict = f"[red]WRONG[/red] {check.words}" if check.words else "right"
+            error = f"worst error {check.compared.max_error:.1e}"
+            self.console.print(f"{check.backend} {check.precision} {check.what}: {verdict}, {error}")
+
+    def check_shipped(self, usable: list[str]) -> None:
+        """Every kernel at the shape that it is for."""
+        for call in SHIPPED:
+            if call.backend in usable and call.precision in backends.get(call.backend).precisions:
+                if self.deadline.allows(_FIRST_CALL_S):
+                    self.note([check_shipped(call, self.device)])
+                else:
+                    self.left_out.append(f"check of {call}")
+
+    def check_grid(self, usable: list[str]) -> None:
+        """Every setting, activation and norm at small, odd shapes, for as long as there is time."""
+        for name in usable:
+            for precision in backends.get(name).precisions:
+                checks = [*check_samplers_and_networks(self, name, precision)]
+                worst = max((check.compared.max_error for check in checks), default=float("nan"))
+                wrong = [check for check in checks if check.words]
+                summary = f"{len(checks)} small checks, {len(wrong)} wrong, worst error {worst:.1e}"
+                self.console.print(f"{name} {precision}: {summary}")
+                self.note(wrong)
+                self.checks += [check for check in checks if not check.words]
+
+    def measure(self, peaks: Peaks | None) -> None:
+        """Every cell with the peers that start at once; then again with those that compile, while there is time."""
+        plan = [
+            (name, method, batch)
+            for name in self.options.case
+            for batch in self.options.batch or _BATCH_SIZES
+            for method in self.options.method or CASES[name].methods
+        ]
+        for compiled in (False, True):
+            for key in plan:
+                workload = make_workload(CASES[key[0]], key[1], key[2], device=self.device)
+                contestants = self.contestants(workload, compiled)
+                if contestants:
+                    self.measure_cell(key, workload, contestants, compiled, peaks)
+
+    def contestants(self, workload: Workload, compiled: bool) -> list[Contestant]:
+        """Ours and the peers of one pass; none where the pass has no peers of its own."""
+        options = self.options
+        ours = our_contestants(workload, options.precision, self.device)
+        peers = peer_contestants(workload, options.peers, device=self.device)
+        if not compiled:
+            return [*ours, *(peer for peer in peers if peer.compile_s < _COMPILES_FROM_S)]
+        slow = any(peer.compile_s >= _COMPILES_FROM_S for peer in peers)
+        return [*ours, *peers] if slow else []
+
+    def measure_cell(
+        self, key: tuple[str, str, int], workload: Workload, contestants: list[Contestant], compiled: bool,
+        peaks: Peaks | None,
+    ) -> None:  # fmt: skip
+        budget = min(self.options.budget, 5.0)
+        first_calls = _FIRST_CALL_S + sum(peer.compile_s for peer in contestants if compiled)
+        if not self.deadline.allows(first_calls + budget):
+            what = "compiled peers of " if compiled else ""
+            self.left_out.append(f"{what}{key[0]} {key[1]} B={key[2]}")
+            return
+        forget_compiled()
+        limits = dict(rounds=self.options.rounds, budget_s=budget)
+        cell = measure_cell(workload, contestants, precisions=self.options.precision, **limits)
+        self.cells[key] = cell
+        self.console.print(report.cell_table(cell, peaks))
+
+    def record(self, peaks: Peaks | None) -> dict[str, Any]:
+        return header("gpu", ["--gpu"], peaks) | {
+            "complete": not self.left_out,
+            "left_out": self.left_out,
+            "cells": [cell.to_json(peaks) for cell in self.cells.values()],
+            "checks": [asdict(check) for check in self.checks],
+        }
+
+
+def check_samplers_and_networks(session: Session, backend: str, precision: str) -> Iterator[KernelCheck]:
+    """The small checks of one backend, until the deadline."""
+    for checks in (check_samplers, check_networks):
+        for check in checks(backend, precision, session.device):
+            yield check
+            if not session.deadline.allows():
+                session.left_out.append(f"small checks of {backend} {precision} from {check.what} on")
+                return
+
+
+def run(session: Session) -> int:
+    """The whole session, and its file; the exit status is 1 where something is wrong."""
+    peaks: Peaks | None = None
+    interrupted = False
+    try:
+        usable = session.usable()
+        session.check_shipped(usable)
+        if session.wrong:
+            session.console.print("[red]no times: some kernels are wrong[/red]")
+        elif session.deadline.allows(_FIRST_CALL_S):
+            peaks = measure_peaks(session.device)
+            session.console.print(report.peaks_text(peaks))
+            session.measure(peaks)
+        session.check_grid(usable)
+    except KeyboardInterrupt:
+        interrupted = True
+        session.left_out.append("what came after the interruption")
+    if session.left_out:
+        session.console.print(f"out of time ({session.deadline.limit_s:.0f} s, --limit): left out")
+        session.console.print("\n".join(f"  {what}" for what in session.left_out), highlight=False)
+    record = session.record(peaks)
+    path = records.save(record, session.options.out)
+    session.console.print(f"saved {path}", soft_wrap=True)
+    if not session.options.no_plots and session.cells:
+        plots.plot_all(record, path)
+    return int(session.wrong or interrupted)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Checks, then times; the exit status is 2 without a GPU, 1 where a kernel is wrong."""
+    console = Console(width=max(Console().width, 160))
+    if not torch.cuda.is_available():
+        console.print(
+            "bench --gpu needs an NVIDIA GPU and a CUDA build of torch; torch.cuda.is_available() is False here. "
+            "Without one: `python -m bench.gpu_static` compiles every kernel and reads its machine code."
+        )
+        return 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` sends it: what was found is kept
+    return run(Session(console, options, Deadline(options.limit)))

@@ -1,0 +1,227 @@
+"""`bench --gpu` without a GPU: the CPU's kernels in their place, a clock of its own; what is done, in what order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+
+from rich.console import Console
+
+from bench import cli, contestants, records
+from bench.cases import CASES, make_workload
+from bench.gpu import check, command
+from bench.gpu.check import KernelCheck, ShippedCall
+from bench.gpu.command import Deadline, Session
+from bench.machine import Peaks
+from bench.peers import Contestant, build_eager
+from qpilots_fast import backends
+from qpilots_fast.backends.cpu import CpuBackend
+from qpilots_fast.testing import Comparison
+
+REASON = backends.unavailable_reason("cpu")
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+TINY = replace(CASES["paper"], hidden_dims=(24, 24), num_critics=3, obs_dim=5, action_dim=4, num_steps=4)
+CALLS = (ShippedCall("cpu", "U", "float32", 3, 2), ShippedCall("cpu", "M", "float32", 70, 1))
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CASES, "paper", TINY)
+    monkeypatch.setattr(command, "GPU_BACKENDS", ("cpu",))
+    monkeypatch.setattr(command, "SHIPPED", CALLS)
+    monkeypatch.setattr(command, "_BATCH_SIZES", (1, 3))
+    monkeypatch.setattr(command, "measure_peaks", lambda device: Peaks({"float32": 1e9}, 1e9, 1e9, device))
+    for name in ("check_samplers", "check_networks"):
+        right = KernelCheck("cpu", name, "float32", Comparison(0.0, 0.0))
+        monkeypatch.setattr(command, name, lambda *a, right=right: iter([right] * 3))
+
+
+class Clock:
+    """Tells the seconds that were added to it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def session(tmp_path: Path, *arguments: str, clock: Callable[[], float] | None = None, limit: float = 480.0) -> Session:
+    given = ["--gpu", "--out", str(tmp_path), "--no-plots", "--rounds", "2", "--budget", "0.01", *arguments]
+    options = cli.build_parser().parse_args(given)
+    return Session(Console(quiet=True), options, Deadline(limit, clock or Clock()), device="cpu")
+
+
+def saved(tmp_path: Path) -> dict[str, Any]:
+    (file,) = tmp_path.rglob("*.jsonl")
+    return records.load(file)
+
+
+def eager(name: str, compile_s: float) -> Contestant:
+    return Contestant(name, "float32", lambda workload: build_eager(workload, "float32"), compile_s=compile_s)
+
+
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = [eager("quick", 0.1), eager("compiled", 60)]
+    monkeypatch.setattr(command, "peer_contestants", lambda workload, choice, device: some)
+
+
+ONE_METHOD = ("--method", "U", "--precision", "float32")
+
+
+@pytest.mark.usefixtures("peers")
+def test_with_time_everything_is_done(tmp_path: Path) -> None:
+    run = session(tmp_path, *ONE_METHOD)
+    assert command.run(run) == 0 and run.left_out == []
+    record = saved(tmp_path)
+    assert record["complete"] is True and len(record["checks"]) == 2 + 2 * 6  # of both precisions
+    assert [cell["batch_size"] for cell in record["cells"]] == [1, 3]
+    for cell in record["cells"]:
+        assert {"quick", "compiled"} <= {result["name"] for result in cell["results"]}
+
+
+@pytest.mark.usefixtures("peers")
+def test_compiled_peers_wait_until_everything_else_was_measured(tmp_path: Path) -> None:
+    run, order = session(tmp_path, *ONE_METHOD), []
+
+    def note(key: tuple[str, str, int], workload: Any, who: list[Contestant], *rest: Any) -> None:
+        order.append((key[2], any(c.name == "compiled" for c in who)))
+
+    run.measure_cell = note  # type: ignore[method-assign]
+    run.measure(None)
+    assert order == [(1, False), (3, False), (1, True), (3, True)]
+
+
+@pytest.mark.usefixtures("peers")
+def test_nothing_begins_that_would_not_end_in_time(tmp_path: Path) -> None:
+    clock = Clock()
+    run = session(tmp_path, *ONE_METHOD, clock=clock, limit=200.0)
+    measured, measure_cell = [], run.measure_cell
+
+    def slow(key: tuple[str, str, int], *rest: Any) -> None:
+        before = len(run.left_out)
+        measure_cell(key, *rest)
+        if len(run.left_out) == before:
+            measured.append(key[2])
+            clock.now += 70.0
+
+    run.measure_cell = slow  # type: ignore[method-assign]
+    assert command.run(run) == 0
+    # 30 s a first call: at 140 s both cells are there, and 60 s more for a compiled peer are not
+    assert measured == [1, 3]
+    assert run.left_out == ["compiled peers of paper U B=1", "compiled peers of paper U B=3"]
+    assert saved(tmp_path)["complete"] is False and saved(tmp_path)["left_out"] == run.left_out
+
+
+def test_without_time_the_file_says_what_is_missing(tmp_path: Path) -> None:
+    run = session(tmp_path, *ONE_METHOD, limit=10.0)
+    assert command.run(run) == 0
+    record = saved(tmp_path)
+    assert [what for what in record["left_out"] if "ShippedCall" in what] == [f"check of {call}" for call in CALLS]
+    assert record["cells"] == [] and len(record["checks"]) == 12  # the small checks go on until the end
+
+
+def test_small_checks_end_at_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    run = session(tmp_path, clock=clock, limit=5.0)
+
+    def slow(*arguments: Any) -> Any:
+        for i in range(100):
+            clock.now += 2.0
+            yield KernelCheck("cpu", f"check {i}", "float32", Comparison(0.0, 0.0))
+
+    monkeypatch.setattr(command, "check_samplers", slow)
+    run.check_grid(["cpu"])
+    assert [check.what for check in run.checks][:3] == ["check 0", "check 1", "check 2"]
+    assert run.left_out[0] == "small checks of cpu float32 from check 2 on"
+    assert len(run.checks) == 3 + 1  # one of the other precision: the clock is asked after each
+
+
+def test_a_wrong_kernel_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(call: ShippedCall, device: str) -> KernelCheck:
+        return KernelCheck("cpu", "U", "float32", Comparison(0.0, 0.0), differing=1)
+
+    monkeypatch.setattr(command, "check_shipped", wrong)
+    run = session(tmp_path, *ONE_METHOD)
+    run.measure = lambda peaks: pytest.fail("timed")  # type: ignore[method-assign]
+    assert command.run(run) == 1
+    assert saved(tmp_path)["checks"][0]["differing"] == 1
+
+
+def test_an_interruption_keeps_what_was_found(tmp_path: Path) -> None:
+    run = session(tmp_path, *ONE_METHOD)
+
+    def interrupted(peaks: Any) -> None:
+        raise KeyboardInterrupt
+
+    run.measure = interrupted  # type: ignore[method-assign]
+    assert command.run(run) == 1
+    record = saved(tmp_path)
+    assert len(record["checks"]) == 2 and record["complete"] is False
+
+
+# ---------------------------------------------------------------- the checks at the shipped shape
+
+
+class Unsteady(CpuBackend):
+    """The third call of all differs in one row in the middle, or small batches do."""
+
+    def __init__(self, at_call: int, only_below: int | None = None) -> None:
+        super().__init__()
+        self._calls, self._at_call, self._only_below = 0, at_call, only_below
+
+    def quick_call(self, *arguments: Any) -> None:
+        return None
+
+    def sample(self, call: Any) -> Any:
+        raw = super().sample(call)
+        self._calls += 1
+        below = self._only_below is not None and len(raw.actions) < self._only_below
+        if self._calls == self._at_call or below:
+            raw.actions[len(raw.actions) // 2] += 1e-6
+        return raw
+
+
+def test_right_kernels_pass() -> None:
+    for call in CALLS:
+        assert check.check_shipped(call, "cpu").words == ""
+
+
+@pytest.mark.parametrize("backend, words", [(Unsteady(3), "1 repeats have other bits"), (Unsteady(0, 50), "alone")])
+def test_races_and_rows_that_see_their_batch_are_found(
+    backend: Unsteady, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose = backends.choose
+    monkeypatch.setattr(backends, "choose", lambda r: backends.Choice(backend, {}) if r.name == "cpu" else choose(r))
+    found = check.check_shipped(ShippedCall("cpu", "U", "float32", 70, 4), "cpu")
+    assert found.compared.passed and words in found.words
+
+
+def test_what_ships_is_asked_for() -> None:
+    """The paper's widths, both precisions of every backend, batches with a second tile and with recomputation."""
+    assert {(call.backend, call.precision) for call in check.SHIPPED} == {
+        *(("cuda", precision) for precision in ("float32", "bfloat16")),
+        *(("triton", precision) for precision in ("float32", "tf32", "bfloat16", "float16")),
+    }
+    assert max(call.batch_size for call in check.SHIPPED if call.backend == "cuda") == 16
+    assert max(call.batch_size for call in check.SHIPPED if call.backend == "triton") > 32 * 132
+
+
+def test_a_backend_is_no_contestant_beyond_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CpuBackend, "max_batch_size", 2)
+    found = [len(contestants.our_contestants(make_workload(TINY, "U", batch), ("float32",), "cpu")) for batch in (2, 3)]
+    assert found == [2, 0]  # live and frozen
+
+
+def test_the_default_limit_fits_ten_minutes() -> None:
+    assert cli.build_parser().parse_args(["--gpu"]).limit <= 480
+    assert torch.cuda.is_available() or cli.main(["--gpu", "--limit", "1"]) == 2
