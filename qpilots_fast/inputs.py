@@ -299,7 +299,8 @@ class Reader:
             return None
         eps = self._check_noise("posterior_noise", eps, None)
         shape = (self.num_steps, *layout.lead, self.steering.num_samples, layout.action_dim)
-        if tuple(eps.shape) not in (shape, (*shape[:-1], *(layout.chunk or layout.action))):
+        in_chunks = (*shape[:-1], *(layout.chunk or layout.action))
+        if tuple(eps.shape) != shape and tuple(eps.shape) != in_chunks:  # not `in`: torch.compile misreads it
             in_words = ", ".join(["K", *("B" if len(layout.lead) == 1 else map(str, layout.lead)), "N", "A"])
             raise ValueError(
                 f"posterior_noise has shape {list(eps.shape)}; expected {list(shape)} ([{in_words}])"
@@ -340,10 +341,10 @@ class Reader:
         return start, found[1].movedim(1, 0) if draws_eps else eps, found[-1] if selects else None
 
 
-def reader_of(sampler: Any) -> Reader:
-    """The reader of a SteeredSampler as it is now."""
+def reader_of(sampler: Any, networks: dict[str, Any]) -> Reader:
+    """The reader of a SteeredSampler as it is now, for a call that asks these networks."""
     steering = sampler.steering
-    packed = {name: net for name, net in sampler.networks.items() if isinstance(net, PackableNetwork)}
+    packed = {name: net for name, net in networks.items() if isinstance(net, PackableNetwork)}
     asks = {name: steering.asks(name) or (name == "critic" and steering.needs_critic) for name in packed}
     asked = [net for name, net in packed.items() if asks[name]]
     tells = next(iter(asked or packed.values()), None)

@@ -69,14 +69,23 @@ def bind(spec: NetworkSpec, flat: Sequence[Tensor]) -> BoundNetwork:
     return BoundNetwork(spec, tuple(layers))
 
 
-def module_slots(module: nn.Module) -> list[tuple[dict, str, object]]:
-    """Every parameter and submodule of a module with the dict that holds it."""
-    return [
-        (owner, name, value)
-        for part in module.modules()
-        for owner in (part._modules, part._parameters)
-        for name, value in owner.items()
-    ]
+# (dict, key, value): the dict holds the value; (dict, None, size): it holds that many
+Slots = list[tuple[dict, str | None, object]]
+
+
+def module_slots(module: nn.Module, parameters: bool = True) -> Slots:
+    """What a module is while nothing in it is replaced or added: every submodule (and parameter) in its dict."""
+    slots: Slots = []
+    for part in module.modules():
+        for owner in (part._modules, part._parameters) if parameters else (part._modules,):
+            slots += [(owner, name, value) for name, value in owner.items()]
+            slots.append((owner, None, len(owner)))
+    return slots
+
+
+def slots_hold(slots: Slots) -> bool:
+    """Whether each dict holds what it did."""
+    return all(len(d) == value if key is None else d.get(key) is value for d, key, value in slots)
 
 
 class PackableNetwork(nn.Module):
@@ -88,8 +97,8 @@ class PackableNetwork(nn.Module):
         """Live parameters layer by layer: weight [out, in], then bias, norm weight, norm bias where they exist."""
         raise NotImplementedError
 
-    def slots(self) -> list[tuple[dict, str, object]] | None:
-        """(dict, key, value) such that flat_parameters gives the same tensors while each dict holds its value; None
+    def slots(self) -> Slots | None:
+        """Such that flat_parameters gives the same tensors while they hold; None
         where that cannot be said: a parameter is computed at every call (weight_norm, parametrizations)."""
         slots = module_slots(self)
         held = {id(value) for _, _, value in slots}

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import backends, ops, reference
 from .backends import Backend, Call, Choice, QuickCall, Request, Slots
@@ -26,7 +26,7 @@ from .spec import BoundNetworks, RawSample, SamplerSpec, StepReport
 from .steering import Steering
 from .times import Step
 
-Networks = dict[str, Any]  # "flow", "critic" and "posterior" as the user gave them
+Networks = dict[str, Any]  # "flow", "critic" and "posterior" as calls ask them
 
 
 def all_packed(networks: Networks, steering: Steering) -> bool:
@@ -73,21 +73,24 @@ class PackedRun:
     What it keeps between calls only grows, so that threads may share it: a sampler that must forget takes a new one.
 
     Args:
-        modules: the sampler's own dict of submodules, so that a replaced network is seen.
+        networks: packed, those that the spec speaks of among them.
+        slots: by name; these are the sampler's networks while they hold.
         frozen: whether weights are packed at the first call and kept.
     """
 
     def __init__(
         self,
         spec: SamplerSpec,
-        modules: dict[str, nn.Module | None],
+        networks: Networks,
+        slots: dict[str, Slots],
         frozen: bool,
         choices: Choices,
         remarks: Remarks,
     ) -> None:
         self.spec = spec
         self._remarks = remarks
-        self._modules = modules
+        self._networks: dict[str, PackableNetwork] = {name: networks[name] for name in spec.networks}
+        self._slots = [slot for name in spec.networks for slot in slots[name]]
         self._frozen = frozen
         self._choices = choices
         self._packs: dict[str, tuple[BoundNetworks, Any]] = {}  # of a frozen sampler, by backend
@@ -102,19 +105,20 @@ class PackedRun:
             self._frozen_critic = copy.deepcopy(critic)
         return self._frozen_critic
 
-    def networks(self) -> dict[str, PackableNetwork]:
-        """The networks that take part in a call, by name, in the order of the spec."""
-        return {name: self._modules[name] for name in self.spec.networks}  # type: ignore[misc]
+    @property
+    def holds_weights(self) -> bool:
+        """Whether a frozen sampler's weights are packed, whatever becomes of its networks."""
+        return bool(self._packs)
 
     def fits(self, networks: Networks) -> bool:
         """Whether these are still the networks that the spec speaks of."""
-        return all(getattr(networks[name], "spec", None) is spec for name, spec in self.spec.networks.items())
+        return all(networks[name] is network for name, network in self._networks.items())
 
     def bound(self) -> BoundNetworks:
         """Views of the parameters that a call reads: the current ones, or those that were packed."""
         if self._packs:
             return next(iter(self._packs.values()))[0]
-        return BoundNetworks(**{name: network.bound() for name, network in self.networks().items()})
+        return BoundNetworks(**{name: network.bound() for name, network in self._networks.items()})
 
     def quick(self, backend: str) -> QuickCall | None:
         """The quick way of the backend asked for, where an earlier call made one."""
@@ -167,9 +171,10 @@ class PackedRun:
             return
         slots: Slots | None = []
         if packed is None:
-            for name, network in self.networks().items():
+            slots = [*self._slots]
+            for network in self._networks.values():
                 more = network.slots()
-                slots = None if more is None or slots is None else [*slots, (self._modules, name, network), *more]
+                slots = None if more is None or slots is None else [*slots, *more]
         quick = None if slots is None else chosen.quick_call(self.spec, networks, packed, slots)
         self._quick = (backend, made_for, quick)
 
@@ -213,6 +218,7 @@ class CallableRun:
     """Some network is a callable: the reference loop, with the packed networks among them on a backend."""
 
     spec = None
+    holds_weights = False
 
     def fits(self, networks: Networks) -> bool:
         """Whether some network that is asked is still a callable."""
@@ -269,14 +275,15 @@ class CallableRun:
 
 
 def make_run(
-    sampler: Any, modules: dict[str, nn.Module | None], frozen: bool, choices: Choices, remarks: Remarks
+    sampler: Any, networks: Networks, slots: dict[str, Slots], frozen: bool, choices: Choices, remarks: Remarks
 ) -> PackedRun | CallableRun:
     """The way that the calls of a sampler with these settings take.
 
     Args:
-        sampler: a SteeredSampler whose settings were checked. modules: its own dict of submodules.
+        sampler: a SteeredSampler whose settings were checked.
+        networks: those that its calls ask. slots: by name; these are its networks while they hold.
     """
-    networks, steering = sampler.networks, sampler.steering
+    steering = sampler.steering
     bounds = sampler.action_low, sampler.action_high
     specs = {name: net.spec if isinstance(net, PackableNetwork) else None for name, net in networks.items()}
     tells = next((spec for spec in specs.values() if spec is not None), None)
@@ -294,4 +301,4 @@ def make_run(
         action_high=bounds[1],
         time_grid=sampler.time_grid,
     )
-    return PackedRun(spec, modules, frozen, choices, remarks)
+    return PackedRun(spec, networks, slots, frozen, choices, remarks)

@@ -17,6 +17,7 @@ from .finish import Finish, empty_sample
 from .info import Explanation, SampleInfo
 from .inputs import as_tensor, reader_of
 from .networks import PackableNetwork
+from .recognition import OwnModule, recognised
 from .remarks import Remarks
 from .runs import CallableRun, Choices, PackedRun, make_run
 from .settings import DEFAULT_STEPS, check_num_steps, check_settings, read_setting
@@ -32,10 +33,15 @@ _SETTINGS = (
     "flow", "critic", "posterior", "steering", "num_steps", "time_grid", "precision", "action_low", "action_high",
     "critic_layout", "chunk_shape",
 )  # fmt: skip
+# found or made anew by a copy
+_NOT_COPIED = ("_run", "_choices", "_remarks", "_own")
 
 
 class SteeredSampler(nn.Module):
     """actions = sampler(obs): K Euler steps of a flow policy, each steered by a critic ensemble.
+
+    An nn.Module of yours is tried with `from_module` once, where it is given; one line of the logger "qpilots_fast"
+    (INFO) says whether it runs packed or as a callable, and why. It stays what `sampler.flow` is and what is saved.
 
     Args:
         flow: FlowMLP, `from_module(...)`, or any callable (obs, noisy_actions [B, A], t [B, 1]) -> velocity [B, A].
@@ -78,6 +84,7 @@ class SteeredSampler(nn.Module):
         time_grid: Sequence[float] | Tensor | np.ndarray | None = None,
     ) -> None:
         super().__init__()
+        self._own: dict[str, OwnModule] = {}
         self.flow, self.critic, self.posterior = flow, critic, posterior
         self.steering = steering
         self.num_steps = num_steps
@@ -167,18 +174,16 @@ class SteeredSampler(nn.Module):
                 chunk = self.chunk_shape
                 return actions if chunk is None or noise is not None else actions.unflatten(1, chunk)
         with torch.no_grad():
-            networks = self.networks
-            if not run.fits(networks):
-                run = self._run = self._make_run()
-            inputs = reader_of(self).read(obs, noise, posterior_noise, generator, seeds, alpha)
+            run, networks = self._current(obs, noise)
+            inputs = reader_of(self, networks).read(obs, noise, posterior_noise, generator, seeds, alpha)
             layout = inputs.layout
             box = box_of(self.action_low, self.action_high, layout.action_dim, layout.chunk or layout.action)
             bounds = as_operands(*box, inputs.noise)
             if len(inputs.noise) == 0:
-                raw, q_values = empty_sample(self.critic, inputs.noise, self.num_steps)
+                raw, q_values = empty_sample(networks["critic"], inputs.noise, self.num_steps)
             else:
                 raw = run.sample(networks, self.backend, inputs, bounds, return_info)
-                critic = run.finishing_critic(self.critic)
+                critic = run.finishing_critic(networks["critic"])
                 finish = Finish(critic, self.steering, self.precision, self.backend, self.critic_layout)
                 raw, q_values = finish(inputs, raw, bounds, return_info)
                 if not torch.compiler.is_compiling() and self._remarks.calls_left:  # traced: no guard on it
@@ -238,7 +243,7 @@ class SteeredSampler(nn.Module):
         """Which backend runs a batch of this size, why the others do not, and the exact cost of a call."""
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}; expected an integer >= 1.")
-        return self._run.explain(self.backend, self._device(), batch_size)
+        return self._current()[0].explain(self.backend, self._device(), batch_size)
 
     def capture(self, batch_size: int) -> Callable[..., Tensor]:
         """A CUDA graph of the whole call at a fixed batch size: returns f(obs, noise, posterior_noise=None) -> actions.
@@ -250,19 +255,49 @@ class SteeredSampler(nn.Module):
             BackendUnavailable: where the chosen backend has no graphs (they exist on GPUs alone), and for
                 num_candidates > 1.
         """
-        return self._run.capture(self.backend, self._device(), batch_size)
+        return self._current()[0].capture(self.backend, self._device(), batch_size)
 
     # ------------------------------------------------------------ what a call needs of the sampler
 
     @property
     def networks(self) -> dict[str, Any]:
-        """The networks as they were given, by name: "flow", "critic", "posterior"."""
+        """The networks that calls ask, by name ("flow", "critic", "posterior"): those given, your modules packed."""
+        return self._asked()
+
+    def _given(self) -> dict[str, Any]:
         return {"flow": self.flow, "critic": self.critic, "posterior": self.posterior}
 
-    def _make_run(self) -> PackedRun | CallableRun:
+    def _asked(self, obs: Any = None, noise: Any = None, frozen: bool = False) -> dict[str, Any]:
+        """The networks that a call with such obs and noise asks; obs None: any that packed networks read."""
+        asked = self._given()
+        for name, own in self._own.items():
+            if own.given is asked[name] and own.network is not None:
+                packed = (frozen or not own.reason) and (obs is None or own.reads(obs, noise))
+                asked[name] = own.network if packed else own.as_callable()
+        return asked
+
+    def _current(self, obs: Any = None, noise: Any = None) -> tuple[PackedRun | CallableRun, dict[str, Any]]:
+        """The way that a call takes now, whatever became of the networks since the last one, and the networks."""
+        frozen = self._run.holds_weights
+        if not frozen and not torch.compiler.is_compiling() and any(own.edited for own in self._own.values()):
+            self._run = self._make_run()
+        networks = self._asked(obs, noise, frozen)
+        if not self._run.fits(networks):
+            self._run = self._make_run(networks)
+        return self._run, networks
+
+    def _make_run(self, networks: dict[str, Any] | None = None) -> PackedRun | CallableRun:
         """The way that calls take; made anew where what earlier calls kept must be forgotten."""
         check_settings(self)
-        return make_run(self, self._modules, self._frozen, self._choices, self._remarks)
+        if networks is None:
+            self._own = recognised(self._given(), self.steering, self.chunk_shape, self._own)
+            networks = self._asked()
+        slots: dict[str, backends.Slots] = {}
+        for name, network in networks.items():
+            own = self._own.get(name)
+            slots[name] = [(self._modules, name, self._modules.get(name))]
+            slots[name] += own.slots if own is not None and own.network is network else []
+        return make_run(self, networks, slots, self._frozen, self._choices, self._remarks)
 
     def _device(self) -> torch.device:
         parameter = next(self.parameters(), None)
@@ -289,11 +324,11 @@ class SteeredSampler(nn.Module):
         return moved
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_run", "_choices", "_remarks")}
+        return {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._choices, self._remarks = Choices(), Remarks()
+        self._choices, self._remarks, self._own = Choices(), Remarks(), {}
         self._run = self._make_run()
 
     def extra_repr(self) -> str:

@@ -23,7 +23,7 @@ def warm_up(sampler: Any, batch_sizes: Sequence[int], obs: Any) -> None:
     for size in sizes:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"warm_up: batch_sizes has {size!r}; expected integers >= 1.")
-    reader = reader_of(sampler)
+    reader = reader_of(sampler, sampler.networks)
     if obs is None and not reader.reads_obs:
         raise ValueError(
             "warm_up: obs is None, and the networks are callables that read any obs; expected obs, a batch of yours "

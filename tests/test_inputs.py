@@ -209,12 +209,13 @@ def test_act_is_what_an_environment_loop_calls(dtype, backend):
     assert case.double().sampler("reference").act(obs).dtype == np.float32
 
 
-@pytest.mark.parametrize("steering", [Steering.qpilots_u(), Steering.best_of_n(4)])
+@pytest.mark.parametrize("steering", [Steering.qpilots_u(), Steering.best_of_n(4), Steering.qpilots_m()])
 def test_compiled_with_drawn_noise_at_other_batch_sizes(steering):
     case = make_case(steering, hidden_dims=(8,))
     sampler = case.sampler("reference")
     compiled = torch.compile(sampler, fullgraph=True, backend="eager")
     for batch in (4, 8, 16):
         assert compiled(case.obs[:batch]).shape == (batch, 5)
-        actual = compiled(case.obs[:batch], case.noise[:batch])
-        torch.testing.assert_close(actual, sampler(case.obs[:batch], case.noise[:batch]), rtol=0, atol=1e-5)
+        eps = None if case.posterior_noise is None else case.posterior_noise[:, :batch]
+        given = case.obs[:batch], case.noise[:batch], eps
+        torch.testing.assert_close(compiled(*given), sampler(*given), rtol=0, atol=1e-5)

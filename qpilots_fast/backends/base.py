@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailable
+from ..networks import Slots
 from ..spec import BoundNetwork, BoundNetworks, RawSample, SamplerSpec
 from ..steering import Steering
 
@@ -80,7 +81,6 @@ class RowKernels(Protocol):
         """As reference.steer_velocity and a Euler step of it: the next x [B, A], norms of g and non-finite rows [B]."""
 
 
-Slots = list[tuple[dict, str, object]]
 # (obs, noise or None, posterior noise or None) -> actions, or None where the general path must look at the inputs
 QuickCall = Callable[[Any, Tensor | None, Tensor | None], Tensor | None]
 
@@ -120,8 +120,8 @@ class Backend(ABC):
         """Something that makes the plainest calls of `sample`, checks included, with less overhead; None: nothing can.
 
         Args:
-            slots: (dict, key, value) such that `networks` are current while each dict holds its value and no
-                parameter's memory moves; empty for packed weights.
+            slots: such that `networks` are current while they hold and no parameter's memory moves; empty for packed
+                weights.
         """
         return None
 

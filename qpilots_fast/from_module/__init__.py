@@ -25,7 +25,7 @@ from .dependence import check_other_tensors, check_repeats, followed_modes
 from .modules import ModuleNetwork, Recognition, dropouts
 from .proof import SCALES, batch_size_apart_from, prove, random_blocks
 from .random_states import kept_random_states
-from .refusal import Refused, first_line
+from .refusal import NotCallable, Refused, first_line
 from .sources import named_sources, randomise, submodule
 
 __all__ = ["ModuleNetwork", "Recognition", "from_module", "recognise"]
@@ -251,7 +251,7 @@ def _recognise(probe: nn.Module, kind: str, hints: dict[str, Any]) -> Recognitio
         if "dtype" in str(reasons)
         else ""
     )
-    raise Refused("it could not be called: " + "; ".join(reasons[:3]) + cast)
+    raise NotCallable("it could not be called: " + "; ".join(reasons[:3]) + cast)
 
 
 def _attempts(

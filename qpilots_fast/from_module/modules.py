@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..networks import PackableNetwork, module_slots
+from ..networks import PackableNetwork, Slots, module_slots
 from ..spec import BoundNetwork, NetworkSpec
 from .calling import OutputLayout, UserCall
 from .sources import Source, submodule
@@ -67,10 +67,12 @@ class ModuleNetwork(PackableNetwork):
         self._structure = _structure(module)
         self.training = module.training  # not self.train(): parts of the module may be in another mode
 
-    def slots(self) -> list[tuple[dict, str, object]] | None:
+    def slots(self) -> Slots | None:
         if not all(plain for _, _, plain in self._entries):
             return None  # views are made anew at every call
-        modes = [(layer.__dict__, name, getattr(layer, name)) for layer in self._dropouts for name in ("training", "p")]
+        modes: Slots = [
+            (layer.__dict__, name, getattr(layer, name)) for layer in self._dropouts for name in ("training", "p")
+        ]
         modes += [(part.__dict__, "training", training) for part, training in self._modes]
         return module_slots(self) + modes
 
@@ -107,6 +109,10 @@ class ModuleNetwork(PackableNetwork):
         refusal = self.mode_refusal()
         if refusal is not None:
             raise ValueError(f"{refusal}, or give the sampler the module itself, which runs as it is in any mode.")
+        return self.live_parameters()
+
+    def live_parameters(self) -> list[Tensor]:
+        """The same, whatever mode the module is in."""
         owners = [submodule(self.module, path) for path in self._paths]  # each once: ensembles have hundreds
         return [
             owners[index]._parameters[source.name] if plain else source.resolve(owners[index])

@@ -7,6 +7,10 @@ class Refused(Exception):
     """Carries the reason; from_module turns it into a ValueError that names the module."""
 
 
+class NotCallable(Refused):
+    """None of the calls tried was accepted."""
+
+
 def number(value: float) -> str:
     return f"{value:.3g}"
 

@@ -67,7 +67,7 @@ def submodule(module: nn.Module, path: Sequence[str]) -> Any:
     return owner
 
 
-def _is_mapping(value: object) -> bool:
+def is_mapping(value: object) -> bool:
     """dict, TensorDict and the like; not a plain module."""
     if isinstance(value, (nn.ParameterDict, nn.ModuleDict)):
         return False
@@ -81,7 +81,7 @@ def _mapping_entries(mapping: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple
         value = mapping[key]
         if isinstance(value, Tensor):
             yield (*keys, key), value
-        elif _is_mapping(value):
+        elif is_mapping(value):
             yield from _mapping_entries(value, (*keys, key))
 
 
@@ -90,14 +90,14 @@ def named_sources(module: nn.Module) -> list[tuple[Source, Tensor]]:
     found: list[tuple[Source, Tensor]] = []
 
     def visit(owner: Any, path: tuple[str, ...]) -> None:
-        if _is_mapping(owner):  # a TensorDictParams is a module and a mapping at once
+        if is_mapping(owner):  # a TensorDictParams is a module and a mapping at once
             found.extend((Source(path, "", keys), tensor) for keys, tensor in _mapping_entries(owner))
             return
         for name, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
             if tensor is not None:
                 found.append((Source(path, name), tensor))
         for name, value in vars(owner).items():
-            if not name.startswith("_") and not isinstance(value, nn.Module) and _is_mapping(value):
+            if not name.startswith("_") and not isinstance(value, nn.Module) and is_mapping(value):
                 found.extend((Source(path, name, keys), tensor) for keys, tensor in _mapping_entries(value))
         for name, child in owner._modules.items():
             if child is not None:

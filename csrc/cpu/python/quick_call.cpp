@@ -26,7 +26,8 @@ py::str interned(const char* name) { return py::reinterpret_steal<py::str>(PyUni
 
 class QuickCall {
  public:
-  // slots: (dict, key, value) where each dict must still hold the value, and a tensor's memory be where it is now;
+  // slots: (dict, key, value) where each dict must still hold the value, and a tensor's memory be where it is now, or
+  // (dict, None, size) where it must hold that many;
   // networks: views of what is read, which keep that memory while another thread gives a parameter a new one;
   // torch: the names used below.
   QuickCall(py::list slots, py::object networks, std::shared_ptr<SamplerPlan> plan, py::object flow, py::object critic,
@@ -52,6 +53,10 @@ class QuickCall {
     for (const py::handle slot : slots_) {
       const py::tuple parts = slot.cast<py::tuple>();
       const py::object value = parts[2];
+      if (parts[1].is_none()) {
+        sizes_.push_back({parts[0].ptr(), value.cast<Py_ssize_t>()});
+        continue;
+      }
       checked_slots_.push_back({parts[0].ptr(), parts[1].ptr(), value.ptr()});
       if (!py::isinstance(value, tensor_type_)) continue;
       const bool contiguous = value.attr("is_contiguous")().cast<bool>();
@@ -69,6 +74,10 @@ class QuickCall {
  private:
   struct Slot {
     PyObject *dict, *key, *value;
+  };
+  struct Size {
+    PyObject* dict;
+    Py_ssize_t size;
   };
   struct Place {
     PyObject* parameter;
@@ -116,6 +125,9 @@ class QuickCall {
   bool parameters_stayed() const {
     for (const Slot& slot : checked_slots_) {
       if (PyDict_GetItemWithError(slot.dict, slot.key) != slot.value) return false;
+    }
+    for (const Size& held : sizes_) {
+      if (PyDict_Size(held.dict) != held.size) return false;
     }
     for (const Place& place : places_) {
       if (address(place.parameter) != place.address) return false;
@@ -183,6 +195,7 @@ class QuickCall {
   py::str is_cpu_, dtype_, shape_, is_contiguous_, data_ptr_, stride_;
   SampleArgs weights_;
   std::vector<Slot> checked_slots_;
+  std::vector<Size> sizes_;
   std::vector<Place> places_;
 };
 

@@ -1,0 +1,320 @@
+"""Users' modules as a sampler holds them: packed where from_module recognises them, callables where it does not."""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .callables import unwrapped
+from .from_module import ModuleNetwork, Recognition, recognise
+from .from_module.calling import ACTIONS
+from .from_module.proof import batch_size_apart_from, random_blocks
+from .from_module.python_state import Fact, check_functions, check_objects, facts_read
+from .from_module.random_states import kept_random_states
+from .from_module.refusal import NotCallable, Refused, first_line
+from .networks import PackableNetwork, Slots, module_slots, slots_hold
+from .spec import POSTERIOR_DRAW
+from .steering import Steering
+
+_log = logging.getLogger("qpilots_fast")
+
+KIND_OF = {"flow": "flow", "critic": "critic", "posterior": "meta_flow_map"}
+LARGEST = 2**27  # numbers that are copied in float64 for a proof without being asked for: 1 GiB
+TRIALS_KEPT = 8  # of one module, with other widths beside it, or edited in between
+MOST_TRIALS = 32  # of one module: one that is edited at every call is not proved at every call
+
+Dims = tuple[int | None, int | None]  # obs_dim, action_dim; None: not known
+
+
+# ---------------------------------------------------------------- one trial of a module
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What came of one trial: a recognition, or the reason why the module stays a callable; for as long as it holds.
+
+    Args:
+        asked: kind, dims and chunk that it was tried with.
+        structure: path, class and forward of every part, name and shape of every parameter, as they were.
+        members: the module, or the modules of a list.
+        facts: plain attributes that the output depends on.
+        count: of the module's trials.
+    """
+
+    asked: tuple[str, Dims, tuple[int, int] | None]
+    structure: tuple[Any, ...]
+    members: tuple[weakref.ref[nn.Module], ...]
+    found: Recognition | None
+    reason: str = ""
+    facts: tuple[Fact, ...] = ()
+    count: int = 1
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the module is still the one that was tried."""
+        members = _members(module)
+        if len(members) != len(self.members) or any(ref() is not m for ref, m in zip(self.members, members)):
+            return False
+        if _structure(module) != self.structure or (self.found is not None and _hooked(module) is not None):
+            return False
+        return all(getattr(module.get_submodule(path), name, None) == value for path, name, value in self.facts)
+
+
+_trials: MutableMapping[nn.Module, list[_Trial]] = weakref.WeakKeyDictionary()  # by the first of the members
+
+
+def _members(module: nn.Module) -> Sequence[nn.Module]:
+    return list(module) if isinstance(module, nn.ModuleList) else [module]
+
+
+def _structure(module: nn.Module) -> tuple[Any, ...]:
+    parts = ((path, type(part), getattr(type(part), "forward", None)) for path, part in module.named_modules())
+    return (*parts, *((name, tuple(parameter.shape)) for name, parameter in module.named_parameters()))
+
+
+def _hooked(module: nn.Module) -> str | None:
+    """The part that has hooks, which a packed network would not call."""
+    for path, part in module.named_modules():
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+            return path or type(part).__name__
+    return None
+
+
+def _tried(module: nn.Module, kind: str, dims: Dims, chunk: tuple[int, int] | None) -> _Trial:
+    """Tries from_module once for a module, its structure, and what is asked."""
+    asked = (kind, dims, chunk)
+    members = _members(module)
+    try:
+        known = _trials.setdefault(members[0], [])
+    except (IndexError, TypeError):  # an empty list; a class that is not hashable
+        known = []
+    for trial in known:
+        if trial.asked == asked and trial.holds(module):
+            return trial
+    found, reason, count = None, "", known[-1].count + 1 if known else 1
+    facts: tuple[Fact, ...] = ()
+    try:
+        if count > MOST_TRIALS:
+            raise Refused(f"it was edited {MOST_TRIALS} times since it was first tried")
+        found, facts = _try(module, kind, dims, chunk)
+    except Refused as refusal:
+        reason = str(refusal)
+    except Exception as error:  # whatever a user's class does while it is copied or read
+        reason = f"it could not be read ({type(error).__name__}: {first_line(error)})"
+    trial = _Trial(asked, _structure(module), tuple(map(weakref.ref, members)), found, reason, facts, count)
+    known.append(trial)
+    del known[:-TRIALS_KEPT]
+    return trial
+
+
+def _try(
+    module: nn.Module, kind: str, dims: Dims, chunk: tuple[int, int] | None
+) -> tuple[Recognition, tuple[Fact, ...]]:
+    """Recognises a module that may change unseen in fewer ways than from_module lets through."""
+    _check_tensors(module)
+    hooked = _hooked(module)
+    if hooked is not None:
+        raise Refused(f"{hooked} has hooks, which a packed network would not call")
+    check_functions(module)
+    hints = {name: width for name, width in zip(("obs_dim", "action_dim"), dims) if width is not None}
+    if chunk is None:
+        found, probe = recognise(module, kind, hints, in_eval_mode=True)
+    else:  # as a callable it would be shown chunks
+        try:
+            hints["action_dim"] = math.prod(chunk)
+            found, probe = recognise(module, kind, {**hints, "chunk_shape": chunk}, in_eval_mode=True)
+        except NotCallable:
+            found, probe = recognise(module, kind, hints, in_eval_mode=True)
+    with torch.no_grad(), torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+        with kept_random_states():
+            return found, _check_copy(probe, found)
+
+
+def _check_tensors(module: nn.Module) -> None:
+    tensors = [*module.parameters(), *module.buffers()]
+    if not any(isinstance(tensor, nn.Parameter) for tensor in tensors):
+        raise Refused("it has no parameters")
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    dtypes, devices = {tensor.dtype for tensor in floating}, {tensor.device for tensor in floating}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
+        raise Refused(f"it holds {', '.join(sorted(map(str, dtypes)))}; expected float32, or float64, throughout")
+    if len(devices) > 1:
+        raise Refused(f"it is on several devices ({', '.join(sorted(map(str, devices)))})")
+    count = sum(tensor.numel() for tensor in tensors)
+    if count > LARGEST:
+        raise Refused(f"it has {count / 1e6:.0f} million numbers, which are not copied for a proof unless asked for")
+
+
+def _check_copy(probe: nn.Module, found: Recognition) -> tuple[Fact, ...]:
+    """The plain attributes that the output depends on; raises Refused where it depends on more than can be watched."""
+    spec = found.spec
+    generator = torch.Generator().manual_seed(0)
+    named = random_blocks(
+        spec.kind, (spec.obs_dim, spec.action_dim), batch_size_apart_from(spec.num_members), generator
+    )
+    if spec.kind == "meta_flow_map":
+        named.update({name: torch.full_like(named[name], value) for name, value in POSTERIOR_DRAW.items()})
+        _check_posterior_call(probe, found, named)
+
+    def output() -> Tensor:
+        return found.layout.apply(found.call(probe, list(named.values())))
+
+    facts = facts_read(probe, output)
+    check_objects(probe, output)
+    return facts
+
+
+def _check_posterior_call(probe: nn.Module, found: Recognition, named: dict[str, Tensor]) -> None:
+    """Raises Refused where the call of four arguments that a sampler makes is none of the map at s = 0, u = 1."""
+    chunk = found.call.chunk
+    four = [
+        block.unflatten(-1, chunk) if chunk is not None and name in ACTIONS else block
+        for name, block in named.items()
+        if name not in POSTERIOR_DRAW
+    ]
+    try:
+        drawn = probe(*four)
+    except Exception:  # not made for it, and so no other meaning either
+        return
+    mapped = found.call(probe, list(named.values()))
+    if found.layout.is_velocity:
+        mapped = named["xbar"] + mapped
+    if not isinstance(drawn, Tensor) or not torch.allclose(drawn.reshape(mapped.shape), mapped):
+        raise Refused(
+            "called as posterior(obs, xbar, noisy_actions, t) it does not return the mapped point that it returns for "
+            "s = 0 and u = 1"
+        )
+
+
+# ---------------------------------------------------------------- a module in its place
+
+
+@dataclass(eq=False)
+class OwnModule:
+    """A user's module in its place in a sampler.
+
+    Args:
+        given: what the sampler was given, wrappers included.
+        module: without them.
+        trial: what from_module found.
+        network: what from_module made of it; None where it refused.
+        slots: the module is what was tried while they hold, and its parameters keep their shapes.
+    """
+
+    name: str
+    given: nn.Module
+    module: nn.Module
+    trial: _Trial
+    network: ModuleNetwork | None = field(init=False, default=None)
+    slots: Slots = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.slots = module_slots(self.given, parameters=False)
+        if self.trial.found is None:
+            return
+        self.network = self.trial.found.network(self.module)
+        for part in self.module.modules():
+            self.slots += [(hooks, None, 0) for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+        for path, name, _ in self.trial.facts:
+            attributes = vars(self.module.get_submodule(path))
+            self.slots.append((attributes, name, attributes[name]))
+
+    @property
+    def edited(self) -> bool:
+        """Whether anything in the module was replaced, added or resized since it was tried."""
+        if self.network is not None:
+            try:
+                shapes = [tuple(parameter.shape) for parameter in self.network.live_parameters()]
+            except (AttributeError, KeyError):
+                return True
+            if shapes != list(self.network.spec.parameter_shapes):
+                return True
+        return not slots_hold(self.slots)
+
+    @property
+    def reason(self) -> str:
+        """Why calls ask the module as a callable; empty where they ask the packed network."""
+        return self.trial.reason or (self.network and self.network.mode_refusal()) or ""
+
+    def as_callable(self) -> Callable[..., Any]:
+        """The module as calls ask it where it is not packed."""
+        if self.network is not None and self.trial.found is not None and self.trial.found.call.style != "separate":
+            return self.network.forward  # flat times, or one tensor of columns
+        return self.given
+
+    def reads(self, obs: Any, noise: Any) -> bool:
+        """Whether the packed network reads such obs as the module would: [..., S], with noise [..., A] beside it."""
+        assert self.network is not None
+        if isinstance(obs, np.ndarray):
+            floating = obs.dtype.kind == "f"
+        else:
+            floating = isinstance(obs, Tensor) and obs.is_floating_point()
+        if not floating or obs.ndim < 1 or obs.shape[-1] != self.network.spec.obs_dim:
+            return False
+        lead = tuple(obs.shape[:-1])
+        return len(lead) < 2 or noise is None or tuple(getattr(noise, "shape", ())[: len(lead)]) == lead
+
+    def __str__(self) -> str:
+        """How it runs, in words."""
+        words = f"{self.name} {type(self.module).__name__} runs "
+        if not self.reason:
+            return words + "packed on native kernels (recognised by from_module)"
+        return (
+            f"{words}as a callable: {self.reason}. from_module(module, {KIND_OF[self.name]!r}, ...) takes hints, and "
+            "what it returns goes in place of the module."
+        )
+
+
+def recognised(
+    given: dict[str, Any], steering: Steering, chunk: tuple[int, int] | None, before: dict[str, OwnModule]
+) -> dict[str, OwnModule]:
+    """The users' modules among a sampler's networks, by name; says in the log how those run that are new.
+
+    Args:
+        given: "flow", "critic", "posterior"; packed networks, modules, other callables, or None.
+        steering: with critic_time the critic is another function, which is not packed.
+        chunk: (C, D) where callables are shown chunks.
+        before: what an earlier call returned.
+    """
+    own = {
+        name: network
+        for name, network in given.items()
+        if isinstance(network, nn.Module)
+        and not isinstance(network, PackableNetwork)
+        and not (name == "critic" and steering.critic_time)
+    }
+    packed = [network.spec for network in given.values() if isinstance(network, PackableNetwork)]
+    dims: Dims = (packed[0].obs_dim, packed[0].action_dim) if packed else (None, math.prod(chunk) if chunk else None)
+    found: dict[str, OwnModule] = {}
+    for _ in range(2):  # one that tells its widths tells them to those before it, too
+        for name, network in own.items():
+            earlier = found.get(name) or before.get(name)
+            found[name] = _placed(name, network, dims, chunk, earlier)
+            if None in dims and found[name].network is not None:
+                spec = found[name].network.spec  # type: ignore[union-attr]
+                dims = (spec.obs_dim, spec.action_dim)
+    for name, module in found.items():
+        earlier = before.get(name)
+        if earlier is None or earlier.given is not module.given or str(earlier) != str(module):
+            _log.info("%s", module)
+    return found
+
+
+def _placed(
+    name: str, given: nn.Module, dims: Dims, chunk: tuple[int, int] | None, earlier: OwnModule | None
+) -> OwnModule:
+    if earlier is not None and earlier.given is given and not earlier.edited:
+        _, dims_then, chunk_then = earlier.trial.asked
+        if chunk_then == chunk and (earlier.network is not None or dims_then == dims):
+            return earlier
+    module = unwrapped(given)
+    if isinstance(module, nn.ModuleList) and any(unwrapped(member) is not member for member in module):
+        module = nn.ModuleList(map(unwrapped, module))
+    return OwnModule(name, given, module, _tried(module, KIND_OF[name], dims, chunk))
