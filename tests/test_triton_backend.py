@@ -152,6 +152,20 @@ def test_static_check_refuses_spills_and_missing_tensor_cores() -> None:
     assert good.blocks_per_sm(LIMITS[90]) == 2
 
 
+def test_summary_of_the_machine_codes_has_a_line_for_each_precision_target_and_kernel() -> None:
+    from bench.gpu.static_triton import summary
+
+    rows = [
+        ("sm_90", "triton critic", "U, paper (bfloat16)", "200", "0", "80", "1", "HGMMA 8 HMMA 2", "128:6 32:2", "yes"),
+        ("sm_90", "triton critic", "M, paper (bfloat16)", "210", "3", "60", "2", "HGMMA 8", "128:2 32:6", "no"),
+        ("sm_90", "triton pack", "all parameters (tf32)", "64", "0", "0", "8", "-", "64:4 32:4", "yes"),
+    ]
+    assert summary(rows) == [
+        ("bfloat16", "sm_90", "critic", "2", "200 to 210", "3", "80", "1", "HGMMA, HMMA", "50 %"),
+        ("tf32", "sm_90", "pack", "1", "64", "0", "0", "8", "-", "0 %"),
+    ]
+
+
 @needs_triton
 def test_packing_divides_nothing() -> None:
     """A division of 64-bit integers an element costs several times its copy."""

@@ -6,7 +6,7 @@ without tensor-core instructions, or on more shared memory than a block may have
 
     --quick           bfloat16 and the main configurations only (CI)
     --targets 90 100  compute capabilities; --precisions ...; --match TEXT in the label
-    --markdown FILE   writes the table
+    --markdown FILE   writes the table; --summary FILE what docs/gpu.md shows of it
 
 A family of kernels is a function from a target to (name, build) pairs, see FAMILIES.
 """
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,6 +169,34 @@ def row(sm: int, kernel: Kernel, machine: Machine, wrong: list[str]) -> tuple[st
     )  # fmt: skip
 
 
+SUMMARY = (
+    "operands", "target", "kernel", "configurations", "registers", "spills", "shared KiB, most", "blocks/SM, least",
+    "tensor-core instructions", "128-bit loads",
+)  # fmt: skip
+
+
+def summary(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """One line for each precision, target and kernel, of the rows of the whole table."""
+    groups: dict[tuple[str, str, str], list[tuple[str, ...]]] = {}
+    for line in rows:
+        groups.setdefault((line[2].rpartition("(")[2].rstrip(")"), line[0], line[1].split()[-1]), []).append(line)
+    found = []
+    for key, lines in groups.items():
+        registers, spills, shared, blocks = ([int(line[i]) for line in lines] for i in (3, 4, 5, 6))
+        span = f"{min(registers)} to {max(registers)}" if len(set(registers)) > 1 else str(registers[0])
+        names = sorted({name for line in lines for name in line[7].split() if not name.isdigit()} - {"-"})
+        loads = [pair.split(":") for line in lines for pair in line[8].split()]
+        wide = sum(int(count) for bits, count in loads if bits == "128") / sum(int(count) for _, count in loads)
+        counts = (str(len(lines)), span, str(max(spills)), str(max(shared)), str(min(blocks)))
+        found.append((*key, *counts, ", ".join(names) or "-", f"{100 * wide:.0f} %"))
+    return found
+
+
+def write_table(path: Path, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    """A table of markdown."""
+    path.write_text("".join(f"| {' | '.join(line)} |\n" for line in (header, ("---",) * len(header), *rows)))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="bfloat16, main configurations")
@@ -178,6 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--precisions", nargs="+", default=["bfloat16", "float16", "tf32", "float32"])
     parser.add_argument("--match", default="", help="only labels that contain this")
     parser.add_argument("--markdown", type=Path, help="write the table here")
+    parser.add_argument("--summary", type=Path, help="write the table of docs/gpu.md here")
     args = parser.parse_args(argv)
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     os.environ.pop("TRITON_INTERPRET", None)
@@ -193,8 +222,9 @@ def main(argv: list[str] | None = None) -> int:
                 rows.append(row(sm, kernel, machine, wrong))
                 print("  ".join(rows[-1]), flush=True)
     if args.markdown:
-        lines = ["| " + " | ".join(line) + " |" for line in (HEADER, ("---",) * len(HEADER), *rows)]
-        args.markdown.write_text("\n".join(lines) + "\n")
+        write_table(args.markdown, HEADER, rows)
+    if args.summary:
+        write_table(args.summary, SUMMARY, summary(rows))
     print(f"{len(rows)} kernels, {bad} refused, {time.perf_counter() - start:.0f} s")
     failed = bool(bad) or (not rows and args.families != ["cuda"])
     if "cuda" in args.families and not args.match:
