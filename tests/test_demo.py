@@ -161,6 +161,22 @@ def test_rollouts_are_reproducible():
     assert all(torch.equal(first[0].rollouts.obs[i], first[1].rollouts.obs[i]) for i in range(2))
 
 
+def test_a_sweep_in_one_batch_is_each_strength_alone():
+    pytest.importorskip("ogbench")
+    policy, alphas = CubePolicy.load(), (0.2, 0.5)
+    swept = methods.sweep(policy, CubeTasks((1,), copies=3), alphas, 1, seed=11, backend="reference", max_steps=20)
+    assert [outcome.method.alpha for outcome in swept] == [0.0, *alphas]
+    alone = methods.compare(
+        policy, CubeTasks((1,)), [outcome.method for outcome in swept], 1, seed=11, backend="reference", max_steps=20
+    )
+    for together, single in zip(swept, alone, strict=True):
+        assert np.array_equal(together.rollouts.steps, single.rollouts.steps)
+        torch.testing.assert_close(
+            torch.stack(together.rollouts.obs), torch.stack(single.rollouts.obs), rtol=0, atol=1e-3
+        )
+        assert together.value == pytest.approx(single.value, abs=1e-3)
+
+
 def test_timings_list_every_method():
     policy = CubePolicy.load()
     rows = [row for row in methods.timings(policy, 0.0) if row.seconds]

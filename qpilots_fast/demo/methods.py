@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,12 +61,19 @@ def draws_method(num_samples: int = DRAWS, alpha: float = DEFAULT_ALPHA) -> Meth
     return Method(f"QPILOTS-M  alpha {alpha:g}, N={num_samples}", steering)
 
 
+def curve_method(alpha: float) -> Method:
+    """A point of QPILOTS-U's curve over alpha; its 0 is the unsteered policy."""
+    if alpha == 0:
+        return Method("unsteered", Steering.unsteered())
+    return Method(f"QPILOTS-U  alpha {alpha:g}", Steering.qpilots_u(alpha, rho=RHO))
+
+
 def standard_methods(alphas: tuple[float, ...] = ALPHAS, posterior: bool = True) -> list[Method]:
     """Unsteered, best-of-n, QPILOTS-U over the strengths, and QPILOTS-M where the policy has a posterior."""
     return [
-        Method("unsteered", Steering.unsteered()),
+        curve_method(0.0),
         Method(f"best of {CANDIDATES}", Steering.best_of_n(CANDIDATES, aggregation="pessimistic")),
-        *(Method(f"QPILOTS-U  alpha {alpha:g}", Steering.qpilots_u(alpha, rho=RHO)) for alpha in alphas),
+        *map(curve_method, alphas),
         *([draws_method()] if posterior else []),
     ]
 
@@ -80,40 +88,70 @@ def sampler_of(policy: CubePolicy, steering: Steering, backend: str, precision: 
     return sampler.freeze()
 
 
-def mean_value(policy: CubePolicy, sampler: SteeredSampler, obs: Tensor, seed: int) -> float:
+def mean_value(
+    policy: CubePolicy, sampler: SteeredSampler, obs: Tensor, seed: int, alpha: Tensor | None = None
+) -> float:
     """Mean pessimistic value of the sampler's actions at obs [B, S], with the same noise for every sampler."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(obs), policy.flow.spec.action_dim, generator=generator)
     with torch.no_grad():
-        actions = sampler(obs, noise, generator=generator)
+        actions = sampler(obs, noise, generator=generator, alpha=alpha)
         return float(aggregate(policy.critic(obs, actions), "pessimistic", RHO).mean())
+
+
+def value_states(rollouts: Rollouts) -> Tensor:
+    """Some of the observations that were seen, evenly picked [B, S]."""
+    seen = torch.stack(rollouts.obs)
+    return seen[:: max(1, len(seen) // VALUE_STATES)][:VALUE_STATES].contiguous()
 
 
 def compare(
     policy: CubePolicy, tasks: CubeTasks, methods: list[Method], rounds: int, *, seed: int = 0, backend: str = "auto",
     max_steps: int | None = None, on_round: Callable[[Method], None] = lambda method: None,
+    value_obs: Tensor | None = None,
 ) -> Iterator[Outcome]:  # fmt: skip
     """Runs every method on the same episodes, one at a time.
 
     Args:
         policy, tasks: the shipped ones, or your own.
-        methods: the first one's observations are those at which values are compared.
+        methods: the first one's observations are those at which values are compared, where value_obs is None.
         rounds: episodes of every task for each method.
         seed: of starts and noise, shared by all methods.
         backend: of the sampler.
         max_steps: shorter episodes (for a quick look).
         on_round: called after every round of episodes.
+        value_obs: observations [B, S] at which values are compared.
     """
-    value_obs: Tensor | None = None
     for method in methods:
         sampler = sampler_of(policy, method.steering, backend)
         act = partial(sampler, generator=torch.Generator().manual_seed(seed))  # of posterior draws alone
-        limit = {} if max_steps is None else {"max_steps": max_steps}
+        limit: dict[str, Any] = {} if max_steps is None else {"max_steps": max_steps}
         rollouts = tasks.rollout(policy, act, rounds, seed, on_round=partial(on_round, method), **limit)
         if value_obs is None:
-            seen = torch.stack(rollouts.obs)
-            value_obs = seen[:: max(1, len(seen) // VALUE_STATES)][:VALUE_STATES].contiguous()
+            value_obs = value_states(rollouts)
         yield Outcome(method, rollouts, mean_value(policy, sampler, value_obs, seed))
+
+
+def sweep(
+    policy: CubePolicy, tasks: CubeTasks, alphas: tuple[float, ...], rounds: int, *, seed: int = 0,
+    backend: str = "auto", max_steps: int | None = None, on_round: Callable[[], None] = lambda: None,
+) -> list[Outcome]:  # fmt: skip
+    """QPILOTS-U at several strengths in one batch: each copy of the tasks has its own, the first is unsteered.
+
+    Args:
+        tasks: with 1 + len(alphas) copies. The rest as `compare`.
+    """
+    strengths = (0.0, *alphas)
+    limit: dict[str, Any] = {} if max_steps is None else {"max_steps": max_steps}
+    sampler = sampler_of(policy, Steering.qpilots_u(max(alphas), rho=RHO), backend)
+    rows = torch.tensor(strengths).repeat_interleave(len(tasks.tasks))
+    every = tasks.rollout(policy, sampler, rounds, seed, on_round=on_round, alpha=rows, **limit)
+    each = [every.of(tasks.columns(which)) for which in range(len(strengths))]
+    obs = value_states(each[0])
+    return [
+        Outcome(curve_method(alpha), rollouts, mean_value(policy, sampler, obs, seed, torch.full((len(obs),), alpha)))
+        for alpha, rollouts in zip(strengths, each)
+    ]
 
 
 def time_per_action(policy: CubePolicy, backend: str, steering: Steering, precision: str, seconds: float) -> float:

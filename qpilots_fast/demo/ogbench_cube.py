@@ -8,6 +8,7 @@ train_posterior.py, which draws the flow's clean actions for QPILOTS-M.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import warnings
@@ -36,7 +37,7 @@ SUCCESS_DISTANCE = 0.04  # metres
 TASKS = (1, 2, 3, 4, 5)
 EPISODE_STEPS = 200
 
-ChunkSampler = Callable[[Tensor, Tensor], Tensor]  # (obs [B, S], noise [B, A]) -> actions [B, A]
+ChunkSampler = Callable[..., Tensor]  # (obs [B, S], noise [B, A]) -> actions [B, A]
 
 
 def goal_features(state: np.ndarray, goal_xyz: np.ndarray) -> np.ndarray:
@@ -121,10 +122,19 @@ class Rollouts:
     success: np.ndarray  # [rounds, tasks], bool
     steps: np.ndarray  # [rounds, tasks], environment steps until success or the end
     obs: list[Tensor] = field(default_factory=list)  # [S] each: what the policy saw at every decision
+    column: list[int] = field(default_factory=list)  # of each of these, which environment it was
 
     @property
     def rate(self) -> float:
         return float(self.success.mean())
+
+    def of(self, columns: range) -> Rollouts:
+        """What happened in some of the environments."""
+        picked = [(obs, i - columns.start) for obs, i in zip(self.obs, self.column) if i in columns]
+        inside = slice(columns.start, columns.stop)
+        return Rollouts(
+            self.success[:, inside], self.steps[:, inside], [obs for obs, _ in picked], [i for _, i in picked]
+        )
 
 
 @contextmanager
@@ -136,27 +146,42 @@ def _quiet() -> Iterator[None]:
 
 
 class CubeTasks:
-    """The five `cube-single-play-singletask-task{1..5}-v0` environments, stepped side by side in this process."""
+    """The five `cube-single-play-singletask-task{1..5}-v0` environments, stepped side by side in this process.
 
-    def __init__(self, tasks: tuple[int, ...] = TASKS) -> None:
+    Args:
+        tasks: of 1 to 5. copies: environments of each, which start alike; those of a copy lie side by side. About
+            150 MB an environment.
+    """
+
+    def __init__(self, tasks: tuple[int, ...] = TASKS, copies: int = 1) -> None:
         self.tasks = tasks
         with _quiet():
             import gymnasium
             import ogbench.manipspace  # noqa: F401  (registers the environments)
 
             self.envs: list[Any] = [
-                gymnasium.make(f"cube-single-singletask-task{task}-v0", visualize_info=False) for task in tasks
+                gymnasium.make(f"cube-single-singletask-task{task}-v0", visualize_info=False) for task in tasks * copies
             ]
+
+    def columns(self, which: int) -> range:
+        """Which environments are those of a copy."""
+        return range(which * len(self.tasks), (which + 1) * len(self.tasks))
+
+    def first_copy(self) -> CubeTasks:
+        """One environment of each task, shared with this."""
+        one = copy.copy(self)
+        one.envs = self.envs[: len(self.tasks)]
+        return one
 
     def _reset(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         with _quiet():
-            states = [env.reset(seed=seed + i)[0] for i, env in enumerate(self.envs)]
+            states = [env.reset(seed=seed + i % len(self.tasks))[0] for i, env in enumerate(self.envs)]
         goals = [env.unwrapped.cur_task_info["goal_xyzs"][0] for env in self.envs]
         return np.stack(states), np.stack(goals)
 
     def rollout(
         self, policy: CubePolicy, sampler: ChunkSampler, rounds: int, seed: int,
-        on_round: Callable[[], None] = lambda: None, max_steps: int = EPISODE_STEPS,
+        on_round: Callable[[], None] = lambda: None, max_steps: int = EPISODE_STEPS, alpha: Tensor | None = None,
     ) -> Rollouts:  # fmt: skip
         """Runs `rounds` episodes of every task with chunks of actions, executed open loop.
 
@@ -169,21 +194,25 @@ class CubeTasks:
             seed: of the environments' starts and of the noise.
             on_round: called after each round.
             max_steps: environment steps at which an episode is given up.
+            alpha: a strength for each environment, which the sampler then takes as alpha=.
         """
         shape = (rounds, len(self.envs))
         result = Rollouts(np.zeros(shape, dtype=bool), np.full(shape, max_steps))
         for r in range(rounds):
             generator = torch.Generator().manual_seed(seed + 7919 * r)
-            noise = torch.randn(math.ceil(max_steps / CHUNK), len(self.envs), ACTION_DIM, generator=generator)
+            noise = torch.randn(math.ceil(max_steps / CHUNK), len(self.tasks), ACTION_DIM, generator=generator)
             states, goals = self._reset(seed + 1000 * (r + 1))
             running = list(range(len(self.envs)))
             for k in range(len(noise)):
                 obs = policy.obs(states[running], goals[running])
                 result.obs.extend(obs)
-                actions = sampler(obs, noise[k, running]).reshape(len(running), CHUNK, -1).numpy()
+                result.column.extend(running)
+                named = {} if alpha is None else {"alpha": alpha[running]}
+                actions = sampler(obs, noise[k, [i % len(self.tasks) for i in running]], **named)
+                chunks = actions.reshape(len(running), CHUNK, -1).numpy()
                 for row, i in enumerate(tuple(running)):
                     for step in range(CHUNK):
-                        states[i], _, terminated, truncated, info = self.envs[i].step(actions[row, step])
+                        states[i], _, terminated, truncated, info = self.envs[i].step(chunks[row, step])
                         if terminated or truncated:
                             result.success[r, i] = bool(info["success"])
                             result.steps[r, i] = CHUNK * k + step + 1

@@ -13,7 +13,19 @@ from rich.table import Table
 
 from ..sampler import SteeredSampler
 from ..steering import Steering
-from .methods import ALPHAS, DEFAULT_ALPHA, DRAWS, Method, Outcome, Timing, compare, standard_methods, timings
+from .methods import (
+    ALPHAS,
+    DEFAULT_ALPHA,
+    DRAWS,
+    Method,
+    Outcome,
+    Timing,
+    compare,
+    standard_methods,
+    sweep,
+    timings,
+    value_states,
+)
 from .ogbench_cube import EPISODE_STEPS, TASKS, CubePolicy, CubeTasks
 
 
@@ -114,7 +126,8 @@ def run(args: argparse.Namespace) -> int:
     console, start = Console(), time.perf_counter()
     rounds = args.episodes or (2 if args.quick else 15)
     policy = CubePolicy.load()
-    methods = standard_methods((DEFAULT_ALPHA,) if args.quick else ALPHAS, policy.posterior is not None)
+    alphas = (DEFAULT_ALPHA,) if args.quick else ALPHAS
+    methods = standard_methods(alphas, policy.posterior is not None)
     probe = SteeredSampler(policy.flow, policy.critic, Steering.qpilots_u(DEFAULT_ALPHA), backend=args.backend)
     mapped = "" if policy.posterior is None else f", meta flow map {policy.posterior.spec.hidden_dims}"
     console.print(
@@ -123,9 +136,10 @@ def run(args: argparse.Namespace) -> int:
         f"Policy: flow {policy.flow.spec.hidden_dims}, {policy.critic.spec.num_members} critics "
         f"{policy.critic.spec.hidden_dims}{mapped}, chunks of 5 actions; backend {probe.explain(len(TASKS)).backend}."
     )
-    with console.status("Starting five simulators"):
-        tasks = CubeTasks()
-    outcomes = _with_progress(console, policy, tasks, methods, rounds, args)
+    copies = 1 + len(alphas)
+    with console.status(f"Starting {copies * len(TASKS)} simulators: all strengths run in one batch"):
+        tasks = CubeTasks(copies=copies)
+    outcomes = _with_progress(console, policy, tasks, methods, alphas, rounds, args)
     console.print(results_table(outcomes))
     console.print(
         "Critic value: mean - 0.5 std of the critics' estimate of the discounted steps still to go (0 at the goal, "
@@ -140,13 +154,24 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _with_progress(
-    console: Console, policy: CubePolicy, tasks: CubeTasks, methods: list[Method], rounds: int, args: argparse.Namespace
-) -> list[Outcome]:
+    console: Console, policy: CubePolicy, tasks: CubeTasks, methods: list[Method], alphas: tuple[float, ...],
+    rounds: int, args: argparse.Namespace,
+) -> list[Outcome]:  # fmt: skip
+    """The outcomes in the order of the methods."""
     columns = (TextColumn("{task.description:26}"), BarColumn(), TextColumn("{task.completed}/{task.total} episodes"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-        bar = progress.add_task(methods[0].name, total=len(methods) * rounds * len(TASKS))
+        bar = progress.add_task("all alphas in one batch", total=len(methods) * rounds * len(TASKS))
 
         def on_round(method: Method) -> None:
             progress.update(bar, advance=len(TASKS), description=method.name)
 
-        return list(compare(policy, tasks, methods, rounds, seed=args.seed, backend=args.backend, on_round=on_round))
+        def on_sweep() -> None:
+            progress.update(bar, advance=(1 + len(alphas)) * len(TASKS))
+
+        how = {"seed": args.seed, "backend": args.backend}
+        found = sweep(policy, tasks, alphas, rounds, on_round=on_sweep, **how)
+        rest = [method for method in methods if method not in [outcome.method for outcome in found]]
+        obs = value_states(found[0].rollouts)
+        one = tasks.first_copy()
+        found += compare(policy, one, rest, rounds, on_round=on_round, value_obs=obs, **how)
+        return sorted(found, key=lambda outcome: methods.index(outcome.method))
