@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -25,11 +26,12 @@ class _Called(nn.Module):
         super().__init__()
         if not callable(call):
             raise TypeError(f"{owner}: call is {type(call).__name__}; expected a function call(module, obs, ...).")
+        self.owner = owner
         self.module = nn.ModuleList(module) if isinstance(module, (list, tuple)) else module
-        self._call_module = call
+        self.call = call
 
     def forward(self, *inputs: Any) -> Any:
-        return self._call_module(self.module, *inputs)
+        return self.call(self.module, *inputs)
 
 
 def as_flow(module: Any, call: Callable[..., Tensor]) -> nn.Module:
@@ -45,6 +47,17 @@ def as_critic(module: Any, call: Callable[..., Any]) -> nn.Module:
         call: (module, obs, actions) -> q_values, laid out as SteeredSampler reads them.
     """
     return _Called("as_critic", module, call)
+
+
+def name_of(network: Any) -> str:
+    """A network in a few words, for messages."""
+    if isinstance(network, nn.ModuleList):
+        return f"list of {len(network)} {' and '.join(dict.fromkeys(map(name_of, network)))}"
+    if isinstance(network, _Called):
+        return f"{network.owner}({name_of(network.module)})"
+    if isinstance(network, (types.FunctionType, types.MethodType)):
+        return network.__name__
+    return type(network).__name__
 
 
 def unwrapped(network: Any) -> Any:

@@ -55,15 +55,19 @@ class SampleInfo:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend runs a batch, why the others do not, and what a call costs; prints as text."""
+    """Which backend runs a batch, why the others do not, and what a call costs; prints as text.
+
+    networks: one line each: packed, or a callable and why.
+    """
 
     backend: str
     not_used: dict[str, str]
     batch_size: int
     footprint: Footprint | None
+    networks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"backend {self.backend} for batches of {self.batch_size}"]
+        lines = [f"backend {self.backend} for batches of {self.batch_size}", *map("  {}".format, self.networks)]
         lines += [f"  not {name}: {reason}" for name, reason in self.not_used.items()]
         f = self.footprint
         if f is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+import types
 import weakref
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .callables import unwrapped
+from .callables import name_of, unwrapped
 from .from_module import ModuleNetwork, Recognition, recognise
 from .from_module.calling import ACTIONS
 from .from_module.proof import batch_size_apart_from, random_blocks
@@ -263,13 +265,36 @@ class OwnModule:
 
     def __str__(self) -> str:
         """How it runs, in words."""
-        words = f"{self.name} {type(self.module).__name__} runs "
+        words = f"{self.name} {name_of(self.module)} runs "
         if not self.reason:
-            return words + "packed on native kernels (recognised by from_module)"
-        return (
-            f"{words}as a callable: {self.reason}. from_module(module, {KIND_OF[self.name]!r}, ...) takes hints, and "
-            "what it returns goes in place of the module."
-        )
+            return f"{words}packed on native kernels (recognised by from_module)"
+        words += f"as a callable: {self.reason}."
+        if self.network is None:
+            words += (
+                f" from_module(module, {KIND_OF[self.name]!r}, ...) takes hints; its result goes in the module's place."
+            )
+        return words
+
+
+def how_each_runs(given: dict[str, Any], own: dict[str, OwnModule], steering: Steering) -> tuple[str, ...]:
+    """A line for each network: packed, or a callable and why."""
+    lines = []
+    for name, network in given.items():
+        if network is None:
+            continue
+        if name in own and own[name].given is network:
+            line = str(own[name])
+        elif isinstance(network, PackableNetwork):
+            line = f"{name} {name_of(network)} runs packed on native kernels"
+        else:
+            is_function = isinstance(network, (types.FunctionType, types.MethodType, functools.partial))
+            why = "it is a function" if is_function else "it is no nn.Module"
+            if isinstance(network, nn.Module):
+                why = "Steering.critic_time asks Q(obs, a, t)"
+            line = f"{name} {name_of(network)} runs as a callable: {why}"
+        asked = steering.asks(name) or (name == "critic" and steering.needs_critic)
+        lines.append(line if asked else f"{line} (this steering does not ask it)")
+    return tuple(lines)
 
 
 def recognised(

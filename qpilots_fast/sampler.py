@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -17,7 +18,7 @@ from .finish import Finish, empty_sample
 from .info import Explanation, SampleInfo
 from .inputs import as_tensor, reader_of
 from .networks import PackableNetwork
-from .recognition import OwnModule, recognised
+from .recognition import OwnModule, how_each_runs, recognised
 from .remarks import Remarks
 from .runs import CallableRun, Choices, PackedRun, make_run
 from .settings import DEFAULT_STEPS, check_num_steps, check_settings, read_setting
@@ -240,10 +241,12 @@ class SteeredSampler(nn.Module):
         return self
 
     def explain(self, batch_size: int = 1) -> Explanation:
-        """Which backend runs a batch of this size, why the others do not, and the exact cost of a call."""
+        """Which networks run packed, and why the others do not; which backend runs a batch of this size, why the
+        others do not, and the exact cost of a call."""
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}; expected an integer >= 1.")
-        return self._current()[0].explain(self.backend, self._device(), batch_size)
+        found = self._current()[0].explain(self.backend, self._device(), batch_size)
+        return replace(found, networks=how_each_runs(self._given(), self._own, self.steering))
 
     def capture(self, batch_size: int) -> Callable[..., Tensor]:
         """A CUDA graph of the whole call at a fixed batch size: returns f(obs, noise, posterior_noise=None) -> actions.
@@ -307,7 +310,7 @@ class SteeredSampler(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         before = {known: getattr(self, known, None) for known in (name, "num_steps")}
-        super().__setattr__(name, read_setting(name, value))
+        self._put(name, read_setting(name, value))
         if name == "time_grid" and self.time_grid is not None:
             super().__setattr__("num_steps", len(self.time_grid) - 1)  # type: ignore[arg-type]
         if name in _SETTINGS and "_run" in self.__dict__:
@@ -315,8 +318,13 @@ class SteeredSampler(nn.Module):
                 self._run = self._make_run()
             except Exception:
                 for known, old in before.items():
-                    super().__setattr__(known, old)  # type: ignore[arg-type]
+                    self._put(known, old)
                 raise
+
+    def _put(self, name: str, value: Any) -> None:
+        if not isinstance(value, nn.Module):  # nn.Module lets nothing else take a module's place
+            self.__dict__.get("_modules", {}).pop(name, None)
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SteeredSampler:
         moved = super()._apply(fn, recurse)

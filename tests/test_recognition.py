@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering, as_critic, as_flow, recognition
+from qpilots_fast.callables import name_of
 from qpilots_fast.testing import assert_close
 
 S, A, H, B, K = 6, 4, 16, 3, 4
@@ -420,7 +421,7 @@ class WithGlobal(Q):
         (WithTuple, "it returns tuple of"),
         (
             lambda: as_critic(Q(), lambda q, obs, actions: q(obs - GLOBAL_MEAN, actions)),
-            "_call_module reads GLOBAL_MEAN",
+            "its function call reads GLOBAL_MEAN",
         ),
         (nn.Identity, "it has no parameters"),
     ],
@@ -430,7 +431,7 @@ def test_what_stays_a_callable(make, reason, log):
     sampler = sampler_of(FlowMLP(S, A, (H,)), critic)
     assert not is_packed(sampler)
     (line,) = log()
-    assert re.match(f"critic {type(critic).__name__} runs as a callable: .*({reason})", line)
+    assert re.match(rf"critic {re.escape(name_of(critic))} runs as a callable: .*({reason})", line)
 
 
 def test_large_modules_are_not_copied(monkeypatch, log):
@@ -449,6 +450,34 @@ def test_calls_through_as_flow_and_as_critic():
     bound = torch.zeros(S)
     sampler.critic = as_critic(critics, call=lambda qs, obs, a: [q(obs - bound, a) for q in qs])
     assert not is_packed(sampler)
+
+
+def test_explain_says_how_each_network_runs():
+    class Object:
+        def __call__(self, *blocks):
+            raise NotImplementedError
+
+    def my_flow(obs, x, t):
+        raise NotImplementedError
+
+    sampler = sampler_of(FlowMLP(S, A, (H,)), Residual(), Steering.qpilots_u())
+    flow, critic = sampler.explain(1).networks
+    assert flow == "flow FlowMLP runs packed on native kernels"
+    assert critic.startswith("critic Residual runs as a callable: what lies between its Linears is no known activation")
+    assert critic in str(sampler.explain(2))
+    sampler.critic, sampler.flow = Q(), my_flow
+    assert sampler.explain(1).networks[0] == "flow my_flow runs as a callable: it is a function"
+    sampler.flow = Flow()
+    assert [line.split(" runs packed")[0] for line in sampler.explain(1).networks] == ["flow Flow", "critic Q"]
+    sampler.posterior = Object()
+    line = "posterior Object runs as a callable: it is no nn.Module (this steering does not ask it)"
+    assert sampler.explain(1).networks[2] == line and is_packed(sampler)
+    sampler.steering = replace(Steering.noisy(0.5), critic_time=True)
+    assert sampler.explain(1).networks[1] == "critic Q runs as a callable: Steering.critic_time asks Q(obs, a, t)"
+    sampler.steering, sampler.flow = Steering.unsteered(), Dropping()
+    assert "Dropping is in training mode" in sampler.explain(1).networks[0]
+    sampler.eval()
+    assert "packed" in sampler.explain(1).networks[0] and "does not ask it" in sampler.explain(1).networks[1]
 
 
 # ---------------------------------------------------------------- what changes afterwards
