@@ -1,6 +1,6 @@
 """Fused sampling for flow policies steered by a critic (QPILOTS-U, QPILOTS-M and their rivals)."""
 
-from . import networks, objectives, ops
+from . import heads, networks, objectives, ops
 from .callables import as_critic, as_flow
 from .errors import BackendUnavailable
 from .from_module import from_module
@@ -23,6 +23,7 @@ __all__ = [
     "as_flow",
     "calibrate_gate",
     "from_module",
+    "heads",
     "networks",
     "objectives",
     "ops",

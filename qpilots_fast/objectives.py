@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .critic_outputs import ask_critic
+from .heads import Head
 from .meta_flow_map import meta_flow_map_loss as meta_flow_map_loss
 from .reference import aggregate
 from .steering import AGGREGATIONS
@@ -100,7 +101,7 @@ def flow_matching_loss(
 @torch.no_grad()
 def td_target(
     target_critic: Critic, rewards: Tensor, discounts: Tensor, next_obs: Tensor, next_actions: Tensor, *,
-    aggregation: str = "pessimistic", rho: float = 0.5, critic_layout: str = "auto",
+    aggregation: str = "pessimistic", rho: float = 0.5, critic_layout: str = "auto", head: Head | None = None,
 ) -> Tensor:  # fmt: skip
     """rewards + discounts * Qbar(next_obs, next_actions), Qbar = mean_j Q_j - rho std_j Q_j (population std).
 
@@ -112,9 +113,10 @@ def td_target(
         next_obs, next_actions: [B, S], [B, A].
         aggregation, rho: "pessimistic" (QPILOTS), "mean", or "min" (QGF).
         critic_layout: as SteeredSampler's; settles an output [B, B].
+        head: `heads.C51` or `heads.HLGauss`, where the critic returns logits over returns.
 
     Returns:
-        [B], without gradient.
+        [B], without gradient; with a head the target's probabilities [B, M].
 
     Raises:
         ValueError, TypeError: for shapes that do not fit, and for discounts that are bool or integer (dones).
@@ -122,6 +124,9 @@ def td_target(
     _check_aggregation("td_target", aggregation, rho)
     _check_rows("td_target", next_obs, next_actions=next_actions)
     rewards, discounts = _read_rewards("td_target", next_obs, rewards, discounts)
+    if head is not None:
+        logits = head.read(target_critic(next_obs, next_actions), len(next_obs), "target_critic")
+        return head.bootstrapped(logits, rewards, discounts, aggregation, rho)
     next_q = aggregate(
         ask_critic(target_critic, next_obs, next_actions, critic_layout, "target_critic"), aggregation, rho
     )
@@ -131,7 +136,7 @@ def td_target(
 def td_loss(
     critic: Critic, target_critic: Critic, obs: Tensor, actions: Tensor, rewards: Tensor, discounts: Tensor,
     next_obs: Tensor, *, sampler: Sampler | None = None, next_actions: Tensor | None = None,
-    aggregation: str = "pessimistic", rho: float = 0.5, critic_layout: str = "auto",
+    aggregation: str = "pessimistic", rho: float = 0.5, critic_layout: str = "auto", head: Head | None = None,
 ) -> Tensor:  # fmt: skip
     """mean_j,b (Q_j(obs, actions) - [rewards + discounts * Qbar'(next_obs, next_actions)])^2.
 
@@ -148,6 +153,9 @@ def td_loss(
         next_actions: [B, A]; exactly one of sampler and next_actions is given.
         aggregation, rho: of the target ensemble.
         critic_layout: of both critics, as SteeredSampler's.
+        head: `heads.C51` or `heads.HLGauss`, where both critics return logits over returns ([E, B, M], [B, M] or a
+            list of these): the loss is then the cross-entropy. A sampler over such critics takes their values,
+            as_critic(critic, call=lambda m, obs, a: head.values(m(obs, a))).
 
     Returns:
         A scalar: the mean over members and rows.
@@ -168,15 +176,24 @@ def td_loss(
     assert next_actions is not None
     target = td_target(
         target_critic, rewards, discounts, next_obs, next_actions, aggregation=aggregation, rho=rho,
-        critic_layout=critic_layout,
+        critic_layout=critic_layout, head=head,
     )  # fmt: skip
+    return _regression(critic, obs, actions, target, critic_layout, head)
+
+
+def _regression(
+    critic: Critic, obs: Tensor, actions: Tensor, target: Tensor, critic_layout: str, head: Head | None
+) -> Tensor:
+    """The mean over members and rows of the square to the target [B], or the cross-entropy to its probabilities."""
+    if head is not None:
+        return head.loss(head.read(critic(obs, actions), len(obs)), target)
     return (ask_critic(critic, obs, actions, critic_layout) - target).square().mean()
 
 
 def iql_loss(
     critic: Critic, target_critic: Critic, value: Callable[[Tensor], Tensor], obs: Tensor, actions: Tensor,
     rewards: Tensor, discounts: Tensor, next_obs: Tensor, *, expectile: float = 0.9,
-    aggregation: str = "pessimistic", rho: float = 0.5, critic_layout: str = "auto",
+    aggregation: str = "pessimistic", rho: float = 0.5, critic_layout: str = "auto", head: Head | None = None,
 ) -> IQLLosses:  # fmt: skip
     """Implicit Q-learning (arXiv 2110.06169): an upper expectile of Qbar over the data's actions stands for the max.
 
@@ -193,6 +210,7 @@ def iql_loss(
         expectile: in (0, 1); 0.5 is the mean (SARSA), towards 1 the best action in the data.
         aggregation, rho: of the target ensemble under the value.
         critic_layout: of both critics, as SteeredSampler's.
+        head: as `td_loss`'s; the critics' loss is then the cross-entropy to head.target of the same target.
 
     Returns:
         Two scalars; V's target and the critics' target carry no gradient.
@@ -207,13 +225,18 @@ def iql_loss(
     _check_rows("iql_loss", obs, actions=actions, next_obs=next_obs)
     rewards, discounts = _read_rewards("iql_loss", obs, rewards, discounts)
     with torch.no_grad():
-        q = aggregate(ask_critic(target_critic, obs, actions, critic_layout, "target_critic"), aggregation, rho)
+        if head is None:
+            q_values = ask_critic(target_critic, obs, actions, critic_layout, "target_critic")
+        else:
+            q_values = head.values(head.read(target_critic(obs, actions), len(obs), "target_critic"))
+        q = aggregate(q_values, aggregation, rho)
         next_value = _as_vector("iql_loss", "value(next_obs)", value(next_obs), obs)
         target = rewards + discounts * next_value.to(rewards.dtype)
+        target = target if head is None else head.target(target)
     advantage = q - _as_vector("iql_loss", "value(obs)", value(obs), obs)
     weight = torch.where(advantage < 0, 1 - expectile, expectile)
     value_loss = (weight * advantage.square()).mean()
-    return IQLLosses((ask_critic(critic, obs, actions, critic_layout) - target).square().mean(), value_loss)
+    return IQLLosses(_regression(critic, obs, actions, target, critic_layout, head), value_loss)
 
 
 @torch.no_grad()
