@@ -9,6 +9,7 @@ vector-Jacobian product, gradients of parameters, t, and of whole samples from a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,13 @@ from torch import Tensor
 from .bounds import as_lists
 from .loop_conventions import NOISE_AT_ZERO, check_step, check_time, from_convention, time_rows
 from .networks import PackableNetwork
+from .op_networks import (
+    packed_network,
+    pessimistic_otherwise,
+    step_otherwise,
+    values_otherwise,
+    velocity_otherwise,
+)
 from .op_transforms import call
 from .spec import NetworkSpec, SamplerSpec
 from .steering import AGGREGATIONS, Steering, check_choice, check_number
@@ -32,13 +40,6 @@ __all__ = [
     "steer_velocity",
     "velocity",
 ]
-
-
-def _parameters(network: PackableNetwork, kind: str, op: str) -> tuple[list[Tensor], str]:
-    if not isinstance(network, PackableNetwork) or network.spec.kind != kind:
-        got = network.spec.kind if isinstance(network, PackableNetwork) else type(network).__name__
-        raise TypeError(f"{op}: the network is {got}; expected a {kind} network or from_module(module, kind={kind!r}).")
-    return network.flat_parameters(), network.spec.json
 
 
 def _check_rows(op: str, obs: Tensor, actions: Tensor, spec: NetworkSpec) -> None:
@@ -60,20 +61,19 @@ def velocity(
     backend: str = "auto",
 ) -> Tensor:
     """v(obs, x, t): obs [B, S], noisy_actions [B, A], t [B, 1] or a number in [0, 1] -> [B, A]."""
-    parameters, spec = _parameters(flow, "flow", "velocity")
+    flow = packed_network("velocity", "flow", flow, obs, noisy_actions, velocity_otherwise)
     _check_rows("velocity", obs, noisy_actions, flow.spec)
-    return call(
-        "velocity", obs, noisy_actions, time_rows("velocity", t, noisy_actions), parameters, spec, precision, backend
-    )
+    times = time_rows("velocity", t, noisy_actions)
+    return call("velocity", obs, noisy_actions, times, flow.flat_parameters(), flow.spec.json, precision, backend)
 
 
 def critic_values(
     obs: Tensor, actions: Tensor, critic: PackableNetwork, *, precision: str = "float32", backend: str = "auto"
 ) -> Tensor:
     """q_values [E, B] at obs [B, S], actions [B, A]."""
-    parameters, spec = _parameters(critic, "critic", "critic_values")
+    critic = packed_network("critic_values", "critic", critic, obs, actions, partial(values_otherwise, critic))
     _check_rows("critic_values", obs, actions, critic.spec)
-    return call("critic_values", obs, actions, parameters, spec, precision, backend)
+    return call("critic_values", obs, actions, critic.flat_parameters(), critic.spec.json, precision, backend)
 
 
 def pessimistic_q(
@@ -90,10 +90,12 @@ def pessimistic_q(
 
     Its gradient where all members agree (std = 0) is that of the mean.
     """
-    parameters, spec = _parameters(critic, "critic", "pessimistic_q")
-    _check_rows("pessimistic_q", obs, actions, critic.spec)
     check_choice("pessimistic_q: aggregation", aggregation, AGGREGATIONS)
     check_number("pessimistic_q: rho", rho, 0.0)
+    otherwise = partial(pessimistic_otherwise, critic, aggregation, rho)
+    critic = packed_network("pessimistic_q", "critic", critic, obs, actions, otherwise)
+    _check_rows("pessimistic_q", obs, actions, critic.spec)
+    parameters, spec = critic.flat_parameters(), critic.spec.json
     return call("pessimistic_q", obs, actions, parameters, spec, rho, aggregation, precision, backend)
 
 
@@ -275,8 +277,6 @@ def _step_arguments(
         if steering.scale != "norm_match":
             raise ValueError(f"{op}: q_grad with scale={steering.scale!r}; expected 'norm_match', or obs and critic.")
         return _update_arguments(op, noisy_actions, v, q_grad, steering.alpha, steering.eps, steering.steered_dims)
-    if not isinstance(critic, PackableNetwork):
-        raise TypeError(_callable_critic(op, critic, convention))
     if steering.uses_posterior or (steering.estimate == "tweedie" and steering.jacobian == "full"):
         raise ValueError(
             f"{op}: estimate={steering.estimate!r} with jacobian={steering.jacobian!r} needs the flow network, "
@@ -284,23 +284,14 @@ def _step_arguments(
         )
     if obs is None:
         raise ValueError(f"{op}: obs is None; the critic needs obs [B, S].")
-    parameters, spec = _parameters(critic, "critic", op)
+    otherwise = partial(step_otherwise, op, critic, steering, action_low, action_high, convention)
+    critic = packed_network(op, "critic", critic, obs, noisy_actions, otherwise)
+    parameters, spec = critic.flat_parameters(), critic.spec.json
     obs, x, v = _float_rows(obs, noisy_actions, v)
     _check_rows(op, obs, x, critic.spec)
     times = times.to(x.dtype)
     low, high = as_lists(action_low, action_high, x.shape[1], noisy_actions.shape[1:])
     return obs, x, v, times, parameters, spec, steering.json, low, high, precision, backend
-
-
-def _callable_critic(op: str, critic: object, convention: str) -> str:
-    clean = "ops.clean_actions(x, v, t)" if convention == NOISE_AT_ZERO else "ops.clean_actions(x, -v, 1 - t)"
-    return (
-        f"{op}: the critic is {type(critic).__name__}; expected CriticEnsemble or from_module(module, kind='critic'). "
-        "For a critic that from_module refuses, take the gradient yourself and pass it in place of obs and critic: "
-        f"a = {clean}.detach().clamp(-1, 1).requires_grad_(); "
-        "q_grad = torch.autograd.grad(critic(obs, a).sum(), a)[0] "
-        "(the gradient of the members' mean, up to its length, which the norm match takes out)."
-    )
 
 
 def sample(

@@ -178,7 +178,7 @@ def test_errors_say_what_to_do():
     obs, x = rows(S, A, dtype=torch.float32, grad=False)
     with pytest.raises(ValueError, match=r"actions have shape \[5, 3\]; expected \[5, 4\]"):
         ops.critic_values(obs, x[:, :3], critic)
-    with pytest.raises(TypeError, match="expected a critic network"):
+    with pytest.raises(TypeError, match="critic is FlowMLP, a packed flow; expected a packed critic"):
         ops.critic_values(obs, x, flow)
     with pytest.raises(ValueError, match="either obs and critic, or q_grad"):
         ops.steer_step(x, x, 0.1, 0.1)

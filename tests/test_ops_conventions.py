@@ -110,26 +110,6 @@ def test_half_precision_is_computed_in_float32(step, dtype):
     assert got.dtype == dtype and torch.allclose(got.float(), (x.float() + 0.12 * v.float()), atol=0.02)
 
 
-def test_the_advice_for_a_callable_critic_works(step):
-    x, v, keys = step
-
-    def critic(obs, a):
-        return keys["critic"](obs, a).mT
-
-    with pytest.raises(
-        TypeError, match=r"from_module.*a = ops\.clean_actions\(x, v, t\).*q_grad = torch\.autograd\.grad"
-    ):
-        ops.steer_step(x, v, 0.3, 0.1, obs=keys["obs"], critic=critic)
-    with pytest.raises(TypeError, match=r"a = ops\.clean_actions\(x, -v, 1 - t\)"):
-        ops.steer_velocity(x, v, 0.7, obs=keys["obs"], critic=critic, convention="noise_at_one")
-    t, obs = 0.3, keys["obs"]
-    a = ops.clean_actions(x, v, t).detach().clamp(-1, 1).requires_grad_()
-    q_grad = torch.autograd.grad(critic(obs, a).sum(), a)[0]
-    mean = Steering.qpilots_u(0.7, jacobian="identity", rho=0.0)
-    want = ops.steer_step(x, v, t, 0.1, obs=obs, critic=keys["critic"], steering=mean)
-    assert torch.allclose(ops.steer_step(x, v, t, 0.1, q_grad=q_grad, steering=mean), want, atol=1e-5)
-
-
 def test_the_critics_parameters_get_their_gradients(step):
     x, v, keys = step
     critic = keys["critic"].requires_grad_(True)
