@@ -114,8 +114,8 @@ def _opcheck_cases():
         "clean_actions": (x, v, t),
         "steer_update": (x, v, g, 0.1, 0.3, 1e-8, [0, 2]),
         "posterior_weights": (g, 2.0, 1.0),
-        "steer_step": (obs, x, v, t, cp, 0.1, critic.spec.json, step, -1.0, 1.0, *tail),
-        "steer_velocity": (obs, x, v, t, cp, critic.spec.json, step, -1.0, 1.0, *tail),
+        "steer_step": (obs, x, v, t, cp, 0.1, critic.spec.json, step, [-1.0], [1.0], *tail),
+        "steer_velocity": (obs, x, v, t, cp, critic.spec.json, step, [-1.0], [1.0], *tail),
         "sample": (obs, x, None, fp + cp, u.json, "reference"),
         "sample_m": (obs, x, eps, fp + cp + posterior.flat_parameters(), m.json, "reference"),
     }
