@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .untraced import untraced
+
 Seeds = Sequence[int] | Sequence[torch.Generator] | Tensor | np.ndarray
 
 
@@ -47,6 +49,7 @@ def _read_seed(seed: Any) -> int:
     return number
 
 
+@untraced
 def drawn_by_row(seeds: list[Any], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
     """For each shape a float32 CPU tensor [B, *shape]; row i's numbers follow from seed i alone, shape after shape.
 
@@ -68,7 +71,3 @@ def drawn_by_row(seeds: list[Any], shapes: Sequence[tuple[int, ...]]) -> list[Te
         for row in rows:
             row.normal_(generator=generator)
     return [value.view(len(seeds), *shape) for value, shape in zip(values, shapes)]
-
-
-# What torch.compiler.disable does, which imports torch._dynamo, and with it Triton, at once.
-drawn_by_row._torchdynamo_disable = True  # type: ignore[attr-defined]

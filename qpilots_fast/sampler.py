@@ -23,6 +23,7 @@ from .remarks import Remarks
 from .runs import CallableRun, Choices, PackedRun, make_run
 from .settings import DEFAULT_STEPS, check_num_steps, check_settings, read_setting
 from .steering import Steering
+from .untraced import untraced
 from .warming import warm_up
 
 _log = logging.getLogger("qpilots_fast")
@@ -164,6 +165,8 @@ class SteeredSampler(nn.Module):
         Raises:
             ValueError, TypeError: wrong shapes, dtypes, devices, or non-finite obs or noise.
         """
+        if torch.compiler.is_compiling() and self._has_callables():
+            return _untraced_call(self, obs, noise, posterior_noise, generator, return_info, seeds=seeds, alpha=alpha)
         run = self._run
         plain = generator is None and seeds is None and alpha is None and not return_info
         if plain and not torch.compiler.is_compiling():  # traced: no guard on it
@@ -302,6 +305,10 @@ class SteeredSampler(nn.Module):
             slots[name] += own.slots if own is not None and own.network is network else []
         return make_run(self, networks, slots, self._frozen, self._choices, self._remarks)
 
+    def _has_callables(self) -> bool:
+        networks = (self.flow, self.critic, self.posterior)
+        return not all(network is None or isinstance(network, PackableNetwork) for network in networks)
+
     def _device(self) -> torch.device:
         parameter = next(self.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
@@ -344,3 +351,9 @@ class SteeredSampler(nn.Module):
             f"{self.steering}, num_steps={self.num_steps}, backend={self.backend!r}, precision={self.precision!r}"
             + (", frozen" if self._frozen else "")
         )
+
+
+@untraced
+def _untraced_call(sampler: SteeredSampler, *arguments: Any, **named: Any) -> Any:
+    """sampler(...): a loop around users' callables is theirs to compile, network by network."""
+    return sampler(*arguments, **named)

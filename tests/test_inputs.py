@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from qpilots_fast import SteeredSampler, Steering
 from qpilots_fast.testing import make_case
@@ -219,3 +220,37 @@ def test_compiled_with_drawn_noise_at_other_batch_sizes(steering):
         eps = None if case.posterior_noise is None else case.posterior_noise[:, :batch]
         given = case.obs[:batch], case.noise[:batch], eps
         torch.testing.assert_close(compiled(*given), sampler(*given), rtol=0, atol=1e-5)
+
+
+CALLED = {
+    "flow": lambda case: lambda obs, x, t: case.flow(obs, x.flatten(1), t).view_as(x),
+    "critic": lambda case: lambda obs, a: case.critic(obs, a.flatten(1)),
+    "posterior": lambda case: lambda obs, e, x, t: case.posterior(obs, e.flatten(1), x.flatten(1), t).view_as(x),
+}
+
+
+@pytest.mark.parametrize("which", [("flow", "critic", "posterior"), ("critic",), ("flow",)], ids=", ".join)
+@pytest.mark.parametrize("steering", [Steering.qpilots_u(), Steering.qpilots_m(), Steering.best_of_n(4)])
+def test_compiled_with_callables(steering, which):
+    """The loop runs as it is inside a compiled program: with the same draws, so with the same bits."""
+    case = make_case(replace(steering, num_candidates=4), hidden_dims=(8,), num_steps=3)
+    networks = {name: getattr(case, name) for name in ("flow", "critic", "posterior")}
+    networks |= {name: CALLED[name](case) for name in which}
+    sampler = SteeredSampler(**networks, steering=case.steering, num_steps=3, chunk_shape=(5, 1))
+    frames = CompileCounter()
+    compiled = torch.compile(lambda *a, **named: 2 * sampler(2 * a[0], *a[1:], **named), backend=frames)
+
+    def assert_same(*inputs, **named):
+        torch.manual_seed(7)
+        expected = 2 * sampler(2 * inputs[0], *inputs[1:], **named)
+        torch.manual_seed(7)
+        assert torch.equal(compiled(*inputs, **named), expected)
+
+    for batch in (4, 8, 16):
+        eps = None if case.posterior_noise is None else case.posterior_noise[:, :batch]
+        assert_same(case.obs[:batch], case.noise[:batch], eps)
+        assert_same(case.obs[:batch])
+        assert_same(case.obs[:batch], seeds=range(batch))
+    assert frames.op_count <= 2 * frames.frame_count  # nothing of the loop was traced
+    with pytest.raises(Exception, match=r"torch.compiler.disable"):
+        torch.compile(sampler, backend="eager", fullgraph=True)(case.obs, case.noise)
