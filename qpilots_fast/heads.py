@@ -61,8 +61,8 @@ class Head:
             if output.ndim == 3 and output.shape[2] == m and rows in output.shape[:2]:
                 if output.shape[0] == output.shape[1] > 1:
                     raise ValueError(
-                        f"{owner} returned {list(output.shape)} for {rows} rows: are its first two dimensions [members, "
-                        "rows] or [rows, members]? Return a list of [B, M], one for each member."
+                        f"{owner} returned {list(output.shape)} for {rows} rows: [members, rows, atoms] or [rows, "
+                        "members, atoms]? Return a list of [B, M], one for each member."
                     )
                 return output if output.shape[1] == rows else output.transpose(0, 1)
         raise ValueError(

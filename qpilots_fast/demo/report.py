@@ -17,10 +17,12 @@ from .methods import (
     ALPHAS,
     DEFAULT_ALPHA,
     DRAWS,
+    STRONG_ALPHA,
     Method,
     Outcome,
     Timing,
     compare,
+    gate_method,
     standard_methods,
     sweep,
     timings,
@@ -75,7 +77,8 @@ def plot(outcomes: list[Outcome], path: Path) -> None:
 
     curve = sorted((o for o in outcomes if o.method.alpha is not None), key=lambda o: o.method.alpha or 0.0)
     flat = [o for o in outcomes if o.method.alpha is None and not o.method.steering.steers]
-    drawn = [o for o in outcomes if o.method.steering.uses_posterior]
+    apart = [(o, o.method.steering) for o in outcomes if o.method.alpha is None]
+    drawn = [o for o, s in apart if s.uses_posterior or s.window is not None or s.max_disagreement is not None]
     alphas = [o.method.alpha for o in curve]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     low, high = zip(*(o.interval for o in curve))
@@ -113,6 +116,20 @@ def _conclusion(outcomes: list[Outcome]) -> str:
         f"episodes. Steered by the critics at alpha {DEFAULT_ALPHA:g}, the same weights reach it in "
         f"{_percent(steered.rollouts.rate)}."
     )
+    strong, window, gated = (
+        next((o for o in outcomes if wanted(o.method)), None)
+        for wanted in (
+            lambda method: method.alpha == STRONG_ALPHA,
+            lambda method: method.steering.window is not None,
+            lambda method: method.steering.max_disagreement is not None,
+        )
+    )
+    if strong is not None and window is not None and gated is not None:
+        text += (
+            f" Alpha {STRONG_ALPHA:g} at every step is too much ({_percent(strong.rollouts.rate)}). With a gate on the "
+            f"critics' disagreement it is {_percent(gated.rollouts.rate)}, in a window over the middle steps "
+            f"{_percent(window.rollouts.rate)}."
+        )
     drawn = next((o for o in outcomes if o.method.steering.uses_posterior), None)
     if drawn is not None:
         text += f" With {DRAWS} posterior draws a step (QPILOTS-M) it is {_percent(drawn.rollouts.rate)}."
@@ -132,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
     mapped = "" if policy.posterior is None else f", meta flow map {policy.posterior.spec.hidden_dims}"
     console.print(
         f"[bold]OGBench cube-single[/bold]: a UR5e arm moves a cube to a goal; {len(TASKS)} tasks, {rounds} episodes "
-        f"each for {len(methods)} methods, at most {EPISODE_STEPS} steps an episode.\n"
+        f"each for {len(methods) + 1} methods, at most {EPISODE_STEPS} steps an episode.\n"
         f"Policy: flow {policy.flow.spec.hidden_dims}, {policy.critic.spec.num_members} critics "
         f"{policy.critic.spec.hidden_dims}{mapped}, chunks of 5 actions; backend {probe.explain(len(TASKS)).backend}."
     )
@@ -160,7 +177,7 @@ def _with_progress(
     """The outcomes in the order of the methods."""
     columns = (TextColumn("{task.description:26}"), BarColumn(), TextColumn("{task.completed}/{task.total} episodes"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-        bar = progress.add_task("all alphas in one batch", total=len(methods) * rounds * len(TASKS))
+        bar = progress.add_task("all alphas in one batch", total=(len(methods) + 1) * rounds * len(TASKS))
 
         def on_round(method: Method) -> None:
             progress.update(bar, advance=len(TASKS), description=method.name)
@@ -170,8 +187,9 @@ def _with_progress(
 
         how = {"seed": args.seed, "backend": args.backend}
         found = sweep(policy, tasks, alphas, rounds, on_round=on_sweep, **how)
-        rest = [method for method in methods if method not in [outcome.method for outcome in found]]
         obs = value_states(found[0].rollouts)
+        methods.append(gate_method(policy, obs))  # its number comes from the unsteered policy's observations
+        rest = [method for method in methods if method not in [outcome.method for outcome in found]]
         one = tasks.first_copy()
         found += compare(policy, one, rest, rounds, on_round=on_round, value_obs=obs, **how)
         return sorted(found, key=lambda outcome: methods.index(outcome.method))
