@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import qpilots_fast as qf
 from qpilots_fast import SteeredSampler, Steering
@@ -102,3 +103,58 @@ def test_wrappers_of_packed_networks_are_taken_off(wrap):
     assert qf.from_module(wrap(case.flow), "flow") is case.flow
     critics = nn.ModuleList(nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 1)) for _ in range(2))
     assert qf.from_module([wrap(q) for q in critics], "critic", obs_dim=7, action_dim=5).spec.num_members == 2
+
+
+def as_functions(case, wrap=lambda function: function):
+    """The case's networks behind functions of which nothing is known."""
+
+    def function_of(network):
+        return wrap(lambda *inputs: network(*inputs))
+
+    return {name: function_of(getattr(case, name)) for name in ("flow", "critic", "posterior")}
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("preset", ["qpilots_u", "qpilots_u_identity", "qpilots_m", "glass", "gaf", "best_of_n"])
+def test_autocast_is_for_the_networks_alone(preset, mode):
+    """Its result is that of networks which cast by themselves; the loop's own numbers stay float32."""
+    case = make_case(PRESETS[preset], hidden_dims=(64, 48), num_steps=4)
+    given = case.obs, case.noise, case.posterior_noise
+
+    def casting(function):
+        return lambda *inputs: torch.autocast("cpu", dtype=torch.bfloat16)(function)(*inputs)
+
+    inside, plain = (
+        SteeredSampler(**as_functions(case, wrap), steering=case.steering, num_steps=4)
+        for wrap in (casting, lambda function: function)
+    )
+    expected, known = inside(*given, return_info=True)
+    with mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        actions, info = plain(*given, return_info=True)
+    assert torch.equal(actions, expected) and torch.equal(info.gradient_norms, known.gradient_norms)
+    assert actions.dtype == info.gradient_norms.dtype == torch.float32
+    assert_close(actions, case.expected(), "bfloat16")
+    assert not torch.equal(actions, plain(*given))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("preset", ["qpilots_u", "qpilots_m", "noisy"])
+def test_outputs_of_another_dtype(preset, dtype):
+    case = make_case(PRESETS[preset], num_steps=4)
+    sampler = SteeredSampler(
+        **as_functions(case, lambda function: lambda *inputs: function(*inputs).to(dtype)), steering=case.steering,
+        num_steps=4,
+    )  # fmt: skip
+    actions, info = sampler(case.obs, case.noise, case.posterior_noise, return_info=True)
+    assert actions.dtype == info.q_values.dtype == torch.float32
+    assert_close(actions, case.expected(), "bfloat16" if dtype == torch.bfloat16 else "float32")
+
+
+def test_compiled_networks_are_not_compiled_at_every_step():
+    case = make_case(hidden_dims=(8,))
+    frames = CompileCounter()
+    compiled = as_functions(case, lambda function: torch.compile(function, backend=frames, dynamic=False))
+    sampler = SteeredSampler(**compiled, steering=case.steering)
+    for _ in range(2):
+        assert_close(sampler(case.obs, case.noise), case.expected())
+    assert frames.frame_count == 3  # the flow with and without a gradient, the critic
