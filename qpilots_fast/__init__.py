@@ -1,7 +1,7 @@
 """Fused sampling for flow policies steered by a critic (QPILOTS-U, QPILOTS-M and their rivals)."""
 
 from . import heads, networks, objectives, ops
-from .callables import as_critic, as_flow
+from .callables import as_critic, as_flow, as_posterior
 from .errors import BackendUnavailable
 from .from_module import from_module
 from .gate import calibrate_gate
@@ -21,6 +21,7 @@ __all__ = [
     "Steering",
     "as_critic",
     "as_flow",
+    "as_posterior",
     "calibrate_gate",
     "from_module",
     "heads",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,25 @@ class CriticList(nn.ModuleList):
         return [critic(obs, actions, *t) for critic in self]
 
 
+def has_forward(module: nn.Module) -> bool:
+    """Whether a module can be called: a bare ModuleList or ModuleDict cannot."""
+    return type(module).forward is not nn.Module.forward
+
+
+def is_list(module: object) -> TypeGuard[nn.ModuleList]:
+    """Whether this is a ModuleList that says nothing about how its members are called."""
+    return isinstance(module, nn.ModuleList) and (isinstance(module, CriticList) or not has_forward(module))
+
+
+def _registered(module: Any) -> Any:
+    """Modules in a list or dict as one module."""
+    if isinstance(module, (list, tuple)) and all(isinstance(member, nn.Module) for member in module):
+        return nn.ModuleList(module)
+    if isinstance(module, dict) and all(isinstance(member, nn.Module) for member in module.values()):
+        return nn.ModuleDict(module)
+    return module
+
+
 class _Called(nn.Module):
     """A module that is called through call(module, *inputs); registers it as `.module`."""
 
@@ -27,32 +46,55 @@ class _Called(nn.Module):
         if not callable(call):
             raise TypeError(f"{owner}: call is {type(call).__name__}; expected a function call(module, obs, ...).")
         self.owner = owner
-        self.module = nn.ModuleList(module) if isinstance(module, (list, tuple)) else module
+        self.module = _registered(module)
         self.call = call
 
     def forward(self, *inputs: Any) -> Any:
         return self.call(self.module, *inputs)
 
 
+def insides(module: nn.Module) -> list[nn.Module]:
+    """The module, the members of a list, and what as_flow and its like call: where a user may have said the widths."""
+    if isinstance(module, _Called):
+        return [module, *(insides(module.module) if isinstance(module.module, nn.Module) else [])]
+    return [module, *(module if is_list(module) else [])]
+
+
 def as_flow(module: Any, call: Callable[..., Tensor]) -> nn.Module:
-    """A flow out of a module with another signature: velocity [B, A] = call(module, obs, noisy_actions, t [B, 1])."""
+    """A flow out of a module, or a list or dict of them, with another signature or output.
+
+    Args:
+        module: registered, so that the sampler's .to() moves it and its state_dict() holds it.
+        call: (module, obs, noisy_actions [B, A], t [B, 1]) -> velocity [B, A]; chunks are [B, C, D].
+    """
     return _Called("as_flow", module, call)
 
 
 def as_critic(module: Any, call: Callable[..., Any]) -> nn.Module:
-    """A critic out of a module, or a list of them, with another signature or output.
+    """A critic out of a module, or a list or dict of them, with another signature or output.
 
     Args:
-        module: registered, so that the sampler's .to() moves it.
+        module: registered, so that the sampler's .to() moves it and its state_dict() holds it.
         call: (module, obs, actions) -> q_values, laid out as SteeredSampler reads them.
     """
     return _Called("as_critic", module, call)
 
 
+def as_posterior(module: Any, call: Callable[..., Tensor]) -> nn.Module:
+    """A posterior out of a module, or a list or dict of them, with another signature or output.
+
+    Args:
+        module: registered, so that the sampler's .to() moves it and its state_dict() holds it.
+        call: (module, obs, xbar [B, A], noisy_actions [B, A], t [B, 1]) -> a draw of the clean action [B, A], as the
+            map of xbar from inner time 0 to 1 gives it; chunks are [B, C, D].
+    """
+    return _Called("as_posterior", module, call)
+
+
 def name_of(network: Any) -> str:
     """A network in a few words, for messages."""
-    if isinstance(network, nn.ModuleList):
-        return f"list of {len(network)} {' and '.join(dict.fromkeys(map(name_of, network)))}"
+    if is_list(network) or isinstance(network, (list, tuple)):
+        return f"list of {len(network)} {' and '.join(dict.fromkeys(map(name_of, network)))}".rstrip()
     if isinstance(network, _Called):
         return f"{network.owner}({name_of(network.module)})"
     if isinstance(network, (types.FunctionType, types.MethodType)):

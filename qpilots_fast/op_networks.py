@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .bounds import read_bound
-from .callables import name_of, unwrapped
+from .callables import is_list, name_of, unwrapped
 from .loop_conventions import NOISE_AT_ZERO
 from .networks import PackableNetwork
 from .steering import Steering
@@ -62,7 +62,7 @@ def pessimistic_otherwise(critic: Any, aggregation: str, rho: float) -> str:
 def _ask(critic: Any, actions: str) -> str:
     """Code that makes q_values [E, B] of any critic."""
     as_one = f"lambda obs, {actions}: [q(obs, {actions}) for q in critic]"
-    asked = as_one if isinstance(critic, (list, tuple, nn.ModuleList)) else "critic"
+    asked = as_one if isinstance(critic, (list, tuple)) or is_list(critic) else "critic"
     return f"q_values = qpilots_fast.critic_outputs.ask_critic({asked}, obs, {actions})"
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .callables import name_of, unwrapped
+from .callables import is_list, name_of, unwrapped
 from .from_module import ModuleNetwork, Recognition, recognise
 from .from_module.calling import ACTIONS
 from .from_module.proof import batch_size_apart_from, random_blocks
@@ -73,7 +73,7 @@ _trials: MutableMapping[nn.Module, list[_Trial]] = weakref.WeakKeyDictionary()  
 
 
 def _members(module: nn.Module) -> Sequence[nn.Module]:
-    return list(module) if isinstance(module, nn.ModuleList) else [module]
+    return list(module) if is_list(module) else [module]
 
 
 def _structure(module: nn.Module) -> tuple[Any, ...]:
@@ -340,6 +340,6 @@ def _placed(
         if chunk_then == chunk and (earlier.network is not None or dims_then == dims):
             return earlier
     module = unwrapped(given)
-    if isinstance(module, nn.ModuleList) and any(unwrapped(member) is not member for member in module):
+    if is_list(module) and any(unwrapped(member) is not member for member in module):
         module = nn.ModuleList(map(unwrapped, module))
     return OwnModule(name, given, module, _tried(module, KIND_OF[name], dims, chunk))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .bounds import check_bounds, read_bound
-from .callables import CriticList, unwrapped
+from .callables import CriticList, has_forward, is_list, name_of, unwrapped
 from .critic_outputs import check_layout
 from .integers import as_int
 from .networks import PackableNetwork
@@ -32,7 +32,7 @@ def read_setting(name: str, value: Any) -> Any:
         return as_int(value)
     if name == "chunk_shape" and isinstance(value, (tuple, list)):
         return tuple(map(as_int, value))
-    if name == "critic" and isinstance(value, (list, tuple, nn.ModuleList)):
+    if name == "critic" and (is_list(value) or _are_modules(value)):
         return CriticList(value)
     if name == "time_grid":
         return _read_time_grid(value)
@@ -41,6 +41,10 @@ def read_setting(name: str, value: Any) -> Any:
     if name in ("flow", "critic", "posterior") and isinstance(unwrapped(value), PackableNetwork):
         return unwrapped(value)  # the wrapper itself would run as a callable, many times slower
     return value
+
+
+def _are_modules(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(member, nn.Module) for member in value)
 
 
 def _read_time_grid(value: Any) -> tuple[float, ...] | None:
@@ -79,8 +83,32 @@ def check_network(name: str, network: object, needed: bool) -> None:
             raise TypeError(
                 f"{name} is a {network.spec.kind} network ({type(network).__name__}); expected a {kinds[name]}."
             )
-    elif not callable(network):
-        raise TypeError(f"{name} is {type(network).__name__}; expected a network or a callable.")
+    elif isinstance(network, CriticList):
+        if not len(network):
+            raise ValueError("critic is an empty list; expected at least one critic.")
+    elif not callable(network) or (isinstance(network, nn.Module) and not has_forward(network)):
+        raise TypeError(f"{name} is {name_of(network)}; expected a network or a callable{_cure(name, network)}.")
+
+
+# the arguments of each network's call, and of one made of several what it could return
+_CALLS = {
+    "flow": ("obs, noisy_actions, t", "sum(m(obs, noisy_actions, t) for m in {}) / len(modules)"),
+    "critic": ("obs, actions", "[m(obs, actions) for m in {}]"),
+    "posterior": ("obs, xbar, noisy_actions, t", "sum(m(obs, xbar, noisy_actions, t) for m in {}) / len(modules)"),
+}
+
+
+def _cure(name: str, network: Any) -> str:
+    """What to do with several modules, or functions."""
+    if not isinstance(network, (list, tuple, dict, nn.ModuleList, nn.ModuleDict)):
+        return ""
+    arguments, together = _CALLS[name]
+    is_dict = isinstance(network, (dict, nn.ModuleDict))
+    code = together.format("modules.values()" if is_dict else "modules")
+    return (
+        f". Say what several make together: qpilots_fast.as_{name}({name}, call=lambda modules, {arguments}: {code}), "
+        "for one"
+    )
 
 
 def check_chunk_shape(chunk: object, networks: Iterable[object]) -> None:

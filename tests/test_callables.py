@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,6 +92,86 @@ def test_another_signature():
     assert len(list(sampler.parameters())) == len([*case.flow.parameters(), *case.critic.parameters()])
     with pytest.raises(TypeError, match="as_critic: call is NoneType"):
         qf.as_critic(case.critic, call=None)
+
+
+def test_several_modules_in_any_place():
+    case = make_case(Steering.qpilots_m(), num_critics=1)
+    other = make_case(Steering.qpilots_m(), seed=1, num_critics=1)
+    flows, critics = [case.flow, other.flow], {"a": case.critic, "b": other.critic}
+
+    def mean(first, second):
+        return lambda *blocks: (first(*blocks) + second(*blocks)) / 2
+
+    want = SteeredSampler(
+        mean(case.flow, other.flow),
+        lambda o, a: torch.cat([case.critic(o, a), other.critic(o, a)]),
+        case.steering,
+        posterior=mean(case.posterior, other.posterior),
+    )(case.obs, case.noise, case.posterior_noise)
+    sampler = SteeredSampler(
+        qf.as_flow(flows, call=lambda ms, obs, x, t: (ms[0](obs, x, t) + ms[1](obs, x, t)) / 2),
+        qf.as_critic(critics, call=lambda qs, obs, actions: [q(obs, actions) for q in qs.values()]),
+        case.steering,
+        posterior=qf.as_posterior(
+            (case.posterior, other.posterior),
+            call=lambda ms, obs, xbar, x, t: sum(m(obs, xbar, x, t) for m in ms) / len(ms),
+        ),
+    )
+    assert_close(sampler(case.obs, case.noise, case.posterior_noise), want)
+    keys = set(sampler.state_dict())
+    assert {"flow.module.1.output.bias", "critic.module.b.biases.0", "posterior.module.0.output.bias"} <= keys
+    assert sampler.double().flow.module[1].output.bias.dtype == torch.float64
+    for make in (qf.as_flow, qf.as_posterior):
+        with pytest.raises(TypeError, match=f"{make.__name__}: call is NoneType"):
+            make(case.flow, call=None)
+
+
+@pytest.mark.parametrize("name", ["flow", "critic", "posterior"])
+@pytest.mark.parametrize("kind", [list, tuple, nn.ModuleList, lambda ms: nn.ModuleDict(zip("ab", ms)), "functions"])
+def test_several_modules_without_a_call_say_the_cure(name, kind):
+    case = make_case(Steering.qpilots_m(), num_critics=2)
+    given = {"flow": case.flow, "critic": case.critic, "posterior": case.posterior}
+    several = [given[name], copy.deepcopy(given[name])]
+    if kind == "functions":
+        several = [lambda *blocks, m=module: m(*blocks) for module in several]
+    else:
+        several = kind(several)
+
+    def build(**replaced):
+        networks = {**given, **replaced}
+        return SteeredSampler(
+            networks["flow"], networks["critic"], case.steering, posterior=networks["posterior"]
+        )(case.obs, case.noise, case.posterior_noise)  # fmt: skip
+
+    if name == "critic" and kind in (list, tuple, nn.ModuleList):
+        return  # an ensemble
+    with pytest.raises(TypeError, match=f"{name} is .*; expected a network or a callable.*as_{name}") as error:
+        build(**{name: several})
+    code = re.search(r": (qpilots_fast\.as_\w+\(.*\)), for one", str(error.value))[1]
+    cured = eval(code, {"qpilots_fast": qf, name: several})
+    assert_close(build(**{name: cured}), build(), scale=10)  # equal members: the same once more
+
+
+def test_no_critic_in_a_list():
+    case = make_case()
+    with pytest.raises(ValueError, match="critic is an empty list; expected at least one critic"):
+        SteeredSampler(case.flow, [], case.steering)
+
+
+def test_a_list_with_a_forward_of_its_own_is_a_module():
+    class Least(nn.ModuleList):
+        def forward(self, obs, actions):
+            return torch.stack([q(obs, actions).amin(0) for q in self]).amin(0)
+
+    case = make_case(Steering.qgf(0.3), num_critics=1)
+    critics = Least([case.critic, make_case(seed=1, num_critics=1).critic])
+    sampler = SteeredSampler(case.flow, critics, case.steering)
+    assert sampler.critic is critics
+    assert_close(
+        sampler(case.obs, case.noise), SteeredSampler(case.flow, critics.forward, case.steering)(case.obs, case.noise)
+    )
+    with pytest.raises(ValueError, match="Least cannot run as a packed critic"):
+        qf.from_module(critics, "critic", obs_dim=7, action_dim=5)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import ACTIVATIONS
-from ..callables import unwrapped
+from ..callables import insides, unwrapped
 from ..critic_outputs import describe, layout_of, read_output
 from ..integers import as_int
 from ..networks import PackableNetwork
@@ -158,8 +158,7 @@ def _check_layers(module: nn.Module, in_eval_mode: bool) -> None:
 def _known_dim(module: nn.Module, hints: dict[str, Any], names: Sequence[str]) -> int | None:
     if hints.get(names[0]) is not None:
         return hints[names[0]]
-    owners = [module, *module.children()] if isinstance(module, nn.ModuleList) else [module]
-    values = (as_int(getattr(owner, name, None)) for owner in owners for name in names)
+    values = (as_int(getattr(owner, name, None)) for owner in insides(module) for name in names)
     return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), None)
 
 

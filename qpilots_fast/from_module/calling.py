@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..callables import is_list
 from ..critic_outputs import Layout, read_output
 from ..spec import INPUT_ORDER
 from ..times import time_features
@@ -46,7 +47,7 @@ class UserCall:
             blocks = [b.unflatten(-1, self.chunk) if name in ACTIONS else b for name, b in zip(names, blocks)]
         if self.custom is not None:
             output = self.custom(module, *blocks)
-        elif isinstance(module, nn.ModuleList):
+        elif is_list(module):
             output = [self._call(member, blocks) for member in module]
         else:
             output = self._call(module, blocks)
@@ -86,7 +87,7 @@ _ARGUMENT_NAMES = {
 
 def check_argument_order(module: nn.Module, kind: str) -> None:
     """Raises Refused where the names of forward's arguments contradict (obs, actions, t), which numbers cannot tell."""
-    if isinstance(module, nn.ModuleList):
+    if is_list(module):
         for member in module:
             check_argument_order(member, kind)
         return
