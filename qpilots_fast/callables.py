@@ -21,7 +21,7 @@ class CriticList(nn.ModuleList):
 
 def has_forward(module: nn.Module) -> bool:
     """Whether a module can be called: a bare ModuleList or ModuleDict cannot."""
-    return type(module).forward is not nn.Module.forward
+    return getattr(module.forward, "__func__", None) is not nn.Module.forward  # of the instance: torch.compile sets one
 
 
 def is_list(module: object) -> TypeGuard[nn.ModuleList]:
