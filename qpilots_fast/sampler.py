@@ -165,7 +165,7 @@ class SteeredSampler(nn.Module):
         Raises:
             ValueError, TypeError: wrong shapes, dtypes, devices, or non-finite obs or noise.
         """
-        if torch.compiler.is_compiling() and self._has_callables():
+        if torch.compiler.is_compiling() and self._has_callables(obs, noise):
             return _untraced_call(self, obs, noise, posterior_noise, generator, return_info, seeds=seeds, alpha=alpha)
         run = self._run
         plain = generator is None and seeds is None and alpha is None and not return_info
@@ -305,8 +305,8 @@ class SteeredSampler(nn.Module):
             slots[name] += own.slots if own is not None and own.network is network else []
         return make_run(self, networks, slots, self._frozen, self._choices, self._remarks)
 
-    def _has_callables(self) -> bool:
-        networks = (self.flow, self.critic, self.posterior)
+    def _has_callables(self, obs: Any, noise: Any) -> bool:
+        networks = self._asked(obs, noise).values()
         return not all(network is None or isinstance(network, PackableNetwork) for network in networks)
 
     def _device(self) -> torch.device:
