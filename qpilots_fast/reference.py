@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal, overload
 
 import torch
@@ -49,17 +48,20 @@ __all__ = [
 ]
 
 
-@lru_cache(maxsize=1024)
-def _constant(value: float, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(value, dtype=dtype, device="cpu")
+_constants: dict[tuple[float, torch.dtype], Tensor] = {}
+_CONSTANTS_KEPT = 1024
 
 
 def _number(value: float, like: Tensor) -> Tensor | float:
     """A number as a factor or summand of a tensor: torch converts a Python number at every operation, which costs more
     than the operation itself where rows are few."""
-    plain = type(like) is Tensor and like.dtype in (torch.float32, torch.float64)  # and no fake one
-    return _constant(value, like.dtype) if plain else value
+    found = _constants.get((value, like.dtype)) if type(like) is Tensor else value  # a fake one takes no real one
+    if found is None:
+        found = value
+        if like.dtype in (torch.float32, torch.float64) and len(_constants) < _CONSTANTS_KEPT:
+            with torch.inference_mode(False):
+                found = _constants[value, like.dtype] = torch.tensor(value, dtype=like.dtype, device="cpu")
+    return found
 
 
 # ---------------------------------------------------------------- one step, row by row
@@ -271,8 +273,15 @@ def glass_draw(
 
 def usable_gradient(g: Tensor, q_values: Tensor) -> Tensor:
     """g [B, A], and NaN in the rows where a value of q_values [..., B] is not finite, whatever its derivative says."""
+    if _is_at_hand(q_values) and math.isfinite(q_values.sum().item()):
+        return g  # a finite sum has finite terms
     peak = torch.linalg.vector_norm(q_values.flatten(0, -2), math.inf, 0)
     return g + (peak - peak).unsqueeze(-1)  # 0, or NaN where the peak is not finite
+
+
+def _is_at_hand(x: Tensor) -> bool:
+    """Whether Python may look at the values: a GPU's would stop its stream, a transformation's are not there."""
+    return x.device.type == "cpu" and type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _critic_gradient(
