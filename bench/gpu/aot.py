@@ -17,10 +17,10 @@ from qpilots_fast.steering import Steering
 
 _OPERAND = {"float32": "*fp32", "tf32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 _POINTERS = {
-    "layer_ptr": "*i32", "flow_layer_ptr": "*i32", "map_layer_ptr": "*i32", "nonfinite_ptr": "*i8", "gated_ptr": "*i8",
-    "item_ptr": "*i64", "block_ptr": "*i64",
+    "layer_ptr": "*i32", "flow_layer_ptr": "*i32", "posterior_layer_ptr": "*i32", "item_ptr": "*i64",
+    "block_ptr": "*i64", "nonfinite_ptr": "*i8", "gated_ptr": "*i8",
 }  # fmt: skip
-_OPERAND_POINTERS = {"w_ptr", "h_ptr", "z_ptr", "flow_w_ptr", "map_w_ptr", "weights_ptr"}
+_OPERAND_POINTERS = {"w_ptr", "h_ptr", "z_ptr", "flow_w_ptr", "posterior_w_ptr", "weights_ptr"}
 _INTEGERS = {"num_rows", "num_draws", "num_tiles", "rows_per_tile", "step", "flow_begin", "flow_end", "plain_end"}
 
 

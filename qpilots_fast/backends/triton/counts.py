@@ -78,7 +78,7 @@ def step_counts(plan: SamplerPlan, batch_size: int, steer: bool, propose: bool, 
     work: list[tuple[int, tuple[int, int]]] = [(flows, forward)]
     if steering.draws_posterior:
         inner = steering.glass_steps if steering.estimate == "glass" else 1
-        network = plan.map_layout or plan.flow_layout
+        network = plan.posterior_layout or plan.flow_layout
         ahead, back = (_pass_counts(network, element, direction) for direction in (False, True))
         again = steering.estimate == "glass" or grid.recompute
         work += [(chunks * inner * (propose + (steer and again)), ahead), (chunks * inner * steer, back)]

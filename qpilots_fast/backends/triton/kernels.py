@@ -237,12 +237,12 @@ def _steer_velocity(v, g, std, dims, alpha, gain, floor, max_grad_norm, gaf_deca
 def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_std_ptr, gx_ptr, xbar_ptr,
                  obs_ptr, eps_ptr,
                  flow_w_ptr, flow_vec_ptr, flow_bias_ptr, flow_layer_ptr,
-                 map_w_ptr, map_vec_ptr, map_bias_ptr, map_layer_ptr,
+                 posterior_w_ptr, posterior_vec_ptr, posterior_bias_ptr, posterior_layer_ptr,
                  h_ptr, z_ptr, stat_ptr, schedule_ptr, glass_ptr, dims_ptr, bounds_ptr, alpha_ptr, norm_ptr,
                  nonfinite_ptr, row_std_ptr, gated_ptr,
                  num_rows, num_draws, rows_per_tile, num_tiles, step, flow_begin, flow_end, plain_end,
                  gain, rho, tilt, floor, max_grad_norm, gaf_decay, gaf_min, max_disagreement,
-                 flow_eps, map_eps,
+                 flow_norm_eps, posterior_norm_eps,
                  STEER: tl.constexpr, PROPOSE: tl.constexpr, FLOW: tl.constexpr, RECOMPUTE: tl.constexpr,
                  ESTIMATE: tl.constexpr,
                  FULL: tl.constexpr, MASKED: tl.constexpr, AGG: tl.constexpr, SCALE: tl.constexpr,
@@ -251,8 +251,9 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
                  LDH: tl.constexpr, Z_SIZE: tl.constexpr, STAT_SIZE: tl.constexpr,
                  FLOW_L: tl.constexpr, FLOW_K0: tl.constexpr, FLOW_H: tl.constexpr, FLOW_LD: tl.constexpr,
                  FLOW_ACT: tl.constexpr, FLOW_NORM: tl.constexpr,
-                 MAP_L: tl.constexpr, MAP_K0: tl.constexpr, MAP_H: tl.constexpr, MAP_LD: tl.constexpr,
-                 MAP_ACT: tl.constexpr, MAP_NORM: tl.constexpr,
+                 POSTERIOR_L: tl.constexpr, POSTERIOR_K0: tl.constexpr, POSTERIOR_H: tl.constexpr,
+                 POSTERIOR_LD: tl.constexpr,
+                 POSTERIOR_ACT: tl.constexpr, POSTERIOR_NORM: tl.constexpr,
                  OUT_ROWS: tl.constexpr, DOT: tl.constexpr,
                  BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """STEER: finishes step `step` from the critics' answers. PROPOSE: runs the flow at step flow_end - 1 and writes the
@@ -294,7 +295,7 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
                         tl.debug_barrier()
                         _write_tile(h_ptr, x, COLUMN, LDH, BLOCK_B, A_PAD)
                         _mlp_forward(h_ptr, z_ptr, stat_ptr, flow_w_ptr, flow_vec_ptr, flow_bias_ptr + step * FLOW_H,
-                                     flow_layer_ptr, flow_eps, FLOW_L, FLOW_H, FLOW_LD, LDH, A_PAD,
+                                     flow_layer_ptr, flow_norm_eps, FLOW_L, FLOW_H, FLOW_LD, LDH, A_PAD,
                                      FLOW_ACT, FLOW_NORM, DOT, BLOCK_B, BLOCK_N, BLOCK_K)  # fmt: skip
                     through_flow = _pull_back(g, h_ptr, z_ptr, stat_ptr, flow_w_ptr, flow_vec_ptr, flow_layer_ptr,
                                               COLUMN, A_PAD, FLOW_L, FLOW_H, FLOW_LD, LDH, OUT_ROWS, FLOW_ACT,
@@ -332,16 +333,19 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
                         if RECOMPUTE:
                             eps = tl.load(eps_ptr + step.to(tl.int64) * total_draws * ACTION_DIM + of_draw,
                                           mask=mask_da, other=0.0)  # fmt: skip
-                            _write_rows(h_ptr, obs_ptr, of_row, mask_d, OBS_DIM, MAP_K0, LDH, BLOCK_B, BLOCK_K)
+                            _write_rows(h_ptr, obs_ptr, of_row, mask_d, OBS_DIM, POSTERIOR_K0, LDH, BLOCK_B, BLOCK_K)
                             tl.debug_barrier()
                             _write_tile(h_ptr, draw_x, COLUMN, LDH, BLOCK_B, A_PAD)
                             _write_tile(h_ptr, eps, COLUMN + A_PAD, LDH, BLOCK_B, A_PAD)
-                            _mlp_forward(h_ptr, z_ptr, stat_ptr, map_w_ptr, map_vec_ptr, map_bias_ptr + step * MAP_H,
-                                         map_layer_ptr, map_eps, MAP_L, MAP_H, MAP_LD, LDH, A_PAD,
-                                         MAP_ACT, MAP_NORM, DOT, BLOCK_B, BLOCK_N, BLOCK_K)  # fmt: skip
-                        d_x = _pull_back(d_a, h_ptr, z_ptr, stat_ptr, map_w_ptr, map_vec_ptr, map_layer_ptr,
-                                         COLUMN, A_PAD, MAP_L, MAP_H, MAP_LD, LDH, OUT_ROWS, MAP_ACT,
-                                         MAP_NORM, DOT, BLOCK_B, BLOCK_N, BLOCK_K)  # fmt: skip
+                            _mlp_forward(h_ptr, z_ptr, stat_ptr, posterior_w_ptr, posterior_vec_ptr,
+                                         posterior_bias_ptr + step * POSTERIOR_H,
+                                         posterior_layer_ptr, posterior_norm_eps,
+                                         POSTERIOR_L, POSTERIOR_H, POSTERIOR_LD, LDH, A_PAD,
+                                         POSTERIOR_ACT, POSTERIOR_NORM, DOT, BLOCK_B, BLOCK_N, BLOCK_K)  # fmt: skip
+                        d_x = _pull_back(d_a, h_ptr, z_ptr, stat_ptr, posterior_w_ptr, posterior_vec_ptr,
+                                         posterior_layer_ptr, COLUMN, A_PAD,
+                                         POSTERIOR_L, POSTERIOR_H, POSTERIOR_LD, LDH, OUT_ROWS, POSTERIOR_ACT,
+                                         POSTERIOR_NORM, DOT, BLOCK_B, BLOCK_N, BLOCK_K)  # fmt: skip
                     else:
                         d_x = tl.zeros((BLOCK_B, A_PAD), dtype=tl.float32)
                         for back in range(0, GLASS_STEPS):
@@ -357,7 +361,7 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
                             _write_tile(h_ptr, p_x * draw_x + p_xbar * xbar, COLUMN, LDH, BLOCK_B, A_PAD)
                             _mlp_forward(h_ptr, z_ptr, stat_ptr, flow_w_ptr, flow_vec_ptr,
                                          flow_bias_ptr + time * FLOW_H,
-                                         flow_layer_ptr, flow_eps, FLOW_L, FLOW_H, FLOW_LD, LDH, A_PAD,
+                                         flow_layer_ptr, flow_norm_eps, FLOW_L, FLOW_H, FLOW_LD, LDH, A_PAD,
                                          FLOW_ACT, FLOW_NORM, DOT, BLOCK_B, BLOCK_N, BLOCK_K)  # fmt: skip
                             d_star = _pull_back(tl.load(coefficients + 4) * d_a, h_ptr, z_ptr, stat_ptr, flow_w_ptr,
                                                 flow_vec_ptr, flow_layer_ptr, COLUMN, A_PAD, FLOW_L, FLOW_H, FLOW_LD,
@@ -389,7 +393,7 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
                 tl.debug_barrier()
                 _write_tile(h_ptr, x, COLUMN, LDH, BLOCK_B, A_PAD)
                 v = _mlp_forward(h_ptr, z_ptr, stat_ptr, flow_w_ptr, flow_vec_ptr, flow_bias_ptr + k * FLOW_H,
-                                 flow_layer_ptr, flow_eps, FLOW_L, FLOW_H, FLOW_LD, LDH, A_PAD,
+                                 flow_layer_ptr, flow_norm_eps, FLOW_L, FLOW_H, FLOW_LD, LDH, A_PAD,
                                  FLOW_ACT, FLOW_NORM, DOT, BLOCK_B, BLOCK_N, BLOCK_K)  # fmt: skip
                 x = tl.where(k < plain_end, x + tl.load(schedule_ptr + 3 * k + 1) * v, x)
 
@@ -415,14 +419,15 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
                     xbar = tl.load(eps_ptr + proposed.to(tl.int64) * total_draws * ACTION_DIM + of_draw,
                                    mask=mask_da, other=0.0)  # fmt: skip
                     if ESTIMATE == "mfm":
-                        _write_rows(h_ptr, obs_ptr, of_row, mask_d, OBS_DIM, MAP_K0, LDH, BLOCK_B, BLOCK_K)
+                        _write_rows(h_ptr, obs_ptr, of_row, mask_d, OBS_DIM, POSTERIOR_K0, LDH, BLOCK_B, BLOCK_K)
                         tl.debug_barrier()
                         _write_tile(h_ptr, draw_x, COLUMN, LDH, BLOCK_B, A_PAD)
                         _write_tile(h_ptr, xbar, COLUMN + A_PAD, LDH, BLOCK_B, A_PAD)
-                        xbar += _mlp_forward(h_ptr, z_ptr, stat_ptr, map_w_ptr, map_vec_ptr,
-                                             map_bias_ptr + proposed * MAP_H,
-                                             map_layer_ptr, map_eps, MAP_L, MAP_H, MAP_LD, LDH, A_PAD,
-                                             MAP_ACT, MAP_NORM, DOT, BLOCK_B, BLOCK_N, BLOCK_K)  # fmt: skip
+                        xbar += _mlp_forward(h_ptr, z_ptr, stat_ptr, posterior_w_ptr, posterior_vec_ptr,
+                                             posterior_bias_ptr + proposed * POSTERIOR_H,
+                                             posterior_layer_ptr, posterior_norm_eps,
+                                             POSTERIOR_L, POSTERIOR_H, POSTERIOR_LD, LDH, A_PAD,
+                                             POSTERIOR_ACT, POSTERIOR_NORM, DOT, BLOCK_B, BLOCK_N, BLOCK_K)  # fmt: skip
                     else:
                         for inner in range(0, GLASS_STEPS):
                             coefficients = glass_ptr + (proposed * GLASS_STEPS + inner) * 5
@@ -435,7 +440,7 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
                             tl.debug_barrier()
                             _write_tile(h_ptr, x_star, COLUMN, LDH, BLOCK_B, A_PAD)
                             v_star = _mlp_forward(h_ptr, z_ptr, stat_ptr, flow_w_ptr, flow_vec_ptr,
-                                                  flow_bias_ptr + time * FLOW_H, flow_layer_ptr, flow_eps,
+                                                  flow_bias_ptr + time * FLOW_H, flow_layer_ptr, flow_norm_eps,
                                                   FLOW_L, FLOW_H, FLOW_LD, LDH, A_PAD,
                                                   FLOW_ACT, FLOW_NORM, DOT, BLOCK_B, BLOCK_N, BLOCK_K)  # fmt: skip
                             xbar += tl.load(coefficients + 2) * draw_x + tl.load(coefficients + 3) * xbar

@@ -309,7 +309,7 @@ def _items(
 
 
 def sampler_layouts(spec: SamplerSpec, critic_tile: Tile, step_tile: Tile) -> list[NetworkLayout]:
-    """Layouts of the flow, then (where the sampler asks them) the critic and the posterior map."""
+    """Layouts of the flow, then (where the sampler asks them) the critic and the posterior."""
     layouts = [NetworkLayout(spec.flow, step_tile, spec.flow_times)]
     if spec.critic is not None:
         layouts.append(NetworkLayout(spec.critic, critic_tile))

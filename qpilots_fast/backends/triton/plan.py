@@ -122,7 +122,7 @@ class SamplerPlan:
         self.layouts = sampler_layouts(spec, self.critic_tile, self.step_tile)
         self.flow_layout = self.layouts[0]
         self.critic_layout = self.layouts[1] if len(self.layouts) > 1 else None
-        self.map_layout = self.layouts[2] if len(self.layouts) > 2 else None
+        self.posterior_layout = self.layouts[2] if len(self.layouts) > 2 else None
         self.num_draws = spec.num_draws
         self.operand = OPERAND_DTYPES[spec.precision]
         mask = torch.zeros(action_pad, dtype=torch.float32, device="cpu")
@@ -144,7 +144,7 @@ class SamplerPlan:
         return table or [[[0.0]]]
 
     def step_layouts(self) -> list[Any]:
-        return [n for n in (self.flow_layout, self.map_layout) if n is not None]
+        return [n for n in (self.flow_layout, self.posterior_layout) if n is not None]
 
     def grid(self, batch_size: int) -> Grid:
         """Tiles and programs for a batch. Which rows share a tile does not change any row's arithmetic."""
@@ -241,7 +241,7 @@ class SamplerPlan:
     def step_arguments(self, step: StepLaunch, recompute: bool) -> dict[str, Any]:
         """Constexpr arguments and options of the step kernel."""
         steering, tile, flow = self.spec.steering, self.step_tile, self.flow_layout
-        posterior = self.map_layout or flow
+        posterior = self.posterior_layout or flow
         _, z_size, stat_size = scratch_sizes(self.step_layouts(), tile)
         return dict(
             STEER=step.steer, PROPOSE=step.propose, FLOW=step.num_flows > 0, RECOMPUTE=recompute and step.steer,
@@ -252,7 +252,7 @@ class SamplerPlan:
             GLASS_STEPS=steering.glass_steps, NUM_STEPS=self.spec.num_steps,
             OBS_DIM=flow.spec.obs_dim, ACTION_DIM=flow.spec.action_dim, COLUMN=flow.first_action_column,
             A_PAD=flow.action_pad, LDH=max(n.h_width for n in self.step_layouts()), Z_SIZE=z_size, STAT_SIZE=stat_size,
-            **launch_constants(flow, "FLOW_"), **launch_constants(posterior, "MAP_"),
+            **launch_constants(flow, "FLOW_"), **launch_constants(posterior, "POSTERIOR_"),
             OUT_ROWS=flow.out_rows, DOT=dot_mode(self.spec.precision, self.capability),
             **tile.options(),
         )  # fmt: skip
@@ -272,15 +272,16 @@ class SamplerPlan:
         eps: Tensor | None, alpha: Tensor | None, step: StepLaunch,
     ) -> None:  # fmt: skip
         steering, net = self.spec.steering, packed.networks[0]
-        posterior: PackedNetwork = packed.networks[2] if self.map_layout is not None else net
+        posterior: PackedNetwork = packed.networks[2] if self.posterior_layout is not None else net
         tilt = steering.tau / (steering.q_scale if isinstance(steering.q_scale, (int, float)) else 1.0)
         launch(
             "step", (grid.step_programs,), x_in_ptr=x_in, x_out_ptr=x_out, v_ptr=ws.v, a_ptr=ws.estimates, q_ptr=ws.q,
             dq_ptr=ws.dq, q_bar_ptr=ws.q_bar, q_std_ptr=ws.q_std, gx_ptr=ws.gx, xbar_ptr=ws.xbar, obs_ptr=obs,
             eps_ptr=x_in if eps is None else eps,
             flow_w_ptr=net.weights, flow_vec_ptr=net.vectors, flow_bias_ptr=net.time_bias, flow_layer_ptr=net.layers,
-            map_w_ptr=posterior.weights, map_vec_ptr=posterior.vectors, map_bias_ptr=posterior.time_bias,
-            map_layer_ptr=posterior.layers, h_ptr=ws.step_h, z_ptr=ws.step_z, stat_ptr=ws.step_stat,
+            posterior_w_ptr=posterior.weights, posterior_vec_ptr=posterior.vectors,
+            posterior_bias_ptr=posterior.time_bias,
+            posterior_layer_ptr=posterior.layers, h_ptr=ws.step_h, z_ptr=ws.step_z, stat_ptr=ws.step_stat,
             schedule_ptr=self.schedule, glass_ptr=self.glass, dims_ptr=self.dims, bounds_ptr=self.bounds,
             alpha_ptr=ws.alpha if alpha is None else alpha, norm_ptr=ws.report[0], nonfinite_ptr=ws.report[1],
             row_std_ptr=ws.report[2], gated_ptr=ws.report[3],
@@ -290,6 +291,6 @@ class SamplerPlan:
             max_grad_norm=float(steering.max_grad_norm), gaf_decay=float(steering.gaf_decay),
             gaf_min=float(steering.gaf_min),
             max_disagreement=math.inf if steering.max_disagreement is None else float(steering.max_disagreement),
-            flow_eps=float(net.layout.spec.layer_norm_eps),
-            map_eps=float(posterior.layout.spec.layer_norm_eps), **self.step_arguments(step, grid.recompute),
+            flow_norm_eps=float(net.layout.spec.layer_norm_eps),
+            posterior_norm_eps=float(posterior.layout.spec.layer_norm_eps), **self.step_arguments(step, grid.recompute),
         )  # fmt: skip
