@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import backends
 from .bounds import DEFAULT_HIGH, DEFAULT_LOW, as_operands, box_of
@@ -18,10 +18,9 @@ from .finish import Finish, empty_sample
 from .info import Explanation, SampleInfo
 from .inputs import as_tensor, reader_of
 from .networks import PackableNetwork
-from .recognition import OwnModule, how_each_runs, recognised
-from .remarks import Remarks
-from .runs import CallableRun, Choices, PackedRun, make_run
-from .settings import DEFAULT_STEPS, check_num_steps, check_settings, read_setting
+from .recognition import how_each_runs
+from .sampler_state import SamplerState
+from .settings import DEFAULT_STEPS, check_num_steps
 from .steering import Steering
 from .untraced import untraced
 from .warming import warm_up
@@ -30,16 +29,8 @@ _log = logging.getLogger("qpilots_fast")
 
 Network = PackableNetwork | Callable[..., Any]
 
-# what a run is made from: assigning one makes another
-_SETTINGS = (
-    "flow", "critic", "posterior", "steering", "num_steps", "time_grid", "precision", "action_low", "action_high",
-    "critic_layout", "chunk_shape",
-)  # fmt: skip
-# found or made anew by a copy
-_NOT_COPIED = ("_run", "_choices", "_remarks", "_own")
 
-
-class SteeredSampler(nn.Module):
+class SteeredSampler(SamplerState):
     """actions = sampler(obs): K Euler steps of a flow policy, each steered by a critic ensemble.
 
     An nn.Module of yours is tried with `from_module` once, where it is given; one line of the logger "qpilots_fast"
@@ -86,7 +77,6 @@ class SteeredSampler(nn.Module):
         time_grid: Sequence[float] | Tensor | np.ndarray | None = None,
     ) -> None:
         super().__init__()
-        self._own: dict[str, OwnModule] = {}
         self.flow, self.critic, self.posterior = flow, critic, posterior
         self.steering = steering
         self.num_steps = num_steps
@@ -97,8 +87,6 @@ class SteeredSampler(nn.Module):
         self.action_low, self.action_high = action_low, action_high
         self.critic_layout = critic_layout
         self.chunk_shape = chunk_shape
-        self._frozen = False
-        self._choices, self._remarks = Choices(), Remarks()
         self._run = self._make_run()
         if backend != "auto":
             backends.get(backend)
@@ -262,95 +250,6 @@ class SteeredSampler(nn.Module):
                 num_candidates > 1.
         """
         return self._current()[0].capture(self.backend, self._device(), batch_size)
-
-    # ------------------------------------------------------------ what a call needs of the sampler
-
-    @property
-    def networks(self) -> dict[str, Any]:
-        """The networks that calls ask, by name ("flow", "critic", "posterior"): those given, your modules packed."""
-        return self._asked()
-
-    def _given(self) -> dict[str, Any]:
-        return {"flow": self.flow, "critic": self.critic, "posterior": self.posterior}
-
-    def _asked(self, obs: Any = None, noise: Any = None, frozen: bool = False) -> dict[str, Any]:
-        """The networks that a call with such obs and noise asks; obs None: any that packed networks read."""
-        asked = self._given()
-        for name, own in self._own.items():
-            if own.given is asked[name] and own.network is not None:
-                packed = (frozen or not own.reason) and (obs is None or own.reads(obs, noise))
-                asked[name] = own.network if packed else own.as_callable()
-        return asked
-
-    def _current(self, obs: Any = None, noise: Any = None) -> tuple[PackedRun | CallableRun, dict[str, Any]]:
-        """The way that a call takes now, whatever became of the networks since the last one, and the networks."""
-        frozen = self._run.holds_weights
-        if not frozen and not torch.compiler.is_compiling() and any(own.edited for own in self._own.values()):
-            self._run = self._make_run()
-        networks = self._asked(obs, noise, frozen)
-        if not self._run.fits(networks):
-            self._run = self._make_run(networks)
-        return self._run, networks
-
-    def _make_run(self, networks: dict[str, Any] | None = None) -> PackedRun | CallableRun:
-        """The way that calls take; made anew where what earlier calls kept must be forgotten."""
-        check_settings(self)
-        if networks is None:
-            self._own = recognised(self._given(), self.steering, self.chunk_shape, self._own)
-            networks = self._asked()
-        slots: dict[str, backends.Slots] = {}
-        for name, network in networks.items():
-            own = self._own.get(name)
-            slots[name] = [(self._modules, name, self._modules.get(name))]
-            slots[name] += own.slots if own is not None and own.network is network else []
-        return make_run(self, networks, slots, self._frozen, self._choices, self._remarks)
-
-    def _has_callables(self, obs: Any, noise: Any) -> bool:
-        networks = self._asked(obs, noise).values()
-        return not all(network is None or isinstance(network, PackableNetwork) for network in networks)
-
-    def _device(self) -> torch.device:
-        parameter = next(self.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
-
-    # ------------------------------------------------------------ nn.Module plumbing
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        before = {known: getattr(self, known, None) for known in (name, "num_steps")}
-        self._put(name, read_setting(name, value))
-        if name == "time_grid" and self.time_grid is not None:
-            super().__setattr__("num_steps", len(self.time_grid) - 1)  # type: ignore[arg-type]
-        if name in _SETTINGS and "_run" in self.__dict__:
-            try:
-                self._run = self._make_run()
-            except Exception:
-                for known, old in before.items():
-                    self._put(known, old)
-                raise
-
-    def _put(self, name: str, value: Any) -> None:
-        if not isinstance(value, nn.Module):  # nn.Module lets nothing else take a module's place
-            self.__dict__.get("_modules", {}).pop(name, None)
-        super().__setattr__(name, value)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SteeredSampler:
-        moved = super()._apply(fn, recurse)
-        self._run = self._make_run()  # parameters may be elsewhere: pack again where they are now
-        return moved
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._choices, self._remarks, self._own = Choices(), Remarks(), {}
-        self._run = self._make_run()
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.steering}, num_steps={self.num_steps}, backend={self.backend!r}, precision={self.precision!r}"
-            + (", frozen" if self._frozen else "")
-        )
 
 
 @untraced

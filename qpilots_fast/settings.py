@@ -20,7 +20,7 @@ from .spec import PRECISIONS
 from .steering import Steering
 
 if TYPE_CHECKING:
-    from .sampler import SteeredSampler
+    from .sampler_state import SamplerState
 
 DEFAULT_STEPS = 10
 _ROUNDING = 1e-6  # what float32 leaves of 0 and 1
@@ -125,7 +125,7 @@ def check_chunk_shape(chunk: object, networks: Iterable[object]) -> None:
             )
 
 
-def check_settings(sampler: SteeredSampler) -> None:
+def check_settings(sampler: SamplerState) -> None:
     """Raises ValueError or TypeError for the first setting of a sampler that is none."""
     if not isinstance(sampler.steering, Steering):
         raise TypeError(
@@ -157,7 +157,7 @@ def check_settings(sampler: SteeredSampler) -> None:
         check_network(name, network, needed)
 
 
-def computes_float64(sampler: SteeredSampler) -> bool | None:
+def computes_float64(sampler: SamplerState) -> bool | None:
     """Whether float64 inputs are computed in float64; None where no network says it."""
     dtypes = [parameter.dtype for parameter in sampler.parameters() if parameter.is_floating_point()]
     if sampler.precision == "float64" or torch.float64 in dtypes:

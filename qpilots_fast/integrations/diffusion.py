@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends, reference
-from ..backends.base import Backend
+from ..backends import Request
 from ..bounds import as_lists, as_operands
 from ..evaluators import evaluators
 from ..sampler import SampleInfo
@@ -182,14 +182,6 @@ class _DDIMDrift:
         return -_noise_and_clean(self._network, self._prediction, self._clip, obs, x, timestep, alpha, sigma)[0]
 
 
-def _critic_backend(name: str, noise: Tensor) -> Backend:
-    if name != "auto":
-        return backends.get(name)
-    native = "cpu" if noise.device.type == "cpu" else "triton"
-    usable = noise.dtype != torch.float64 and backends.unavailable_reason(native) is None
-    return backends.get(native if usable else "reference")
-
-
 @torch.no_grad()
 def ddim_steered_sample(
     network: Callable[..., Tensor],
@@ -251,7 +243,7 @@ def ddim_steered_sample(
     if any(b >= a for a, b in pairwise(lambdas)):
         raise ValueError(f"ddim_steered_sample: timesteps is {list(timesteps)}; expected indices from noise to clean.")
     drift = _DDIMDrift(network, prediction, clip)
-    chosen = _critic_backend(backend, noise)
+    chosen = backends.choose(Request(backend, "float32", noise.device, noise.dtype)).backend
     net = evaluators(drift, critic, None, steering, chosen, "float32", obs, critic_layout)
     low, high = as_lists(action_low, action_high, noise.shape[-1], noise.shape[1:])
     bounds = as_operands(low, high, noise)

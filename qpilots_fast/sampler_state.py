@@ -1,0 +1,135 @@
+"""What a sampler is between calls: its settings, its networks, and the way that calls take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import backends
+from .networks import PackableNetwork
+from .recognition import OwnModule, recognised
+from .remarks import Remarks
+from .runs import CallableRun, Choices, PackedRun, make_run
+from .settings import check_settings, read_setting
+from .steering import Steering
+
+_Sampler = TypeVar("_Sampler", bound="SamplerState")
+
+# what a run is made from: assigning one makes another
+_SETTINGS = (
+    "flow", "critic", "posterior", "steering", "num_steps", "time_grid", "precision", "action_low", "action_high",
+    "critic_layout", "chunk_shape",
+)  # fmt: skip
+# found or made anew by a copy
+_NOT_COPIED = ("_run", "_choices", "_remarks", "_own")
+
+
+class SamplerState(nn.Module):
+    """The settings of a SteeredSampler, checked and read at assignment; assigning one makes another run."""
+
+    flow: Any
+    critic: Any
+    posterior: Any
+    steering: Steering
+    num_steps: int
+    time_grid: tuple[float, ...] | None
+    chunk_shape: tuple[int, int] | None
+    backend: str
+    precision: str
+    _run: PackedRun | CallableRun
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._own: dict[str, OwnModule] = {}
+        self._frozen = False
+        self._choices, self._remarks = Choices(), Remarks()
+
+    @property
+    def networks(self) -> dict[str, Any]:
+        """The networks that calls ask, by name ("flow", "critic", "posterior"): those given, your modules packed."""
+        return self._asked()
+
+    def _given(self) -> dict[str, Any]:
+        return {"flow": self.flow, "critic": self.critic, "posterior": self.posterior}
+
+    def _asked(self, obs: Any = None, noise: Any = None, frozen: bool = False) -> dict[str, Any]:
+        """The networks that a call with such obs and noise asks; obs None: any that packed networks read."""
+        asked = self._given()
+        for name, own in self._own.items():
+            if own.given is asked[name] and own.network is not None:
+                packed = (frozen or not own.reason) and (obs is None or own.reads(obs, noise))
+                asked[name] = own.network if packed else own.as_callable()
+        return asked
+
+    def _current(self, obs: Any = None, noise: Any = None) -> tuple[PackedRun | CallableRun, dict[str, Any]]:
+        """The way that a call takes now, whatever became of the networks since the last one, and the networks."""
+        frozen = self._run.holds_weights
+        if not frozen and not torch.compiler.is_compiling() and any(own.edited for own in self._own.values()):
+            self._run = self._make_run()
+        networks = self._asked(obs, noise, frozen)
+        if not self._run.fits(networks):
+            self._run = self._make_run(networks)
+        return self._run, networks
+
+    def _make_run(self, networks: dict[str, Any] | None = None) -> PackedRun | CallableRun:
+        """The way that calls take; made anew where what earlier calls kept must be forgotten."""
+        check_settings(self)
+        if networks is None:
+            self._own = recognised(self._given(), self.steering, self.chunk_shape, self._own)
+            networks = self._asked()
+        slots: dict[str, backends.Slots] = {}
+        for name, network in networks.items():
+            own = self._own.get(name)
+            slots[name] = [(self._modules, name, self._modules.get(name))]
+            slots[name] += own.slots if own is not None and own.network is network else []
+        return make_run(self, networks, slots, self._frozen, self._choices, self._remarks)
+
+    def _has_callables(self, obs: Any, noise: Any) -> bool:
+        networks = self._asked(obs, noise).values()
+        return not all(network is None or isinstance(network, PackableNetwork) for network in networks)
+
+    def _device(self) -> torch.device:
+        parameter = next(self.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    # ------------------------------------------------------------ nn.Module plumbing
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = {known: getattr(self, known, None) for known in (name, "num_steps")}
+        self._put(name, read_setting(name, value))
+        if name == "time_grid" and self.time_grid is not None:
+            super().__setattr__("num_steps", len(self.time_grid) - 1)  # type: ignore[arg-type]
+        if name in _SETTINGS and "_run" in self.__dict__:
+            try:
+                self._run = self._make_run()
+            except Exception:
+                for known, old in before.items():
+                    self._put(known, old)
+                raise
+
+    def _put(self, name: str, value: Any) -> None:
+        if not isinstance(value, nn.Module):  # nn.Module lets nothing else take a module's place
+            self.__dict__.get("_modules", {}).pop(name, None)
+        super().__setattr__(name, value)
+
+    def _apply(self: _Sampler, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Sampler:
+        moved = super()._apply(fn, recurse)
+        self._run = self._make_run()  # parameters may be elsewhere: pack again where they are now
+        return moved
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._choices, self._remarks, self._own = Choices(), Remarks(), {}
+        self._run = self._make_run()
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.steering}, num_steps={self.num_steps}, backend={self.backend!r}, precision={self.precision!r}"
+            + (", frozen" if self._frozen else "")
+        )
