@@ -62,7 +62,7 @@ def _clip(x, low, high):
 
 @triton.jit
 def _bounds(bounds_ptr, A_PAD: tl.constexpr):
-    """(low, high) of the actions, [1, A_PAD] each, of the table [2, A_PAD]."""
+    """(low, high) of the actions, [1, A_PAD] each, of the table [2, A_PAD]; where they are used: kept, they cost spills."""
     offs_a = tl.arange(0, A_PAD)
     return tl.load(bounds_ptr + offs_a)[None, :], tl.load(bounds_ptr + A_PAD + offs_a)[None, :]
 
@@ -88,7 +88,6 @@ def _critic_kernel(obs_ptr, a_ptr, q_ptr, dq_ptr, w_ptr, vec_ptr, layer_ptr, h_p
     offs_b = tl.arange(0, BLOCK_B)
     offs_a = tl.arange(0, A_PAD)
     offs_o = tl.arange(0, OUT_ROWS)
-    low, high = _bounds(bounds_ptr, A_PAD)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         member = (tile // row_blocks).to(tl.int64)
         rows = (tile % row_blocks).to(tl.int64) * BLOCK_B + offs_b
@@ -100,6 +99,7 @@ def _critic_kernel(obs_ptr, a_ptr, q_ptr, dq_ptr, w_ptr, vec_ptr, layer_ptr, h_p
         tl.debug_barrier()
         a = tl.load(a_ptr + rows[:, None] * ACTION_DIM + offs_a[None, :], mask=mask_a, other=0.0)
         if CLIP:
+            low, high = _bounds(bounds_ptr, A_PAD)
             a = _clip(a, low, high)
         _write_tile(h_ptr, tl.where(mask_a, a, 0.0), COLUMN, LDH, BLOCK_B, A_PAD)
         out = _mlp_forward(h_ptr, z_ptr, stat_ptr, member_w, member_vec, member_vec, layer_ptr, norm_eps,
@@ -145,7 +145,7 @@ def _aggregate(q_ptr, rows, mask_b, num_rows, rho, E: tl.constexpr, AGG: tl.cons
 
 
 @triton.jit
-def _critic_gradient(q_ptr, dq_ptr, a_ptr, rows, mask_b, num_rows, rho, low, high,
+def _critic_gradient(q_ptr, dq_ptr, a_ptr, rows, mask_b, num_rows, rho, bounds_ptr,
                      E: tl.constexpr, ACTION_DIM: tl.constexpr, A_PAD: tl.constexpr, AGG: tl.constexpr,
                      MASKED: tl.constexpr):  # fmt: skip
     """(d Qbar / d a [rows, A_PAD], std of the members): sum_j w_j dQ_j/da, NaN where a member has no finite value."""
@@ -175,6 +175,7 @@ def _critic_gradient(q_ptr, dq_ptr, a_ptr, rows, mask_b, num_rows, rho, low, hig
     d_a = tl.where(finite[:, None], d_a, float("nan"))
     if MASKED:
         a = tl.load(a_ptr + element, mask=mask_a, other=0.0)
+        low, high = _bounds(bounds_ptr, A_PAD)
         d_a = tl.where((a >= low) & (a <= high), d_a, 0.0)
     return tl.where(mask_a, d_a, 0.0), std
 
@@ -272,7 +273,6 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
     offs_b = tl.arange(0, BLOCK_B)
     offs_a = tl.arange(0, A_PAD)
     dims = tl.load(dims_ptr + offs_a)[None, :]
-    low, high = _bounds(bounds_ptr, A_PAD)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         rows = tile * rows_per_tile.to(tl.int64) + offs_b
         mask_b = (offs_b < rows_per_tile) & (rows < num_rows)
@@ -287,7 +287,7 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
             v = tl.load(v_ptr + element, mask=mask_a, other=0.0)
             std = tl.zeros((BLOCK_B,), dtype=tl.float32)
             if ESTIMATE == "noisy" or ESTIMATE == "tweedie":
-                g, std = _critic_gradient(q_ptr, dq_ptr, a_ptr, rows, mask_b, num_rows, rho, low, high,
+                g, std = _critic_gradient(q_ptr, dq_ptr, a_ptr, rows, mask_b, num_rows, rho, bounds_ptr,
                                           E, ACTION_DIM, A_PAD, AGG, MASKED)  # fmt: skip
                 if ESTIMATE == "tweedie" and FULL:
                     if RECOMPUTE:
@@ -324,7 +324,7 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
                         sibling = tl.load(q_bar_ptr + of_row * num_draws + n, mask=mask_d, other=0.0)
                         total += tl.exp(tilt * sibling - peak)
                     weight = tl.exp(tilt * tl.load(q_bar_ptr + draws, mask=mask_d, other=0.0) - peak) / total
-                    d_a, draw_std = _critic_gradient(q_ptr, dq_ptr, a_ptr, draws, mask_d, total_draws, rho, low, high,
+                    d_a, draw_std = _critic_gradient(q_ptr, dq_ptr, a_ptr, draws, mask_d, total_draws, rho, bounds_ptr,
                                                      E, ACTION_DIM, A_PAD, AGG, MASKED)  # fmt: skip
                     d_a *= weight[:, None]
                     tl.store(q_std_ptr + draws, weight * draw_std, mask=mask_d)
@@ -447,6 +447,7 @@ def _step_kernel(x_in_ptr, x_out_ptr, v_ptr, a_ptr, q_ptr, dq_ptr, q_bar_ptr, q_
                             xbar += tl.load(coefficients + 4) * v_star
                     tl.store(a_ptr + of_draw, xbar, mask=mask_da)
         else:
+            low, high = _bounds(bounds_ptr, A_PAD)
             tl.store(x_out_ptr + element, _clip(x, low, high), mask=mask_a)
 
 
