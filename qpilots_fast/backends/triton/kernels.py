@@ -62,7 +62,7 @@ def _clip(x, low, high):
 
 @triton.jit
 def _bounds(bounds_ptr, A_PAD: tl.constexpr):
-    """(low, high) of the actions, [1, A_PAD] each, of the table [2, A_PAD]; where they are used: kept, they cost spills."""
+    """(low, high) of the actions, [1, A_PAD] each; read where they are used: kept over a network they cost spills."""
     offs_a = tl.arange(0, A_PAD)
     return tl.load(bounds_ptr + offs_a)[None, :], tl.load(bounds_ptr + A_PAD + offs_a)[None, :]
 
