@@ -117,6 +117,8 @@ def out_of_inference(tree: Any) -> Any:
     """The tree with clones of the tensors made under torch.inference_mode(), which autograd cannot read."""
     if isinstance(tree, Tensor):
         return tree.clone() if tree.is_inference() else tree
+    if tree is None or isinstance(tree, float):
+        return tree
 
     def leaf(value: Any) -> Any:
         return value.clone() if isinstance(value, Tensor) and value.is_inference() else value

@@ -53,14 +53,16 @@ _CONSTANTS_KEPT = 1024
 
 
 def _number(value: float, like: Tensor) -> Tensor | float:
-    """A number as a factor or summand of a tensor: torch converts a Python number at every operation, which costs more
-    than the operation itself where rows are few."""
-    found = _constants.get((value, like.dtype)) if type(like) is Tensor else value  # a fake one takes no real one
+    """A number as a factor or summand of a tensor: torch converts a Python number at every operation, which on a CPU
+    costs more than the operation itself where rows are few."""
+    if type(like) is not Tensor or not like.is_cpu:  # a fake tensor takes no real one beside it
+        return value
+    found = _constants.get((value, like.dtype))
     if found is None:
-        found = value
-        if like.dtype in (torch.float32, torch.float64) and len(_constants) < _CONSTANTS_KEPT:
-            with torch.inference_mode(False):
-                found = _constants[value, like.dtype] = torch.tensor(value, dtype=like.dtype, device="cpu")
+        if like.dtype not in (torch.float32, torch.float64) or len(_constants) == _CONSTANTS_KEPT:
+            return value
+        with torch.inference_mode(False):
+            found = _constants[value, like.dtype] = torch.tensor(value, dtype=like.dtype, device="cpu")
     return found
 
 
@@ -79,7 +81,7 @@ def member_weights(q_values: Tensor, aggregation: str, rho: float) -> Tensor:
     "min" shares evenly among tied minima.
     """
     count = q_values.shape[0]
-    if aggregation == "mean":
+    if aggregation == "mean" or count == 1:
         return torch.full_like(q_values, 1 / count)
     if aggregation == "min":
         lowest = (q_values == q_values.amin(0)).to(q_values.dtype)

@@ -243,8 +243,9 @@ class CallableRun:
         return run_outside_inference(lambda: self._sample(networks, backend, inputs, bounds, return_info))
 
     def _sample(self, networks: Networks, backend: str, inputs: Inputs, bounds: Bounds, return_info: bool) -> RawSample:
-        given = (inputs.obs, inputs.noise, inputs.posterior_noise, inputs.alpha, bounds)
-        obs, noise, eps, alpha, bounds = map(out_of_inference, given)
+        given = (inputs.obs, inputs.noise, inputs.posterior_noise, inputs.alpha, *bounds)
+        obs, noise, eps, alpha, *edges = map(out_of_inference, given)
+        bounds = (edges[0], edges[1])
         check_all_finite(obs, noise, eps)
         chosen = self._choose(backend, noise.device, noise.dtype).backend
         net = evaluators(
