@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .callables import is_list, name_of, unwrapped
-from .from_module import ModuleNetwork, Recognition, recognise
+from .from_module import ModuleNetwork, Recognition, cure_for, recognise
 from .from_module.calling import ACTIONS
 from .from_module.proof import batch_size_apart_from, random_blocks
 from .from_module.python_state import Fact, check_functions, check_objects, facts_read
@@ -47,6 +47,7 @@ class _Trial:
         asked: kind, dims and chunk that it was tried with.
         structure: path, class and forward of every part, name and shape of every parameter, as they were.
         members: the module, or the modules of a list.
+        cure: what to do about the reason, where a sampler cannot call the module as it is.
         facts: plain attributes that the output depends on.
         count: of the module's trials.
     """
@@ -56,6 +57,7 @@ class _Trial:
     members: tuple[weakref.ref[nn.Module], ...]
     found: Recognition | None
     reason: str = ""
+    cure: str = ""
     facts: tuple[Fact, ...] = ()
     count: int = 1
 
@@ -100,17 +102,17 @@ def _tried(module: nn.Module, kind: str, dims: Dims, chunk: tuple[int, int] | No
     for trial in known:
         if trial.asked == asked and trial.holds(module):
             return trial
-    found, reason, count = None, "", known[-1].count + 1 if known else 1
+    found, reason, cure, count = None, "", "", known[-1].count + 1 if known else 1
     facts: tuple[Fact, ...] = ()
     try:
         if count > MOST_TRIALS:
             raise Refused(f"it was edited {MOST_TRIALS} times since it was first tried")
         found, facts = _try(module, kind, dims, chunk)
     except Refused as refusal:
-        reason = str(refusal)
+        reason, cure = str(refusal), refusal.cure
     except Exception as error:  # whatever a user's class does while it is copied or read
         reason = f"it could not be read ({type(error).__name__}: {first_line(error)})"
-    trial = _Trial(asked, _structure(module), tuple(map(weakref.ref, members)), found, reason, facts, count)
+    trial = _Trial(asked, _structure(module), tuple(map(weakref.ref, members)), found, reason, cure, facts, count)
     known.append(trial)
     del known[:-TRIALS_KEPT]
     return trial
@@ -125,18 +127,30 @@ def _try(
     if hooked is not None:
         raise Refused(f"{hooked} has hooks, which a packed network would not call")
     check_functions(module)
-    hints = {name: width for name, width in zip(("obs_dim", "action_dim"), dims) if width is not None}
+    hints: dict[str, Any] = {name: n for name, n in zip(("obs_dim", "action_dim"), dims) if n is not None}
     if chunk is None:
-        found, probe = recognise(module, kind, hints, in_eval_mode=True)
+        found, probe = _recognised(module, kind, hints)
     else:  # as a callable it would be shown chunks
+        hints["action_dim"] = math.prod(chunk)
         try:
-            hints["action_dim"] = math.prod(chunk)
-            found, probe = recognise(module, kind, {**hints, "chunk_shape": chunk}, in_eval_mode=True)
-        except NotCallable:
-            found, probe = recognise(module, kind, hints, in_eval_mode=True)
+            found, probe = _recognised(module, kind, {**hints, "chunk_shape": chunk})
+        except NotCallable as refusal:
+            try:
+                found, probe = _recognised(module, kind, hints)
+            except Refused:
+                raise refusal from None
     with torch.no_grad(), torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.device("cpu"):
         with kept_random_states():
             return found, _check_copy(probe, found)
+
+
+def _recognised(module: nn.Module, kind: str, hints: dict[str, Any]) -> tuple[Recognition, nn.Module]:
+    try:
+        return recognise(module, kind, hints, in_eval_mode=True)
+    except Refused as refusal:
+        cure = cure_for(refusal, module, kind, hints)
+        refusal.cure = cure if cure.startswith(("SteeredSampler runs it", "Give the hint call")) else ""
+        raise
 
 
 def _check_tensors(module: nn.Module) -> None:

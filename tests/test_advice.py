@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import qpilots_fast
-from qpilots_fast import CriticEnsemble, FlowMLP, Steering, ops
+from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering, ops
 from qpilots_fast.testing import assert_close
 
 S, A, H, B = 6, 4, 16, 5
@@ -153,3 +153,380 @@ def test_steps_of_other_scales_say_that_there_is_no_way_around():
     )
     sampler = qpilots_fast.SteeredSampler(lambda obs, x, t: x, Odd(), steering)
     assert sampler(obs, x).shape == (B, A)
+
+
+# ---------------------------------------------------------------- from_module: how a sampler takes it all the same
+
+
+class Changed(nn.Module):
+    """A module whose inputs or output are changed on the way."""
+
+    def __init__(self, inner, before=lambda *blocks: blocks, after=lambda output: output):
+        super().__init__()
+        self.inner, self.before, self.after = inner, before, after
+
+    def forward(self, *blocks):
+        return self.after(self.inner(*self.before(*blocks)))
+
+
+class Joined(Changed):
+    """One that takes one tensor of columns."""
+
+    def forward(self, columns):
+        return self.after(self.inner(columns))
+
+
+class Map(nn.Module):
+    def __init__(self, act=nn.SiLU):
+        super().__init__()
+        self.net = mlp(S + 2 * A + 3, A, act)
+
+    def forward(self, obs, xbar, x, t, s, u):
+        return xbar + (u - s) * self.net(torch.cat([obs, xbar, x, t, s, u], -1))
+
+
+class Parametrised(Q):
+    def __init__(self):
+        super().__init__()
+        nn.utils.parametrizations.weight_norm(self.q[0])
+
+
+class Uncopied(Q):
+    def __deepcopy__(self, memo):
+        raise RuntimeError("not now")
+
+
+class TwoNorms(Q):
+    def __init__(self, *norms):
+        super().__init__()
+        self.q.insert(1, nn.Sequential(*norms))
+
+
+class FlatTimes(Flow):
+    def forward(self, obs, x, t):
+        assert t.ndim == 1
+        return torch.tanh(super().forward(obs, x, t[:, None]))
+
+
+class Swapped(Q):
+    def forward(self, action, state, temperature=1.0):
+        return super().forward(state, action)
+
+
+class Encoded(Q):
+    """Its first Linear reads obs alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(S, S)
+
+    def forward(self, obs, actions):
+        return super().forward(self.encoder(obs), actions)
+
+
+class Chunked(Q):
+    def forward(self, obs, actions):
+        return torch.tanh(super().forward(obs, actions.flatten(1)))
+
+
+def last_layer(width, net=None):
+    return Changed(net or mlp(S + A, width), before=lambda obs, a: (torch.cat([obs, a], -1),))
+
+
+def mean_of_heads(obs, a, module):
+    return module(obs, a).softmax(-1) @ torch.linspace(-2.0, 2.0, 51)
+
+
+# module, kind, reason, and the network as a function of what a sampler gives, where this is not the module itself
+WAYS = {
+    "another activation": (Q(nn.Hardswish), "critic", "no known activation", None),
+    "a flow's": (Flow(nn.Hardswish), "flow", "no known activation", None),
+    "a tanh after": (Changed(Q(), after=torch.tanh), "critic", "outputs differ", None),
+    "normalised": (Changed(Q(), before=lambda o, a: ((o - 1) / 2, a)), "critic", "none of the inputs", None),
+    "encoded": (Encoded(), "critic", "first Linear reads 6 columns", None),
+    "no hidden layer": (last_layer(1, nn.Linear(S + A, 1)), "critic", "no hidden layer", None),
+    "parametrised": (Parametrised(), "critic", "no registered parameter", None),
+    "two norms": (TwoNorms(nn.LayerNorm(H), nn.LayerNorm(H)), "critic", "2 LayerNorms follow", None),
+    "batch norm": (TwoNorms(nn.BatchNorm1d(H)).eval(), "critic", "is BatchNorm1d", None),
+    "a head": (
+        last_layer(51), "critic", "51 outputs, expected 1", lambda m: lambda o, a: mean_of_heads(o, a, m),
+    ),
+    "a dict": (Changed(Q(), after=lambda q: {"loss": 0, "q": q}), "critic", "it returns dict",
+               lambda m: lambda o, a: m(o, a)["q"]),
+    "a tuple": (Changed(Flow(), after=lambda v: ("log", v)), "flow", "it returns tuple of str",
+                lambda m: lambda *blocks: m(*blocks)[1]),
+    "columns": (Joined(mlp(S + A, 1), after=torch.tanh), "critic", "outputs differ",
+                lambda m: lambda o, a: m(torch.cat([o, a], -1))),
+    "a flow's columns": (Joined(mlp(S + A + 1, A), after=torch.tanh), "flow", "outputs differ",
+                         lambda m: lambda *blocks: m(torch.cat(blocks, -1))),
+    "columns of a list": (nn.ModuleList([Joined(mlp(S + A, 1), after=torch.tanh) for _ in range(2)]), "critic",
+                          "outputs differ", lambda m: lambda o, a: [q(torch.cat([o, a], -1)) for q in m]),
+    "a list": (nn.ModuleList([Odd(), Odd()]), "critic", "outputs differ", lambda m: lambda *b: [q(*b) for q in m]),
+    "members that differ": (nn.ModuleList([Q(), Q(nn.ReLU)]), "critic", "differs within the network",
+                            lambda m: lambda *b: [q(*b) for q in m]),
+    "flat times": (FlatTimes(), "flow", "outputs differ", lambda m: lambda o, x, t: m(o, x, t[:, 0])),
+    "a map": (Map(nn.Hardswish), "meta_flow_map", "no known activation",
+              lambda m: lambda *b: m(*b, torch.zeros(len(b[0]), 1), torch.ones(len(b[0]), 1))),
+    "swapped": (Swapped(), "critic", r"forward takes \(action, state, temperature\)", lambda m: lambda o, a: m(a, o)),
+    "swapped in a list": (nn.ModuleList([Swapped(), Swapped()]), "critic", "forward takes",
+                          lambda m: lambda o, a: [q(a, o) for q in m]),
+    "no copy": (Uncopied(), "critic", "cannot be copied", None),
+}  # fmt: skip
+
+
+def followed(message: str, kind: str, module, **names):
+    """What the message says to give the sampler in place of the module."""
+    name = {"flow": "flow", "critic": "critic", "meta_flow_map": "posterior"}[kind]
+    code = re.search(rf"(qpilots_fast\.as_{name}\(module, call=lambda .*?\))(?:\.$| with |, which )", message)
+    if code is None or ("give it to SteeredSampler as it is" in message and "head" not in names):
+        assert re.search("[gG]ive it to SteeredSampler as it is", message), message
+        return module
+    if "head" in names:
+        head = re.search(r"with head = (qpilots_fast\.heads\.\w+\(v_min, v_max, \d+\))", message)[1]
+        names["head"] = eval(head, {"qpilots_fast": qpilots_fast, "v_min": -2.0, "v_max": 2.0})
+        code = re.search(r"logits over atoms, give (.*) with head", message)
+    return eval(code[1], {"qpilots_fast": qpilots_fast, "torch": torch, "module": module, **names})
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_what_cannot_be_packed_runs_as_advised(way):
+    module, kind, reason, function = WAYS[way]
+    with pytest.raises(ValueError, match=reason) as error:
+        qpilots_fast.from_module(module, kind, obs_dim=S, action_dim=A)
+    names = {"head": None} if way == "a head" else {}
+    advised = followed(str(error.value), kind, module, **names)
+    assert (advised is not module) is (function is not None) or way.endswith("differ") or way == "a list"
+    assert_close(actions_of(kind, advised), actions_of(kind, function(module) if function else lambda *b: module(*b)))
+
+
+def actions_of(kind, network):
+    """Of a sampler with this network in its place."""
+    torch.manual_seed(0)
+    flow, critic, posterior = FlowMLP(S, A, (H,)), CriticEnsemble(S, A, 2, (H,)), None
+    steering = Steering.qpilots_u(0.5)
+    if kind == "meta_flow_map":
+        posterior, steering = network, Steering.qpilots_m(0.5)
+    flow, critic = (network if kind == "flow" else flow), (network if kind == "critic" else critic)
+    sampler = SteeredSampler(flow, critic, steering, posterior=posterior, num_steps=3)
+    eps = torch.randn(3, B, 4, A) if posterior is not None else None
+    actions = sampler(*inputs(), eps)
+    assert (actions - inputs()[1].clamp(-1, 1)).abs().max() > 1e-3
+    return actions
+
+
+def test_chunks_run_as_advised():
+    module = Chunked()
+    with pytest.raises(ValueError, match="outputs differ") as error:
+        qpilots_fast.from_module(module, "critic", obs_dim=S, chunk_shape=(2, 2))
+    assert followed(str(error.value), "critic", module) is module
+    flow = lambda obs, x, t: x - obs[:, :4].unflatten(1, (2, 2))  # noqa: E731
+    sampler, opaque = (
+        SteeredSampler(flow, critic, Steering.qpilots_u(), chunk_shape=(2, 2))
+        for critic in (module, lambda *b: module(*b))
+    )
+    assert_close(sampler(*inputs()), opaque(*inputs()))
+
+
+def test_the_call_given_as_a_hint_is_that_of_a_callable_too():
+    module = Changed(Q(nn.Hardswish), after=lambda q: {"q": q})
+    call = lambda module, obs, actions: module(obs, actions)["q"]  # noqa: E731
+    with pytest.raises(ValueError, match="no known activation") as error:
+        qpilots_fast.from_module(module, "critic", obs_dim=S, action_dim=A, call=call)
+    code = re.search(r"(qpilots_fast\.as_critic\(module, call=call\))", str(error.value))[1]
+    advised = eval(code, {"qpilots_fast": qpilots_fast, "module": module, "call": call})
+    assert_close(actions_of("critic", advised), actions_of("critic", lambda *b: module(*b)["q"]))
+
+
+@pytest.mark.parametrize("kind", ["flow", "critic"])
+def test_what_has_no_gradient_says_so(kind):
+    module = Changed({"flow": Flow, "critic": Q}[kind](), before=lambda o, a, *t: (o, a.detach(), *t))
+    with pytest.raises(
+        ValueError, match=r"gradient with respect to .* differ.*let autograd see how its output"
+    ) as error:
+        qpilots_fast.from_module(module, kind, obs_dim=S, action_dim=A)
+    if kind == "flow":
+        assert "With jacobian='identity' SteeredSampler runs it as it is" in str(error.value)
+        identity = Steering.qpilots_u(0.5, jacobian="identity")
+        critic = CriticEnsemble(S, A, 2, (H,))
+        got, want = (SteeredSampler(f, critic, identity)(*inputs()) for f in (module, lambda *b: module.inner(*b)))
+        assert_close(got, want)
+    module.before = lambda *blocks: blocks  # the advice
+    assert qpilots_fast.from_module(module, kind, obs_dim=S, action_dim=A).spec.kind == kind
+
+
+# ---------------------------------------------------------------- from_module: what a hint or an edit cures
+
+
+class Stacked(nn.Module):
+    """Weights as plain tensors, whose names say nothing."""
+
+    def __init__(self, eps=1e-5):
+        super().__init__()
+        self.eps = eps
+        self.z, self.a = nn.Parameter(torch.randn(2, S + A, H)), nn.Parameter(torch.randn(2, H, 1))
+        self.n, self.m = nn.Parameter(torch.rand(2, 1, H)), nn.Parameter(torch.randn(2, 1, H))
+
+    def forward(self, obs, actions):
+        h = torch.cat([obs, actions], -1) @ self.z
+        return torch.relu(nn.functional.layer_norm(h, (H,), eps=self.eps) * self.n + self.m) @ self.a
+
+
+class SinusoidalFlow(Flow):
+    """256 columns of time that follow from a width that nobody says."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.net = mlp(S + A + 10, A)
+
+    def forward(self, obs, x, t):
+        angles = t * torch.arange(5, dtype=t.dtype)
+        return self.net(torch.cat([obs, x, angles.cos(), angles.sin()], -1))
+
+
+def lazy():
+    return last_layer(1, nn.Sequential(nn.LazyLinear(H), nn.ReLU(), nn.LazyLinear(1)))
+
+
+DIMS = {"obs_dim": S, "action_dim": A}
+
+# what is tried, with which hints, the reason, and what the message says to do: (module) -> (module, hints)
+CURES = {
+    "dims": (Q, "critic", {}, r"obs_dim and action_dim cannot be told .*; give the hint\(s\)", lambda m: (m, DIMS)),
+    "one dim": (lambda: Stacked(), "critic", {"obs_dim": S}, r"action_dim cannot be told", lambda m: (m, DIMS)),
+    "time's width": (
+        SinusoidalFlow,
+        "flow",
+        {"obs_dim": S},
+        "other than obs_dim=6 for obs; give the hints obs_dim and",
+        lambda m: (m, DIMS),
+    ),
+    "dims that do not fit": (
+        lambda: Joined(mlp(S + A, 1)),
+        "critic",
+        {"action_dim": 99},
+        "give both hints, obs_dim and",
+        lambda m: (m, DIMS),
+    ),
+    "dropout": (
+        lambda: TwoNorms(nn.Dropout(0.5)),
+        "critic",
+        DIMS,
+        r"call \.eval\(\) or set p=0 first",
+        lambda m: (m.eval(), DIMS),
+    ),
+    "dropout at 0": (
+        lambda: TwoNorms(nn.Dropout(0.5)),
+        "critic",
+        DIMS,
+        r"call \.eval\(\) or set p=0 first",
+        lambda m: (setattr(m.q[1][0], "p", 0.0), (m, DIMS))[1],
+    ),
+    "input_order": (
+        Q,
+        "critic",
+        {**DIMS, "input_order": ("actions", "obs")},
+        "Leave the hint out",
+        lambda m: (m, DIMS),
+    ),
+    "arguments": (
+        lambda: Changed(Q(), before=lambda both: (both["o"], both["a"])),
+        "critic",
+        DIMS,
+        "give the hint call where it takes other arguments",
+        lambda m: (m, {**DIMS, "call": lambda m, obs, a: m({"o": obs, "a": a})}),
+    ),
+    "a flow's output": (
+        lambda: Changed(Flow(), after=lambda v: {"v": v}),
+        "flow",
+        DIMS,
+        r"returns dict.*use the hint call",
+        lambda m: (m, {**DIMS, "call": lambda m, *blocks: m(*blocks)["v"]}),
+    ),
+    "a critic's output": (
+        lambda: Changed(Q(), after=lambda q: {"q": q}),
+        "critic",
+        DIMS,
+        r"returns dict.*use the hint call",
+        lambda m: (m, {**DIMS, "call": lambda m, *blocks: m(*blocks)["q"]}),
+    ),
+    "lazy": (
+        lazy,
+        "critic",
+        DIMS,
+        "has no shape yet. Call the module once on a batch",
+        lambda m: (m(*inputs()), (m, DIMS))[1],
+    ),
+    "meta": (
+        lambda: last_layer(1).to("meta"),
+        "critic",
+        DIMS,
+        r"Give them values first: module\.to_empty\(device='cpu'\)",
+        lambda m: (initialised(m.to_empty(device="cpu")), DIMS),
+    ),
+    "eps": (
+        lambda: Stacked(0.01),
+        "critic",
+        DIMS,
+        "an eps other than 1e-05 and 1e-06 needs the hint layer_norm_eps",
+        lambda m: (m, {**DIMS, "layer_norm_eps": 0.01}),
+    ),
+    "names": (
+        Stacked,
+        "critic",
+        {**DIMS, "weights": ["w0", "a"]},
+        r"names w0, which .* \(it has z, a, n, m\)",
+        lambda m: (m, {**DIMS, "weights": ["z", "a"], "norm_weights": ["n"], "norm_biases": ["m"]}),
+    ),
+    "too many": (
+        Stacked,
+        "critic",
+        {**DIMS, "weights": ["z", "a"], "norm_weights": ["n", "m"]},
+        "has 2 entries, expected at",
+        lambda m: (m, {**DIMS, "weights": ["z", "a"], "norm_weights": ["n"], "norm_biases": ["m"]}),
+    ),
+    "none": (
+        Stacked,
+        "critic",
+        {**DIMS, "weights": ["z", None]},
+        "the hint weights has an entry None",
+        lambda m: (m, {**DIMS, "weights": ["z", "a"], "norm_weights": ["n"], "norm_biases": ["m"]}),
+    ),
+}
+
+
+def initialised(module):
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()
+    return module
+
+
+@pytest.mark.parametrize("cure", list(CURES))
+def test_what_a_hint_or_an_edit_cures(cure):
+    make, kind, hints, reason, follow = CURES[cure]
+    module = make()
+    with pytest.raises(ValueError, match=reason):
+        qpilots_fast.from_module(module, kind, **hints)
+    module, hints = follow(module)
+    packed = qpilots_fast.from_module(module, kind, **hints)
+    obs, actions = inputs()
+    if kind == "flow":
+        torch.testing.assert_close(
+            ops.velocity(obs, actions, 0.3, packed), packed(obs, actions, 0.3), rtol=1e-4, atol=1e-4
+        )
+    else:
+        torch.testing.assert_close(ops.critic_values(obs, actions, packed), packed(obs, actions), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("in_list", [False, True])
+def test_the_call_of_swapped_arguments_cures(in_list):
+    module = nn.ModuleList([Swapped(), Swapped()]) if in_list else Swapped()
+    with pytest.raises(ValueError, match=r"Give the hint call=") as error:
+        qpilots_fast.from_module(module, "critic", **DIMS)
+    call = eval(re.search(r"Give the hint call=(lambda .*?); or,", str(error.value))[1])
+    packed = qpilots_fast.from_module(module, "critic", **DIMS, call=call)
+    obs, actions = inputs()
+    members = module if in_list else [module]
+    torch.testing.assert_close(
+        ops.critic_values(obs, actions, packed), torch.cat([q(actions, obs) for q in members], -1).T
+    )

@@ -731,7 +731,7 @@ class LearnedTime(nn.Module):
 def test_refused(module, kind, reason):
     with pytest.raises(ValueError, match=reason) as error:
         from_module(module, kind, **DIMS)
-    assert "accepts any callable" in str(error.value) and type(module).__name__ in str(error.value)
+    assert type(module).__name__ in str(error.value)  # what it advises: test_advice.py
 
 
 def test_argument_order_is_read_from_names():
@@ -739,7 +739,7 @@ def test_argument_order_is_read_from_names():
         def forward(self, action, state):
             return super().forward(state, action)
 
-    with pytest.raises(ValueError, match=r"forward takes \(action, state\).*hint call"):
+    with pytest.raises(ValueError, match=r"forward takes \(action, state\).*Give the hint call=lambda"):
         from_module([Swapped(), Swapped()], "critic", **DIMS)
     module = nn.ModuleList([Swapped(), Swapped()])
     network = from_module(module, "critic", **DIMS, call=lambda m, obs, actions: [q(actions, obs) for q in m])

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..activations import ACTIVATIONS
-from ..callables import insides, unwrapped
+from ..callables import insides, is_list, name_of, unwrapped
 from ..critic_outputs import describe, layout_of, read_output
 from ..integers import as_int
 from ..networks import PackableNetwork
@@ -27,8 +28,9 @@ from .proof import SCALES, batch_size_apart_from, prove, random_blocks
 from .random_states import kept_random_states
 from .refusal import NotCallable, Refused, first_line
 from .sources import named_sources, randomise, submodule
+from .way_out import way_out
 
-__all__ = ["ModuleNetwork", "Recognition", "from_module", "recognise"]
+__all__ = ["ModuleNetwork", "Recognition", "cure_for", "from_module", "recognise"]
 
 _HINTS = (
     "obs_dim", "action_dim", "call", "input_order", "time_embedding", "time_embedding_dim", "chunk_shape", "activation",
@@ -63,8 +65,8 @@ def from_module(module: nn.Module | Sequence[nn.Module], kind: str = "flow", **h
         A PackableNetwork; pass it to SteeredSampler.
 
     Raises:
-        ValueError: where the module is none of these, with the reason and the numbers. SteeredSampler accepts any
-            callable as it is: then the network stays PyTorch.
+        ValueError: where the module is none of these, with the reason, the numbers, and how SteeredSampler takes it all
+            the same: as a callable, which stays PyTorch.
         TypeError: for arguments of the wrong type.
     """
     if kind not in KINDS:
@@ -74,19 +76,18 @@ def from_module(module: nn.Module | Sequence[nn.Module], kind: str = "flow", **h
         if module.spec.kind != kind:
             raise ValueError(f"from_module: kind is {kind!r}, but the module is a packed {module.spec.kind}.")
         return module
-    if isinstance(module, (list, tuple)) and module and all(isinstance(member, nn.Module) for member in module):
-        module = nn.ModuleList(map(unwrapped, module))
+    if is_list(module) or isinstance(module, (list, tuple)):
+        module = [unwrapped(member) for member in module]
+        if module and all(isinstance(member, nn.Module) for member in module):
+            module = nn.ModuleList(module)
     if not isinstance(module, nn.Module):
-        raise TypeError(f"from_module: module is {type(module).__name__}; expected an nn.Module or a list of them.")
+        raise TypeError(f"from_module: module is {name_of(module)}; expected an nn.Module or a list of them.")
     _check_hints(kind, hints)
     try:
         return recognise(module, kind, hints)[0].network(module)
     except Refused as refusal:
-        raise ValueError(
-            f"from_module: {type(module).__name__} cannot run as a packed {kind}: {refusal}. Give a hint "
-            f"({', '.join(_HINTS[:5])}, ...; see from_module's docstring), or pass the module itself: SteeredSampler "
-            "accepts any callable."
-        ) from None
+        cure = cure_for(refusal, module, kind, hints)
+        raise ValueError(f"from_module: {name_of(module)} cannot run as a packed {kind}: {refusal}. {cure}") from None
 
 
 def recognise(
@@ -149,7 +150,10 @@ def _check_layers(module: nn.Module, in_eval_mode: bool) -> None:
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             raise Refused(f"{name} is {type(layer).__name__}, which is not supported")
     if any(tensor.is_meta for tensor in module.parameters()) and not named_sources(module):
-        raise Refused("its parameters are on the meta device")
+        raise Refused("its parameters are on the meta device", "Give them values first: module.to_empty(device='cpu').")
+    lazy = next((name for name, tensor in module.named_parameters() if is_lazy(tensor)), None)
+    if lazy is not None:
+        raise Refused(f"{lazy} has no shape yet", "Call the module once on a batch, which gives it one, and try again.")
 
 
 # ---------------------------------------------------------------- widths and calls to try
@@ -183,8 +187,21 @@ def _dims_to_try(module: nn.Module, kind: str, hints: dict[str, Any]) -> list[tu
     left = [width - n_actions * action_dim - n_times * w for w in widths]
     found = [(rest, action_dim) for rest in left if rest > 0 and obs_dim in (None, rest)]
     if not found:
-        raise Refused(f"its first Linear reads {width} columns, which leaves none for obs; give the hint obs_dim")
+        what = "none for obs" if obs_dim is None else f"other than obs_dim={obs_dim} for obs"
+        raise Refused(
+            f"its first Linear reads {width} columns, which with action_dim={action_dim} and t leaves {what}; give the "
+            "hints obs_dim and action_dim"
+        )
     return found
+
+
+def cure_for(refusal: Refused, module: nn.Module, kind: str, hints: dict[str, Any]) -> str:
+    """What to do about a refusal, in a sentence."""
+    try:
+        dims = _dims_to_try(module, kind, hints)
+    except Refused:
+        dims = []
+    return refusal.cure or way_out(module, kind, dims, hints)
 
 
 def _calls_to_try(kind: str, hints: dict[str, Any]) -> list[UserCall]:
@@ -250,7 +267,8 @@ def _recognise(probe: nn.Module, kind: str, hints: dict[str, Any]) -> Recognitio
         if "dtype" in str(reasons)
         else ""
     )
-    raise NotCallable("it could not be called: " + "; ".join(reasons[:3]) + cast)
+    asks = "" if hints.get("call") is not None or cast else " (give the hint call where it takes other arguments)"
+    raise NotCallable("it could not be called: " + "; ".join(reasons[:3]) + cast + asks)
 
 
 def _attempts(
@@ -258,7 +276,10 @@ def _attempts(
 ) -> Iterator[tuple[tuple[int, int], UserCall, dict[str, Tensor]]]:
     for dims in _dims_to_try(probe, kind, hints):
         if dims[0] < 0 or dims[1] < 1:
-            raise Refused(f"obs_dim={dims[0]}, action_dim={dims[1]} do not fit its first Linear")
+            raise Refused(
+                f"obs_dim={dims[0]}, action_dim={dims[1]} do not fit its first Linear; give both hints, obs_dim and "
+                "action_dim"
+            )
         for call in _calls_to_try(kind, hints):
             yield dims, call, random_blocks(kind, dims, batch_size_apart_from(0), generator)
 
@@ -296,7 +317,10 @@ def _from_layers(
     columns = layers.read_columns(traced.calls[0].input, named, hints.get("time_embedding"))
     spec = layers.read_spec(traced, kind, dims, columns)
     if "input_order" in hints and tuple(hints["input_order"]) != spec.input_order:
-        raise Refused(f"the hint input_order is {hints['input_order']}, but its columns are {list(spec.input_order)}")
+        raise Refused(
+            f"the hint input_order is {list(hints['input_order'])}, but its columns are {list(spec.input_order)}",
+            "Leave the hint out: the module's own columns tell the order.",
+        )
     sources = layers.read_sources(probe, traced, spec)
     layout = _layout(kind, traced.output, len(blocks[0]), members)
 

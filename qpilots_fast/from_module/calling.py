@@ -85,26 +85,32 @@ _ARGUMENT_NAMES = {
 }
 
 
-def check_argument_order(module: nn.Module, kind: str) -> None:
+def check_argument_order(module: nn.Module, kind: str, in_list: bool = False) -> None:
     """Raises Refused where the names of forward's arguments contradict (obs, actions, t), which numbers cannot tell."""
     if is_list(module):
         for member in module:
-            check_argument_order(member, kind)
+            check_argument_order(member, kind, in_list=True)
         return
     if kind == "meta_flow_map":
         return
-    names = [
-        p.name
+    taken = [
+        p
         for p in inspect.signature(module.forward).parameters.values()
         if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
+    names = [p.name for p in taken]
     roles = [next((role for role, known in _ARGUMENT_NAMES.items() if n.lower() in known), None) for n in names]
     ranks = [list(_ARGUMENT_NAMES).index(role) for role in roles if role is not None]
     if ranks != sorted(ranks):
-        wanted = ", ".join(BLOCKS_OF_KIND[kind])
+        wanted = BLOCKS_OF_KIND[kind]
+        block = dict(zip(_ARGUMENT_NAMES, wanted))  # what each role is called
+        needed = [role for role, p in zip(roles, taken) if role is not None or p.default is p.empty]
+        in_order = ", ".join("..." if role is None else block[role] for role in needed)
+        called = f"[q({in_order}) for q in module]" if in_list else f"module({in_order})"
+        call = f"call=lambda module, {', '.join(wanted)}: {called}"
         raise Refused(
-            f"its forward takes ({', '.join(names)}), and is called with ({wanted}); give the hint call, e.g. "
-            f"call=lambda m, {wanted}: m(...)"
+            f"its forward takes ({', '.join(names)}), and is called with ({', '.join(wanted)})",
+            f"Give the hint {call}; or, as a callable, give SteeredSampler qpilots_fast.as_{kind}(module, {call}).",
         )
 
 

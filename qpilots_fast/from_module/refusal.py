@@ -4,7 +4,15 @@ from __future__ import annotations
 
 
 class Refused(Exception):
-    """Carries the reason; from_module turns it into a ValueError that names the module."""
+    """Carries the reason; from_module turns it into a ValueError that names the module.
+
+    Args:
+        cure: what to do, where from_module should not find out by itself what a sampler makes of the module.
+    """
+
+    def __init__(self, reason: str, cure: str = "") -> None:
+        super().__init__(reason)
+        self.cure = cure
 
 
 class NotCallable(Refused):

@@ -276,4 +276,8 @@ def search(
                 closest = (gap, label)
     if closest is None:
         raise Refused("no assignment of its tensors fits the input and output widths")
-    raise Refused(f"no known structure gives its output: the closest ({closest[1]}) is off by {number(closest[0])}")
+    normed = any(source is not None for source in roles.norm_weights + roles.norm_biases)
+    eps = " (an eps other than 1e-05 and 1e-06 needs the hint layer_norm_eps)" if normed else ""
+    raise Refused(
+        f"no known structure gives its output: the closest ({closest[1]}) is off by {number(closest[0])}{eps}"
+    )
