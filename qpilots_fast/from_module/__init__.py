@@ -81,7 +81,7 @@ def from_module(module: nn.Module | Sequence[nn.Module], kind: str = "flow", **h
         if module and all(isinstance(member, nn.Module) for member in module):
             module = nn.ModuleList(module)
     if not isinstance(module, nn.Module):
-        raise TypeError(f"from_module: module is {name_of(module)}; expected an nn.Module or a list of them.")
+        raise TypeError(f"from_module: module is {type(module).__name__}; expected an nn.Module or a list of them.")
     _check_hints(kind, hints)
     try:
         return recognise(module, kind, hints)[0].network(module)
