@@ -112,7 +112,7 @@ def ask_critic(
     output = critic(obs, actions)
     if type(output) is Tensor and output.ndim == 2:  # what most critics return, without a further look
         rows, columns = output.shape
-        if columns == len(actions) and rows != columns and layout != "batch_first":
+        if columns == actions.shape[0] and rows != columns and layout != "batch_first":
             return output
     found = layout_of(output, len(actions), layout, owner)
     if _is_open(found):

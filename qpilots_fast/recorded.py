@@ -27,7 +27,7 @@ def _checked(output: Any, shape: torch.Size, owner: str, signature: str) -> Tens
 
 
 def _times(t: float, like: Tensor) -> Tensor:
-    return torch.full((len(like), 1), t, dtype=like.dtype, device=like.device)
+    return torch.full((like.shape[0], 1), t, dtype=like.dtype, device=like.device)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Called:
                 f"no_grad?), but {needed_for} needs that gradient. Let autograd see the computation"
                 + (", or use jacobian='identity'." if owner == "flow" else ".")
             )
-        return output.to(x.dtype)
+        return output if output.dtype == x.dtype else output.to(x.dtype)
 
 
 # ---------------------------------------------------------------- one network, with its pullback

@@ -102,7 +102,7 @@ def _deviations(q_values: Tensor) -> Tensor:
 
 def _mean(x: Tensor) -> Tensor:
     """Over the members."""
-    return x.sum(0) / _number(len(x), x)
+    return x.sum(0) / _number(x.shape[0], x)
 
 
 def ensemble_std(q_values: Tensor) -> Tensor:
