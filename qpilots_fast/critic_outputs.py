@@ -53,10 +53,12 @@ def layout_of(output: Any, batch_size: int, wanted: str = "auto", owner: str = "
             )
         return layouts
     if not isinstance(output, Tensor):
+        entries = output.items() if isinstance(output, dict) else ()
+        key = next((repr(name) for name, value in entries if isinstance(value, Tensor)), "...")
         raise TypeError(
             f"{owner} returned {type(output).__name__}; expected a Tensor [E, B] (or [B, E], [B, 1], [B], a list of "
             f"these) from {owner}(obs, actions). Where the values are inside, take them out: "
-            "qpilots_fast.as_critic(module, call=lambda module, obs, actions: module(obs, actions)[...])."
+            f"qpilots_fast.as_critic(critic, call=lambda critic, obs, actions: critic(obs, actions)[{key}])."
         )
     shape = tuple(output.shape)
     if shape == (batch_size,):

@@ -283,7 +283,9 @@ class OwnModule:
         if not self.reason:
             return f"{words}packed on native kernels (recognised by from_module)"
         words += f"as a callable: {self.reason}."
-        if self.network is None:
+        if self.trial.cure:
+            words += f" {self.trial.cure}"
+        elif self.network is None:
             words += (
                 f" from_module(module, {KIND_OF[self.name]!r}, ...) takes hints; its result goes in the module's place."
             )

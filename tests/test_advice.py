@@ -530,3 +530,117 @@ def test_the_call_of_swapped_arguments_cures(in_list):
     torch.testing.assert_close(
         ops.critic_values(obs, actions, packed), torch.cat([q(actions, obs) for q in members], -1).T
     )
+
+
+# ---------------------------------------------------------------- the sampler
+
+
+def opaque(network):
+    return lambda *blocks: network(*blocks)
+
+
+@pytest.fixture
+def networks():
+    torch.manual_seed(0)
+    return FlowMLP(S, A, (H,)), CriticEnsemble(S, A, 2, (H,))
+
+
+@pytest.mark.parametrize("wrap", [lambda critic: critic, opaque])
+def test_a_critics_dict_is_taken_apart_as_advised(wrap, networks):
+    flow, q = networks
+    critic = wrap(Changed(q, after=lambda q: {"loss": 0.0, "q_values": q}))
+    with pytest.raises(TypeError, match="critic returned dict") as error:
+        SteeredSampler(flow, critic, Steering.qpilots_u())(*inputs())
+    code = re.search(r"(qpilots_fast\.as_critic\(.*\))\.$", str(error.value))[1]
+    advised = eval(code, {"qpilots_fast": qpilots_fast, "critic": critic})
+    got, want = (SteeredSampler(flow, c, Steering.qpilots_u())(*inputs()) for c in (advised, opaque(q)))
+    assert_close(got, want)
+
+
+def test_a_flow_without_a_gradient_is_steered_as_advised(networks):
+    flow, critic = networks
+    detached = lambda obs, x, t: flow(obs, x, t).detach()  # noqa: E731
+    with pytest.raises(RuntimeError, match=r"flow's output does not depend .* or use jacobian='identity'"):
+        SteeredSampler(detached, critic, Steering.qpilots_u())(*inputs())
+    identity = Steering.qpilots_u(jacobian="identity")
+    got, want = (SteeredSampler(f, critic, identity)(*inputs()) for f in (detached, flow))
+    assert_close(got, want)
+
+
+def test_obs_that_packed_networks_do_not_read_are_given_as_advised(networks):
+    flow, critic = networks
+    obs, noise = inputs()
+    sampler = SteeredSampler(flow, critic, Steering.qpilots_u())
+    want = sampler(obs, noise)
+    with pytest.raises(
+        TypeError, match=r"obs is dict, .*: give the tensor itself \(obs\['state'\], say\), or give flow and"
+    ):
+        sampler({"state": obs}, noise)
+    reads = SteeredSampler(
+        lambda obs, x, t: flow(obs["state"], x, t), lambda obs, a: critic(obs["state"], a), Steering.qpilots_u()
+    )
+    assert_close(reads({"state": obs}, noise), want)
+    with pytest.raises(TypeError, match=r"obs is list, .*: give torch\.as_tensor\(obs\)"):
+        sampler(obs.tolist(), noise)
+    assert_close(sampler(torch.as_tensor(obs.tolist()), noise), want)
+    with pytest.raises(TypeError, match=r"e\.g\. obs\.float\(\)"):
+        sampler(obs.long(), noise)
+    assert_close(sampler(obs.long().float(), noise), sampler(obs.trunc(), noise))
+    with pytest.raises(ValueError, match=r"give noise \[B, A\]"):
+        reads({"state": obs})
+
+
+def test_drawn_noise_of_callables_has_the_width_advised(networks):
+    flow, critic = (opaque(network) for network in networks)
+    with pytest.raises(ValueError, match=r"give noise \[B, A\], or the sampler a chunk_shape"):
+        SteeredSampler(flow, critic, Steering.qpilots_u())(inputs()[0])
+    by_rows = lambda network: lambda obs, x, *t: network(obs, x.flatten(1), *t)  # noqa: E731
+    sampler = SteeredSampler(
+        lambda *b: by_rows(flow)(*b).unflatten(1, (1, A)), by_rows(critic), Steering.qpilots_u(), chunk_shape=(1, A)
+    )
+    assert sampler(inputs()[0]).shape == (B, 1, A)
+
+
+def test_modes_are_set_or_left_as_advised():
+    torch.manual_seed(0)
+    module = TwoNorms(nn.Dropout(0.5)).eval()
+    flow, packed = FlowMLP(S, A, (H,)), qpilots_fast.from_module(module, "critic", **DIMS)
+    sampler = SteeredSampler(flow, packed, Steering.qpilots_u())
+    want = sampler(*inputs())
+    module.train()
+    with pytest.raises(
+        ValueError, match=r"call \.eval\(\) on the module before sampling, or give the sampler the module"
+    ):
+        sampler(*inputs())
+    itself = SteeredSampler(flow, module, Steering.qpilots_u())
+    assert not torch.equal(itself(*inputs()), itself(*inputs()))  # dropout
+    module.eval()
+    assert torch.equal(sampler(*inputs()), want) and torch.equal(itself(*inputs()), want)
+
+
+def test_an_edited_module_is_read_again_as_advised():
+    torch.manual_seed(0)
+    module, flow = Q(), FlowMLP(S, A, (H,))
+    packed = qpilots_fast.from_module(module, "critic", **DIMS)
+    sampler = SteeredSampler(flow, packed, Steering.qpilots_u())
+    sampler(*inputs())
+    module.q[1], module.q[3] = nn.ReLU(), nn.ReLU()
+    with pytest.raises(ValueError, match="call from_module again"):
+        sampler(*inputs())
+    sampler.critic = qpilots_fast.from_module(module, "critic", **DIMS)
+    assert_close(sampler(*inputs()), SteeredSampler(flow, opaque(module), Steering.qpilots_u())(*inputs()))
+
+
+def test_what_the_log_advises_works(caplog):
+    """A module that cannot be called as it is: the line in the log says how it can."""
+    caplog.set_level("INFO", "qpilots_fast")
+    torch.manual_seed(0)
+    flow, critic = FlowMLP(S, A, (H,)), mlp(S + A, 1, nn.Hardswish)
+    sampler = SteeredSampler(flow, critic, Steering.qpilots_u())
+    with pytest.raises(TypeError):
+        sampler(*inputs())
+    (line,) = [record.getMessage() for record in caplog.records if "critic" in record.getMessage()]
+    code = re.search(r"through (qpilots_fast\.as_critic\(.*\))\.$", line)[1]
+    sampler.critic = eval(code, {"qpilots_fast": qpilots_fast, "torch": torch, "module": critic})
+    want = SteeredSampler(flow, lambda obs, a: critic(torch.cat([obs, a], -1)), Steering.qpilots_u())(*inputs())
+    assert_close(sampler(*inputs()), want)
