@@ -64,7 +64,7 @@ def keep_one(raw: RawSample, q_values: Tensor, steering: Steering, draws: Tensor
         uniform = torch.special.ndtr(draws.double()).clamp(1e-300, 1 - 1e-16)
         rank = rank.double() / steering.selection_temperature - (-uniform.log()).log()
     best = torch.where(usable, rank, torch.full_like(rank, -math.inf)).argmax(-1)
-    rows = torch.arange(len(best), device=best.device) * count + best
+    rows = torch.arange(best.shape[0], device=best.device) * count + best
     report = None if raw.report is None else StepReport(*(value[:, rows] for value in raw.report))
     return RawSample(raw.actions[rows], report), q_values[:, rows]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +20,9 @@ from .networks import PackableNetwork
 from .spec import RawSample, StepReport
 from .steering import Steering
 
+_ASKING = Steering(estimate="noisy", jacobian="identity")  # any that asks a critic
 
-@dataclass(frozen=True)
+
 class Finish:
     """Asks one critic about finished actions [B n, A], n of them for each row of obs.
 
@@ -31,11 +31,10 @@ class Finish:
         layout: critic_layout of the sampler.
     """
 
-    critic: Any
-    steering: Steering
-    precision: str
-    backend: str
-    layout: str
+    def __init__(self, critic: Any, steering: Steering, precision: str, backend: str, layout: str) -> None:
+        # no dataclass: torch.compile cannot make a frozen one after a graph break
+        self.critic, self.steering, self.layout = critic, steering, layout
+        self.precision, self.backend = precision, backend
 
     def __call__(
         self, inputs: Inputs, raw: RawSample, bounds: Bounds, values_wanted: bool
@@ -61,7 +60,11 @@ class Finish:
         """q_values [E, B n]."""
         obs, count = self._packed_obs(inputs), inputs.noise.shape[1]
         if obs is not None:
-            return ops.critic_values(obs, actions, self.critic, precision=self.precision, backend=self.backend)
+            if torch.compiler.is_compiling():
+                return ops.critic_values(obs, actions, self.critic, precision=self.precision, backend=self.backend)
+            critic = self._evaluators(obs, actions, None).critic
+            assert critic is not None
+            return critic(actions)[0]
         shown = in_chunks("critic", self.critic, inputs.layout.chunk)
         t = 1.0 if self.steering.critic_time else None
         of_each = [
@@ -72,33 +75,42 @@ class Finish:
 
     def _climbed(self, inputs: Inputs, actions: Tensor, bounds: Bounds) -> Tensor:
         """After the steering's final steps, each inside the bounds."""
-        steering, ascent, obs = self.steering, self.steering.ascent, self._packed_obs(inputs)
-        if obs is None:
-            return run_outside_inference(lambda: self._climbed_by_autograd(inputs, actions, bounds))
+        obs = self._packed_obs(inputs)
+        if obs is not None and torch.compiler.is_compiling():
+            return self._climbed_by_operator(obs, actions, bounds)
+        if obs is not None:
+            return self._climbed_here(self._evaluators(obs, actions, None), actions, bounds)
+        return run_outside_inference(lambda: self._climbed_by_autograd(inputs, actions, bounds))
+
+    def _climbed_by_operator(self, obs: Tensor, actions: Tensor, bounds: Bounds) -> Tensor:
         at_rest = torch.zeros_like(actions)
-        for _ in range(steering.final_steps):
+        for _ in range(self.steering.final_steps):
             actions = ops.steer_step(
-                actions, at_rest, 1.0, steering.final_step_size, obs=obs, critic=self.critic, steering=ascent,
-                precision=self.precision, backend=self.backend,
+                actions, at_rest, 1.0, self.steering.final_step_size, obs=obs, critic=self.critic,
+                steering=self.steering.ascent, precision=self.precision, backend=self.backend,
             ).clamp(*bounds)  # fmt: skip
         return actions
 
     def _climbed_by_autograd(self, inputs: Inputs, actions: Tensor, bounds: Bounds) -> Tensor:
-        steering, ascent, count = self.steering, self.steering.ascent, inputs.noise.shape[1]
-        assert ascent is not None
         obs, actions, bounds = out_of_inference((inputs.obs, actions, bounds))
-        backend = backends.choose(Request(self.backend, self.precision, actions.device, actions.dtype)).backend
-        chunk = inputs.layout.chunk
-        net = evaluators(None, self.critic, None, ascent, backend, self.precision, obs, self.layout, chunk)
-        found = []
-        for x in actions.unflatten(0, (-1, count)).unbind(1):
-            at_rest = torch.zeros_like(x)
-            for _ in range(steering.final_steps):
-                g, std = reference.steering_gradient(net, ascent, x, at_rest, lambda d: d, 1.0, None, bounds, False)
-                pushed, _ = reference.steer_velocity(at_rest, g, ascent, std, None, False)
-                x = (x + steering.final_step_size * pushed).clamp(*bounds)
-            found.append(x)
-        return torch.stack(found, 1).flatten(0, 1)
+        net = self._evaluators(obs, actions, inputs.layout.chunk)
+        each = actions.unflatten(0, (-1, inputs.noise.shape[1])).unbind(1)  # obs cannot be repeated: it may be anything
+        return torch.stack([self._climbed_here(net, x, bounds) for x in each], 1).flatten(0, 1)
+
+    def _climbed_here(self, net: reference.Evaluators, x: Tensor, bounds: Bounds) -> Tensor:
+        ascent, at_rest = self.steering.ascent, torch.zeros_like(x)
+        assert ascent is not None
+        for _ in range(self.steering.final_steps):
+            g, std = reference.steering_gradient(net, ascent, x, at_rest, lambda d: d, 1.0, None, bounds, False)
+            pushed, _ = reference.steer_velocity(at_rest, g, ascent, std, None, False)
+            x = (x + self.steering.final_step_size * pushed).clamp(*bounds)
+        return x
+
+    def _evaluators(self, obs: Any, like: Tensor, chunk: tuple[int, int] | None) -> reference.Evaluators:
+        """The critic alone, as the reference asks it."""
+        backend = backends.choose(Request(self.backend, self.precision, like.device, like.dtype)).backend
+        asking = self.steering.ascent or _ASKING
+        return evaluators(None, self.critic, None, asking, backend, self.precision, obs, self.layout, chunk)
 
 
 def empty_sample(critic: Any, noise: Tensor, num_steps: int) -> tuple[RawSample, Tensor | None]:

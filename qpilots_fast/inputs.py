@@ -16,6 +16,7 @@ from .draws import drawn, drawn_by_row, read_seeds
 from .networks import PackableNetwork
 from .settings import computes_float64
 from .steering import Steering
+from .trees import common_rows
 
 
 def check_finite(name: str, value: Tensor | None) -> None:
@@ -192,16 +193,18 @@ class Reader:
         chunk = self.chunk_shape
         action_dim = math.prod(chunk) if chunk else None if self.packed is None else self.packed.spec.action_dim
         if noise is None:
-            if not isinstance(obs, Tensor) or obs.ndim < 1:
+            rows = None if isinstance(obs, Tensor) else common_rows(obs)
+            if rows is None and (not isinstance(obs, Tensor) or obs.ndim < 1):
                 raise ValueError(
-                    f"noise is None and obs is {type(obs).__name__}, so the batch size is unknown; give noise [B, A]."
+                    f"noise is None and obs is {type(obs).__name__}, so the batch size is unknown; give noise [B, A], "
+                    "or an obs whose tensors all have B rows."
                 )
             if action_dim is None:
                 raise ValueError(
                     "noise is None and no network tells the action width; give noise [B, A], or the sampler a "
                     "chunk_shape."
                 )
-            return Layout(self._lead(obs), chunk or (action_dim,), chunk)
+            return Layout(self._lead(obs) if rows is None else (rows,), chunk or (action_dim,), chunk)
         lead = self._lead(obs) if self.reads_obs else self._lead_beside(obs, noise)
         rest, count = tuple(noise.shape[len(lead) :]), self.steering.num_candidates
         if tuple(noise.shape[: len(lead)]) != lead:
@@ -272,6 +275,10 @@ class Reader:
 
     def _row_alpha(self, alpha: Any, layout: Layout, start: Tensor) -> Tensor:
         """The strength of each row [B]."""
+        if isinstance(alpha, (list, tuple, int, float)) and not isinstance(alpha, bool):
+            alpha = torch.as_tensor(alpha, dtype=start.dtype, device=start.device)
+        if isinstance(alpha, Tensor) and alpha.shape == (1,) and layout.lead == ():
+            alpha = alpha.reshape(())  # of one observation, as seeds=[s]
         if not isinstance(alpha, Tensor) or not alpha.is_floating_point():
             got = getattr(alpha, "dtype", type(alpha).__name__)
             raise TypeError(f"alpha is {got}; expected a floating Tensor or numpy array [B], one strength a row.")

@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .callables import CriticList, is_list
 from .critic_outputs import ask_critic
 from .heads import Head
+from .loop_conventions import check_time
 from .meta_flow_map import meta_flow_map_loss as meta_flow_map_loss
+from .networks import PackableNetwork
 from .reference import aggregate
 from .steering import AGGREGATIONS
 
@@ -31,6 +34,8 @@ class IQLLosses(NamedTuple):
 
 
 def _check_rows(owner: str, obs: Tensor, **others: Tensor) -> None:
+    if isinstance(obs, Tensor) and obs.shape[:1] == (0,):
+        raise ValueError(f"{owner}: obs has shape {tuple(obs.shape)}, no rows; a mean over them would be NaN.")
     for name, tensor in others.items():
         if tensor.shape[:1] != obs.shape[:1]:
             raise ValueError(
@@ -62,6 +67,13 @@ def _read_rewards(owner: str, obs: Tensor, rewards: Tensor, discounts: Tensor) -
     return rewards if rewards.is_floating_point() else rewards.to(discounts.dtype), discounts
 
 
+def _asked(critic: Any, actions: Tensor) -> tuple[Critic, Tensor]:
+    """Several critics as one, and a chunk [B, C, D] flat where a packed critic reads it."""
+    if isinstance(critic, (list, tuple)) or is_list(critic):
+        critic = CriticList(critic)
+    return critic, actions.flatten(1) if isinstance(critic, PackableNetwork) and actions.ndim == 3 else actions
+
+
 def _check_aggregation(owner: str, aggregation: str, rho: float) -> None:
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"{owner}: aggregation is {aggregation!r}; expected one of {', '.join(AGGREGATIONS)}.")
@@ -78,24 +90,33 @@ def flow_matching_loss(
     Args:
         flow: (obs [B, S], noisy_actions [B, A], t [B, 1]) -> velocity [B, A].
         obs: [B, S].
-        actions: x1 [B, A], in the sampler's bounds; a chunk flattened.
-        noise: e [B, A], drawn where None.
-        t: [B, 1] in [0, 1], drawn where None.
+        actions: x1 [B, A], or chunks [B, C, D] for a flow that takes them, in the sampler's bounds.
+        noise: e, as actions, drawn where None.
+        t: [B, 1] or [B] in [0, 1], drawn where None.
         generator: of the draws.
 
     Returns:
         A scalar: the mean over rows and action dimensions.
 
     Raises:
-        ValueError: if obs and actions differ in their number of rows.
+        ValueError: for shapes that do not fit, and t outside [0, 1].
     """
-    _check_rows("flow_matching_loss", obs, actions=actions)
+    if isinstance(obs, Tensor):
+        _check_rows("flow_matching_loss", obs, actions=actions)
     if noise is None:
         noise = torch.randn(actions.shape, generator=generator, dtype=actions.dtype, device=actions.device)
     if t is None:
         t = torch.rand(actions.shape[0], 1, generator=generator, dtype=actions.dtype, device=actions.device)
-    x = t * actions + (1 - t) * noise
-    return (flow(obs, x, t) - (actions - noise)).square().mean()
+    t = _as_vector("flow_matching_loss", "t", t, actions).unsqueeze(1)
+    check_time("flow_matching_loss", t)
+    at = t.reshape(-1, *(1,) * (actions.ndim - 1))  # one time a row, whatever an action's shape
+    velocity = flow(obs, at * actions + (1 - at) * noise, t)
+    for name, value in (("noise", noise), ("the flow's velocity", velocity)):
+        if value.shape != actions.shape:
+            raise ValueError(
+                f"flow_matching_loss: {name} has shape {tuple(value.shape)}; expected {tuple(actions.shape)}."
+            )
+    return (velocity - (actions - noise)).square().mean()
 
 
 @torch.no_grad()
@@ -124,6 +145,7 @@ def td_target(
     _check_aggregation("td_target", aggregation, rho)
     _check_rows("td_target", next_obs, next_actions=next_actions)
     rewards, discounts = _read_rewards("td_target", next_obs, rewards, discounts)
+    target_critic, next_actions = _asked(target_critic, next_actions)
     if head is not None:
         logits = head.read(target_critic(next_obs, next_actions), len(next_obs), "target_critic")
         return head.bootstrapped(logits, rewards, discounts, aggregation, rho)
@@ -185,6 +207,7 @@ def _regression(
     critic: Critic, obs: Tensor, actions: Tensor, target: Tensor, critic_layout: str, head: Head | None
 ) -> Tensor:
     """The mean over members and rows of the square to the target [B], or the cross-entropy to its probabilities."""
+    critic, actions = _asked(critic, actions)
     if head is not None:
         return head.loss(head.read(critic(obs, actions), len(obs)), target)
     return (ask_critic(critic, obs, actions, critic_layout) - target).square().mean()
@@ -225,10 +248,11 @@ def iql_loss(
     _check_rows("iql_loss", obs, actions=actions, next_obs=next_obs)
     rewards, discounts = _read_rewards("iql_loss", obs, rewards, discounts)
     with torch.no_grad():
+        target_critic, flat = _asked(target_critic, actions)
         if head is None:
-            q_values = ask_critic(target_critic, obs, actions, critic_layout, "target_critic")
+            q_values = ask_critic(target_critic, obs, flat, critic_layout, "target_critic")
         else:
-            q_values = head.values(head.read(target_critic(obs, actions), len(obs), "target_critic"))
+            q_values = head.values(head.read(target_critic(obs, flat), len(obs), "target_critic"))
         q = aggregate(q_values, aggregation, rho)
         next_value = _as_vector("iql_loss", "value(next_obs)", value(next_obs), obs)
         target = rewards + discounts * next_value.to(rewards.dtype)

@@ -277,7 +277,7 @@ def _sample_forward(
     )
     check_actions(raw.actions)
     assert raw.report is not None
-    return raw.actions, *raw.report
+    return raw.actions, *(value.clone() for value in raw.report)  # an operator's outputs share no memory
 
 
 # ---------------------------------------------------------------- vector-Jacobian products

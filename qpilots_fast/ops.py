@@ -27,7 +27,7 @@ from .op_networks import (
 )
 from .op_transforms import call
 from .spec import NetworkSpec, SamplerSpec
-from .steering import AGGREGATIONS, Steering, check_choice, check_number
+from .steering import AGGREGATIONS, Steering, check_choice, check_number, plain
 
 __all__ = [
     "clean_actions",
@@ -91,6 +91,7 @@ def pessimistic_q(
     Its gradient where all members agree (std = 0) is that of the mean.
     """
     check_choice("pessimistic_q: aggregation", aggregation, AGGREGATIONS)
+    rho = plain(rho)
     check_number("pessimistic_q: rho", rho, 0.0)
     otherwise = partial(pessimistic_otherwise, critic, aggregation, rho)
     critic = packed_network("pessimistic_q", "critic", critic, obs, actions, otherwise)
@@ -147,7 +148,8 @@ def _update_arguments(
     """What the operator steer_update takes, without dt."""  # fmt: skip
     _same_shape(op, noisy_actions=noisy_actions, velocity=velocity, q_grad=q_grad)
     x, v, g = _float_rows(noisy_actions, velocity, q_grad)
-    dims = None if steered_dims is None else list(steered_dims)
+    dims = None if steered_dims is None else [int(d) for d in steered_dims]
+    alpha, eps = plain(alpha), plain(eps)
     check_number(f"{op}: alpha", alpha, 0.0)
     check_number(f"{op}: eps", eps, 0.0, strict=True)
     if dims is not None and not all(0 <= d < x.shape[1] for d in dims):
@@ -157,6 +159,7 @@ def _update_arguments(
 
 def posterior_weights(q_values: Tensor, tau: float = 1.0, q_scale: float = 1.0) -> Tensor:
     """softmax_n(tau Qbar_n / q_scale) over the first axis: q_values [N, B] -> [N, B]."""
+    tau, q_scale = plain(tau), plain(q_scale)
     check_number("posterior_weights: tau", tau, 0.0, strict=True)
     check_number("posterior_weights: q_scale", q_scale, 0.0, strict=True)
     return call("posterior_weights", q_values, tau, q_scale)
@@ -210,6 +213,8 @@ def steer_step(
         precision, backend,
     )  # fmt: skip
     length = dt if convention == NOISE_AT_ZERO else -dt
+    if arguments is None:
+        return _as_given(_plain_step(noisy_actions, velocity, dt), noisy_actions)
     if q_grad is not None:
         x, v, g, *rest = arguments
         stepped = call("steer_update", x, v, g, length, *rest)
@@ -243,6 +248,8 @@ def steer_velocity(
         "steer_velocity", noisy_actions, velocity, t, obs, critic, q_grad, steering, action_low, action_high,
         convention, precision, backend,
     )  # fmt: skip
+    if arguments is None:
+        return velocity
     if q_grad is not None:
         x, v, g, *rest = arguments
         steered = call("steer_update", torch.zeros_like(x), v, g, 1.0, *rest)  # 0 + 1 v' is v', exactly
@@ -265,13 +272,19 @@ def _step_arguments(
     convention: str,
     precision: str,
     backend: str,
-) -> tuple[Any, ...]:
-    """What the operators of one step take, without dt: of steer_update with q_grad, else of steer_velocity."""
+) -> tuple[Any, ...] | None:
+    """What the operators of one step take, without dt: of steer_update with q_grad, else of steer_velocity.
+
+    None where the steering asks no critic.
+    """
     steering = _DEFAULT_STEP if steering is None else steering
     _same_shape(op, noisy_actions=noisy_actions, velocity=velocity)
+    _refuse_settings_of_a_call(op, steering, q_grad)
     if (q_grad is None) == (critic is None):
         raise ValueError(f"{op}: expected either obs and critic, or q_grad, and not both.")
     v, time = from_convention(op, convention, velocity, t)
+    if not steering.steers:
+        return None
     times = time_rows(op, time, noisy_actions)
     if q_grad is not None:
         if steering.scale != "norm_match":
@@ -292,6 +305,31 @@ def _step_arguments(
     times = times.to(x.dtype)
     low, high = as_lists(action_low, action_high, x.shape[1], noisy_actions.shape[1:])
     return obs, x, v, times, parameters, spec, steering.json, low, high, precision, backend
+
+
+def _plain_step(noisy_actions: Tensor, velocity: Tensor, dt: float) -> Tensor:
+    x, v = _float_rows(noisy_actions, velocity)
+    return x + dt * v
+
+
+def _refuse_settings_of_a_call(op: str, steering: Steering, q_grad: Tensor | None) -> None:
+    """Raises for what a single step cannot follow."""
+    for name, absent, cure in (
+        ("step_weights", None, "multiply Steering.alpha by the step's weight"),
+        ("window", None, "call it at the steps inside the window alone"),
+        ("num_candidates", 1, "step every candidate and rank them by ops.pessimistic_q"),
+        ("final_steps", 0, "move the finished action by the gradient of ops.pessimistic_q"),
+    ):
+        if getattr(steering, name) != absent:
+            raise ValueError(
+                f"{op}: Steering.{name} is {getattr(steering, name)!r}, which is of a whole call; expected {absent} "
+                f"for a single step: {cure}."
+            )
+    if q_grad is not None and steering.max_disagreement is not None:
+        raise ValueError(
+            f"{op}: q_grad with Steering.max_disagreement, which needs the critics' values; expected obs and critic, "
+            "or None."
+        )
 
 
 def sample(
@@ -330,4 +368,4 @@ def _float_rows(*tensors: Tensor) -> list[Tensor]:
 
 def _as_given(rows: Tensor, given: Tensor) -> Tensor:
     rows = rows.reshape(given.shape) if given.ndim == 3 else rows
-    return rows.to(given.dtype) if given.dtype in (torch.bfloat16, torch.float16) else rows
+    return rows.to(given.dtype)

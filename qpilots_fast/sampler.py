@@ -22,6 +22,7 @@ from .recognition import how_each_runs
 from .sampler_state import SamplerState
 from .settings import DEFAULT_STEPS, check_num_steps
 from .steering import Steering
+from .trees import map_leaves
 from .untraced import untraced
 from .warming import warm_up
 
@@ -171,7 +172,7 @@ class SteeredSampler(SamplerState):
             layout = inputs.layout
             box = box_of(self.action_low, self.action_high, layout.action_dim, layout.chunk or layout.action)
             bounds = as_operands(*box, inputs.noise)
-            if len(inputs.noise) == 0:
+            if inputs.noise.shape[0] == 0:  # len() would make a symbolic size a number
                 raw, q_values = empty_sample(networks["critic"], inputs.noise, self.num_steps)
             else:
                 raw = run.sample(networks, self.backend, inputs, bounds, return_info)
@@ -191,14 +192,22 @@ class SteeredSampler(SamplerState):
         obs is as in a call ([S], [B, S] or more), an array, or a tensor on any device; seeds one integer for each
         observation, [s] for one. Returns [A] for one observation, [B, A] for B; chunks where a chunk_shape says so.
         """
-        obs = as_tensor("obs", obs, self._device())
-        actions = self(obs.to(self._device()) if isinstance(obs, Tensor) else obs, seeds=seeds)
+        device = self._device()
+
+        def ready(leaf: Any) -> Any:
+            if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fiub":  # texts stay what they are
+                return as_tensor("obs", leaf, device)
+            return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+
+        obs = as_tensor("obs", obs, device) if isinstance(obs, np.ndarray) else map_leaves(ready, obs)
+        actions = self(obs, seeds=seeds)
         return actions.to("cpu", torch.float32).numpy()
 
     def freeze(self) -> SteeredSampler:
         """Packs the weights at the next call and keeps them: later changes of the parameters are not seen.
 
-        Inside torch.compile the current parameters are read all the same.
+        A setting assigned later, a .to() and a copy pack the parameters as they then are; the log says so. Inside
+        torch.compile the current parameters are read all the same.
         """
         self._frozen = True
         self._run = self._make_run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,6 +18,8 @@ from .settings import check_settings, read_setting
 from .steering import Steering
 
 _Sampler = TypeVar("_Sampler", bound="SamplerState")
+
+_log = logging.getLogger("qpilots_fast")
 
 # what a run is made from: assigning one makes another
 _SETTINGS = (
@@ -77,6 +80,11 @@ class SamplerState(nn.Module):
     def _make_run(self, networks: dict[str, Any] | None = None) -> PackedRun | CallableRun:
         """The way that calls take; made anew where what earlier calls kept must be forgotten."""
         check_settings(self)
+        if self._frozen and "_run" in self.__dict__ and self._run.holds_weights:
+            _log.warning(
+                "a frozen SteeredSampler was moved, or a setting of it assigned: its next call packs the parameters as "
+                "they are then."
+            )
         if networks is None:
             self._own = recognised(self._given(), self.steering, self.chunk_shape, self._own)
             networks = self._asked()

@@ -45,12 +45,12 @@ def check_number(name: str, value: object, low: float, *, strict: bool = False) 
 _LISTS = ("step_weights", "window", "steered_dims")
 
 
-def _plain(value: Any, listed: bool) -> Any:
-    """Numbers of numpy and torch as Python's; the entries of a list, array or tensor as a tuple."""
-    if listed and (isinstance(value, list) or getattr(value, "ndim", 0) == 1):
+def plain(value: Any, listed: bool = False) -> Any:
+    """Numbers of numpy and torch as Python's; the entries of a list, range, array or tensor as a tuple."""
+    if listed and (isinstance(value, (list, range)) or getattr(value, "ndim", 0) == 1):
         value = tuple(value)
     if listed and isinstance(value, tuple):
-        return tuple(_plain(entry, False) for entry in value)
+        return tuple(plain(entry) for entry in value)
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
 
 
@@ -145,7 +145,7 @@ class Steering:
 
     def __post_init__(self) -> None:
         for name, value in list(vars(self).items()):
-            object.__setattr__(self, name, _plain(value, name in _LISTS))
+            object.__setattr__(self, name, plain(value, name in _LISTS))
         check_choice("Steering.estimate", self.estimate, ESTIMATES)
         check_choice("Steering.jacobian", self.jacobian, JACOBIANS)
         check_choice("Steering.clip", self.clip, CLIPS)

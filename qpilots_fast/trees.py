@@ -43,6 +43,22 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     return function(tree)
 
 
+def common_rows(tree: Any) -> int | None:
+    """The first dimension that all tensors and arrays of the tree share, some of them with further ones; else None."""
+    shapes: list[tuple[int, ...]] = []
+
+    def visit(value: Any) -> Any:
+        if not _is_branch(value):
+            shapes.append(tuple(getattr(value, "shape", ())))
+            return value
+        return _with_children(value, visit)
+
+    visit(tree)
+    shapes = [shape for shape in shapes if shape]
+    first = {shape[0] for shape in shapes}
+    return first.pop() if len(first) == 1 and any(len(shape) > 1 for shape in shapes) else None
+
+
 def with_rows(tree: Any, size: int, other: int) -> Any:
     """The tree with `other` rows in place of `size`: the last ones left out, or the first one repeated.
 

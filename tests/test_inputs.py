@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from qpilots_fast import SteeredSampler, Steering
+from qpilots_fast import FlowMLP, SteeredSampler, Steering
 from qpilots_fast.testing import make_case
 
 M = Steering.qpilots_m()
@@ -254,3 +254,54 @@ def test_compiled_with_callables(steering, which):
     assert frames.op_count <= 2 * frames.frame_count  # nothing of the loop was traced
     with pytest.raises(Exception, match=r"torch.compiler.disable"):
         torch.compile(sampler, backend="eager", fullgraph=True)(case.obs, case.noise)
+
+
+def test_act_with_observations_of_any_structure():
+    flow = FlowMLP(3, 4, (8,))
+    own = lambda obs, x, t: flow(obs["state"], x.flatten(1), t).view_as(x)  # noqa: E731
+    sampler = SteeredSampler(own, None, Steering.unsteered(), chunk_shape=(2, 2), action_low=None, action_high=None)
+    obs = {"state": np.random.randn(5, 3).astype(np.float32), "task": ["a"] * 5}
+    chunks = sampler.act(obs, seeds=range(5))
+    assert chunks.shape == (5, 2, 2)
+    packed = SteeredSampler(flow, None, Steering.unsteered(), action_low=None, action_high=None)
+    np.testing.assert_allclose(chunks.reshape(5, 4), packed.act(obs["state"], seeds=range(5)), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="whose tensors all have B rows"):
+        sampler.act({"state": obs["state"][0]})
+
+
+def test_alpha_as_a_list_or_for_one_observation():
+    case = make_case(Steering.qpilots_u(), batch_size=3)
+    sampler = case.sampler("reference")
+    rows = [0.0, 0.3, 1.0]
+    expected = sampler(case.obs, case.noise, alpha=torch.tensor(rows))
+    for alpha in (rows, tuple(rows), np.float32(rows)):
+        assert torch.equal(sampler(case.obs, case.noise, alpha=alpha), expected)
+    for alpha in ([0.3], 0.3, torch.tensor([0.3])):
+        assert torch.allclose(sampler(case.obs[1], case.noise[1], alpha=alpha), expected[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("steering", [Steering.qpilots_u(), Steering.best_of_n(2)])
+def test_compiled_after_what_cannot_be_traced(steering):
+    case = make_case(steering, hidden_dims=(8,), num_steps=2)
+    sampler = case.sampler("reference")
+    compiled = torch.compile(sampler, backend="eager")
+    seeds = list(range(17))
+    for call in (
+        lambda run: run(case.obs, seeds=seeds),
+        lambda run: run(case.obs, generator=torch.Generator().manual_seed(1)),
+        lambda run: run(case.obs.numpy(), case.noise),
+        lambda run: run(case.obs, case.noise),
+    ):
+        torch.testing.assert_close(call(compiled), call(sampler), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_with_a_dynamic_batch(strict):
+    from torch.export import Dim, export
+
+    case = make_case(Steering.qpilots_u(), hidden_dims=(8,), num_steps=2)
+    sampler, rows = case.sampler("reference"), {0: Dim("batch")}
+    exported = export(sampler, (case.obs, case.noise), dynamic_shapes={"obs": rows, "noise": rows}, strict=strict)
+    for size in (9, 17):
+        found = exported.module()(case.obs[:size], case.noise[:size])
+        torch.testing.assert_close(found, sampler(case.obs[:size], case.noise[:size]), rtol=0, atol=1e-5)

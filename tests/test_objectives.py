@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from qpilots_fast import SteeredSampler, Steering
 from qpilots_fast.networks import CriticEnsemble, FlowMLP
 from qpilots_fast.objectives import flow_matching_loss, iql_loss, polyak_update, td_loss, td_target
 
@@ -184,3 +185,45 @@ def test_wrong_arguments_are_named(batch, critics):
         iql_loss(critic, target, nn.Linear(S, 1), **batch, expectile=1.0)
     with pytest.raises(ValueError, match="actions has shape"):
         flow_matching_loss(FlowMLP(S, A, (8,)), batch["obs"], batch["actions"][:3])
+
+
+def test_flow_matching_of_chunks_and_misfits():
+    flow = FlowMLP(4, 6, (8,))
+    chunked = lambda obs, x, t: flow(obs, x.flatten(1), t).view_as(x)  # noqa: E731
+    obs, actions, noise, t = torch.randn(3, 4), torch.randn(3, 6), torch.randn(3, 6), torch.rand(3, 1)
+    flat = flow_matching_loss(flow, obs, actions, noise=noise, t=t)
+    as_chunk = dict(noise=noise.view(3, 3, 2), t=t)  # as many tokens as rows
+    torch.testing.assert_close(flow_matching_loss(chunked, obs, actions.view(3, 3, 2), **as_chunk), flat)
+    assert torch.equal(flow_matching_loss(flow, obs, actions, noise=noise, t=t.flatten()), flat)
+    for wrong, words in [
+        (dict(noise=noise[:1]), "noise has shape"),
+        (dict(t=t + 5), "expected times in"),
+        (dict(t=t[:2]), "t has shape"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            flow_matching_loss(flow, obs, actions, **{"noise": noise, "t": t, **wrong})
+    with pytest.raises(ValueError, match="velocity has shape"):
+        flow_matching_loss(lambda o, x, t: flow(o, x, t)[:1], obs, actions)
+    nested = flow_matching_loss(lambda o, x, t: flow(o["s"], x, t), {"s": obs}, actions, noise=noise, t=t)
+    assert torch.equal(nested, flat)
+
+
+def test_lists_of_critics_and_chunks_beside_packed_ones():
+    flow, critic = FlowMLP(4, 6, (8,)), CriticEnsemble(4, 6, 2, (8,))
+    obs, actions, rewards, discounts = torch.randn(5, 4), torch.randn(5, 6), torch.randn(5), torch.full((5,), 0.9)
+    sampler = SteeredSampler(flow, critic, Steering.unsteered(), chunk_shape=(3, 2), action_low=None, action_high=None)
+    rest = (rewards, discounts, obs)
+    torch.manual_seed(0)
+    chunks = td_loss(critic, critic, obs, actions.view(5, 3, 2), *rest, sampler=sampler)
+    torch.manual_seed(0)
+    torch.testing.assert_close(
+        chunks, td_loss(critic, critic, obs, actions, *rest, next_actions=sampler(obs).flatten(1))
+    )
+    each = [CriticEnsemble(4, 6, 1, (8,)) for _ in range(2)]
+    alone = lambda o, a: torch.cat([one(o, a) for one in each])  # noqa: E731
+    expected = td_loss(alone, alone, obs, actions, *rest, next_actions=actions)
+    for several in (each, tuple(each), nn.ModuleList(each)):
+        torch.testing.assert_close(td_loss(several, several, obs, actions, *rest, next_actions=actions), expected)
+    none = (rewards[:0], discounts[:0], obs[:0])
+    with pytest.raises(ValueError, match="no rows"):
+        td_loss(critic, critic, obs[:0], actions[:0], *none, next_actions=actions[:0])

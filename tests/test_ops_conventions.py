@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
@@ -131,3 +134,35 @@ def test_the_critics_parameters_get_their_gradients(step):
         index = next(i for i, p in enumerate(critic.parameters()) if p is weight)
         slope = (grads[index] * direction).sum() * dt
         assert slope.abs() > 1e-3 and abs((up - down) / (2 * h) - slope) < 0.05 * slope.abs() + 1e-3
+
+
+def test_a_step_that_asks_no_critic_is_plain():
+    x, v, obs = torch.randn(4, 3), torch.randn(4, 3), torch.randn(4, 2)
+    critic = CriticEnsemble(2, 3, 2, (8,))
+    for steering in (Steering.unsteered(), Steering.qpilots_u(0.0)):
+        assert torch.equal(ops.steer_step(x, v, 0.3, 0.1, obs=obs, critic=critic, steering=steering), x + 0.1 * v)
+        assert torch.equal(ops.steer_velocity(x, v, 0.3, obs=obs, critic=critic, steering=steering), v)
+        backwards = dict(steering=steering, convention="noise_at_one")
+        assert torch.equal(ops.steer_step(x, v, 0.3, -0.1, obs=obs, critic=critic, **backwards), x - 0.1 * v)
+
+
+@pytest.mark.parametrize(
+    "setting", [dict(window=(0.5, 1.0)), dict(step_weights=(1.0,)), dict(num_candidates=2), dict(final_steps=1)]
+)
+def test_settings_of_a_whole_call_are_refused(setting):
+    x, v, g = (torch.randn(4, 3) for _ in range(3))
+    steering = Steering.qpilots_u(jacobian="identity")
+    with pytest.raises(ValueError, match=f"Steering.{next(iter(setting))} .* whole call"):
+        ops.steer_step(x, v, 0.3, 0.1, q_grad=g, steering=replace(steering, **setting))
+    with pytest.raises(ValueError, match="max_disagreement"):
+        ops.steer_step(x, v, 0.3, 0.1, q_grad=g, steering=replace(steering, max_disagreement=1.0))
+
+
+def test_numbers_of_numpy_and_dtypes():
+    x, v, g, q = (torch.randn(4, 3) for _ in range(4))
+    half = np.float32(0.5)
+    assert torch.equal(ops.steer_update(x, v, g, 0.1, half), ops.steer_update(x, v, g, 0.1, 0.5))
+    assert torch.equal(ops.posterior_weights(q, half, np.int64(2)), ops.posterior_weights(q, 0.5, 2.0))
+    critic, obs = CriticEnsemble(2, 3, 2, (8,)), torch.randn(4, 2)
+    assert torch.equal(ops.pessimistic_q(obs, x, critic, half), ops.pessimistic_q(obs, x, critic, 0.5))
+    assert ops.steer_step(x, v.double(), 0.3, 0.1, q_grad=g).dtype == torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import enum
 import functools
 import inspect
@@ -74,7 +75,15 @@ def _read_from_outside(function: Any, changing: tuple[type, ...], seen: set[int]
         read = inspect.getclosurevars(function)
     except ValueError:  # a cell that is still empty
         return "a variable that is not there yet"
-    return _first_changing({**read.globals, **read.nonlocals}, changing, seen)
+    named = _global_names(function.__code__)  # inspect takes attributes for globals of the same name
+    outside = {name: value for name, value in function.__globals__.items() if name in named}
+    return _first_changing({**outside, **read.nonlocals}, changing, seen)
+
+
+def _global_names(code: types.CodeType) -> set[str]:
+    """The globals that a function's code reads, its inner functions' included."""
+    names = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return names.union(*(_global_names(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)))
 
 
 def _first_changing(values: dict[str, Any], changing: tuple[type, ...], seen: set[int]) -> str | None:
