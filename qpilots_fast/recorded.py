@@ -179,15 +179,17 @@ def one_graph(net: Called, velocity: Callable[[Tensor, float], Tensor]) -> Steer
 
 
 def _draw(net: Called, eps: Tensor, x: Tensor, t: float) -> Tensor:
-    """A posterior draw [B, A], recorded; nobody else holds it."""
+    """A posterior draw [B, A], recorded; one that `_clipped` may write to."""
     if net.steering.estimate == "mfm":
-        return net.draw(eps, x, t).clone()  # the callable may hold what it returned, or autograd for its derivative
+        drawn = net.draw(eps, x, t)
+        # the callable may hold what it returned, or autograd for its derivative
+        return drawn.clone() if net.steering.clip == "straight_through" else drawn
     flow = lambda at, time: (net.velocity(at, time), _no_pullback)  # noqa: E731
     return reference.glass_draw(flow, eps, x, t, net.steering.glass_steps)[0]
 
 
 def _clipped(a: Tensor, steering: Steering, bounds: Bounds) -> Tensor:
-    """a inside the bounds, with the gradient that the steering asks for; may write to a, which nobody else holds."""
+    """a inside the bounds, with the gradient that the steering asks for; "straight_through" writes to a."""
     if steering.clip == "masked":
         return a.clamp(*bounds)
     if steering.clip == "straight_through":
