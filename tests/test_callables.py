@@ -240,3 +240,20 @@ def test_compiled_networks_are_not_compiled_at_every_step():
     for _ in range(2):
         assert_close(sampler(case.obs, case.noise), case.expected())
     assert frames.frame_count == 3  # the flow with and without a gradient, the critic
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_members_under_vmap(mode):
+    case = make_case()
+    members = [nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 1)) for _ in range(3)]
+    stacked = torch.func.stack_module_state(members)
+
+    def critic(obs, actions):
+        inputs = (torch.cat([obs, actions], -1),)
+        return torch.vmap(lambda *state: torch.func.functional_call(members[0], state, inputs))(*stacked)
+
+    one_by_one = SteeredSampler(case.flow, lambda o, a: [q(torch.cat([o, a], -1)) for q in members], case.steering)
+    expected = one_by_one(case.obs, case.noise)
+    functions = as_functions(case)
+    with mode():
+        assert_close(SteeredSampler(functions["flow"], critic, case.steering)(case.obs, case.noise), expected)
