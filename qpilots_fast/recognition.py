@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 import types
+import warnings
 import weakref
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -107,7 +108,9 @@ def _tried(module: nn.Module, kind: str, dims: Dims, chunk: tuple[int, int] | No
     try:
         if count > MOST_TRIALS:
             raise Refused(f"it was edited {MOST_TRIALS} times since it was first tried")
-        found, facts = _try(module, kind, dims, chunk)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a copy's
+            found, facts = _try(module, kind, dims, chunk)
     except Refused as refusal:
         reason, cure = str(refusal), refusal.cure
     except Exception as error:  # whatever a user's class does while it is copied or read

@@ -6,6 +6,7 @@ import copy
 import io
 import logging
 import re
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -508,6 +509,28 @@ def test_dropout_decides_at_every_call(drop, log):
     assert not torch.equal(sampler(*inputs()), sampler(*inputs())) and not is_packed(sampler)
     flow.eval()
     assert_runs_as_given(sampler, flow, critic)
+
+
+class FlatTimes(Dropping):
+    """t is [B]; and it warns at every call."""
+
+    def forward(self, obs, x, t):
+        assert t.ndim == 1
+        warnings.warn("slow", stacklevel=1)
+        return super().forward(obs, x, t[:, None])
+
+
+def test_a_module_of_flat_times_runs_in_any_mode():
+    """Packed it is called as from_module found that it can be; as a callable likewise."""
+    flow, critic = FlatTimes().eval(), Q()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "slow")  # of what happens to a copy nothing is heard
+        sampler = sampler_of(flow, critic)
+        sampler(*inputs())
+    assert_runs_as_given(sampler, lambda obs, x, t: flow(obs, x, t[:, 0]), critic)
+    flow.train()
+    with pytest.warns(UserWarning, match="slow"):
+        assert not torch.equal(sampler(*inputs()), sampler(*inputs()))
 
 
 class Scaled(Flow):
