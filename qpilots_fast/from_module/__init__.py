@@ -325,8 +325,8 @@ def _from_layers(
     layout = _layout(kind, traced.output, len(blocks[0]), members)
 
     def first_columns(inputs: dict[str, Tensor], times: bool = True) -> Tensor:
-        found = layers.trace(probe, call, [block.detach() for block in inputs.values()]).calls[0].input
         blocks = {name: block.detach() for name, block in inputs.items()}
+        found = layers.first_columns(probe, call, list(blocks.values()))
         if times:
             layers.read_columns(found, blocks, spec.time_embedding)
         else:

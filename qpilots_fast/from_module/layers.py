@@ -77,6 +77,27 @@ def trace(module: nn.Module, call: UserCall, blocks: Sequence[Tensor]) -> Trace:
     return found
 
 
+class _Read(Exception):
+    """The first Linear was called: the rest of a module need not run."""
+
+
+def first_columns(module: nn.Module, call: UserCall, blocks: Sequence[Tensor]) -> Tensor:
+    """What the first Linear that is called reads: [B, D]."""
+
+    def record(_: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _Read(args[0].detach().clone())
+
+    hooks = [m.register_forward_pre_hook(record) for m in module.modules() if isinstance(m, nn.Linear)]
+    try:
+        call(module, blocks)
+    except _Read as read:
+        return read.args[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    raise Refused("its first Linear is not called every time")
+
+
 # ---------------------------------------------------------------- the input columns
 
 

@@ -39,9 +39,14 @@ def batch_size_apart_from(members: int, offset: int = 0) -> int:
     return size if size != members else size + 1
 
 
-def evaluate(spec: NetworkSpec, flat: Sequence[Tensor], named: dict[str, Tensor], columns: Tensor | None) -> tuple:
+def ours(spec: NetworkSpec, flat: Sequence[Tensor]) -> ReferenceNetwork:
+    """The recognised structure with these parameters."""
+    return ReferenceNetwork(bind(spec, flat), torch.float64)
+
+
+def evaluate(network: ReferenceNetwork, named: dict[str, Tensor], columns: Tensor | None) -> tuple:
     """Our output [E, B, out], and its pullback, from the blocks or from the columns that the user's module made."""
-    network = ReferenceNetwork(bind(spec, flat), torch.float64)
+    spec = network.spec
     if columns is not None:
         return network([columns])
     blocks = {
@@ -84,6 +89,8 @@ def prove(
     worst = 0.0
     moving = MOVING[spec.kind]
     dims = (spec.obs_dim, spec.action_dim)
+    with torch.no_grad():
+        recognised = ours(spec, [source.find(module).double() for source in sources])
     for offset, scale in enumerate(scales):
         size = batch_size_apart_from(spec.num_members, offset)
         named = random_blocks(spec.kind, dims, size, generator, scale)
@@ -94,18 +101,17 @@ def prove(
         their_grads = _gradients(theirs, leaves, cotangent)
         with torch.no_grad():
             columns = first_columns(named) if callable(first_columns) else None
-            flat = [source.find(module).double() for source in sources]
-            output, pullback = evaluate(spec, flat, named, columns)
-            ours = to_module_output(spec, output, named, layout)
+            output, pullback = evaluate(recognised, named, columns)
+            expected = to_module_output(spec, output, named, layout)
             d_output = cotangent.unsqueeze(-1) if spec.kind == "critic" else cotangent.unsqueeze(0)
             if spec.kind == "meta_flow_map" and not layout.is_velocity:
                 d_output = d_output * (named["u"] - named["s"])
             d_columns = pullback(d_output).sum(0)
-        worst = max(worst, _compare("outputs", ours, theirs.detach(), scale))
+        worst = max(worst, _compare("outputs", expected, theirs.detach(), scale))
         for name, grad in zip(("obs", moving), their_grads):
             if spec.block_dim(name):
-                ours = d_columns[:, spec.block_slices[name]]
-                worst = max(worst, _compare(f"gradient with respect to {name}", ours, grad, scale))
+                expected = d_columns[:, spec.block_slices[name]]
+                worst = max(worst, _compare(f"gradient with respect to {name}", expected, grad, scale))
     return worst
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..activations import ACTIVATIONS
 from ..spec import INPUT_ORDER, NetworkSpec
 from .calling import TIMES, OutputLayout
-from .proof import evaluate, to_module_output
+from .proof import evaluate, ours, to_module_output
 from .refusal import Refused, number
 from .sources import Source, find_source, named_sources
 
@@ -262,9 +262,9 @@ def search(
     target = output[:1] if layouts[0].of_critic is not None else output
     closest: tuple[float, str] | None = None
     for spec in specs:
-        ours, _ = evaluate(replace(spec, num_members=1), flat, named, None)
+        output_of_first, _ = evaluate(ours(replace(spec, num_members=1), flat), named, None)
         for layout in layouts:
-            candidate = to_module_output(spec, ours, named, layout)
+            candidate = to_module_output(spec, output_of_first, named, layout)
             gap = (candidate - target).abs().max().item() / (1 + target.abs().max().item())
             if gap <= 1e-8:
                 return spec, layout
