@@ -152,7 +152,8 @@ def _recognised(module: nn.Module, kind: str, hints: dict[str, Any]) -> tuple[Re
         return recognise(module, kind, hints, in_eval_mode=True)
     except Refused as refusal:
         cure = cure_for(refusal, module, kind, hints)
-        refusal.cure = cure if cure.startswith(("SteeredSampler runs it", "Give the hint call")) else ""
+        found = cure.startswith(("SteeredSampler runs it", "Give the hint call")) and "..." not in cure
+        refusal.cure = cure if found else ""
         raise
 
 

@@ -229,6 +229,19 @@ class Chunked(Q):
         return torch.tanh(super().forward(obs, actions.flatten(1)))
 
 
+class OneTime(Flow):
+    """Its time is one number for all rows, as a sampler gives it."""
+
+    def forward(self, obs, x, t):
+        assert (t == t[0]).all()
+        return super().forward(obs, x, t) * t[0].item()
+
+
+class DictObs(Q):
+    def forward(self, obs, actions):
+        return super().forward(obs["state"], actions)
+
+
 def last_layer(width, net=None):
     return Changed(net or mlp(S + A, width), before=lambda obs, a: (torch.cat([obs, a], -1),))
 
@@ -270,6 +283,7 @@ WAYS = {
     "swapped": (Swapped(), "critic", r"forward takes \(action, state, temperature\)", lambda m: lambda o, a: m(a, o)),
     "swapped in a list": (nn.ModuleList([Swapped(), Swapped()]), "critic", "forward takes",
                           lambda m: lambda o, a: [q(a, o) for q in m]),
+    "one time": (OneTime(), "flow", "could not be called", None),
     "no copy": (Uncopied(), "critic", "cannot be copied", None),
 }  # fmt: skip
 
@@ -325,6 +339,21 @@ def test_chunks_run_as_advised():
         for critic in (module, lambda *b: module(*b))
     )
     assert_close(sampler(*inputs()), opaque(*inputs()))
+
+
+def test_modules_of_other_obs_run_as_advised(caplog):
+    module = DictObs()
+    with pytest.raises(ValueError, match=r"could not be called.*Where its obs are no tensors, give it to") as error:
+        qpilots_fast.from_module(module, "critic", **DIMS)
+    assert followed(str(error.value), "critic", module) is module
+    flow = lambda obs, x, t: x - obs["state"][:, :A]  # noqa: E731
+    caplog.set_level("INFO", "qpilots_fast")
+    got, want = (
+        SteeredSampler(flow, critic, Steering.qpilots_u())({"state": inputs()[0]}, inputs()[1])
+        for critic in (module, lambda *b: module(*b))
+    )
+    assert_close(got, want)
+    assert "as_critic" not in caplog.text and "runs as a callable" in caplog.text
 
 
 def test_the_call_given_as_a_hint_is_that_of_a_callable_too():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..callables import is_list
 from ..critic_outputs import describe, layout_of
+from .calling import TIMES
 from .proof import batch_size_apart_from, random_blocks
 from .random_states import kept_random_states
 from .refusal import first_line
@@ -53,7 +54,7 @@ def way_out(module: nn.Module, kind: str, dims: Sequence[tuple[int, int]], hints
         adapted = _adapted(name, f"call=lambda module, {arguments}: ...")
         return (
             f"SteeredSampler runs it as a callable through {adapted}, with what makes {wanted} of it: "
-            f"{name}({arguments}) {tried[0].outcome}."
+            f"{name}({arguments}) of tensors {tried[0].outcome}. Where its obs are no tensors, {_AS_IT_IS}."
         )
     if not works.has_gradient:
         runs = "With jacobian='identity' SteeredSampler runs it as it is; else " if kind == "flow" else ""
@@ -115,9 +116,11 @@ def _tried(module: nn.Module, kind: str, dims: tuple[int, int], hints: dict[str,
     except Exception:
         return []
     shape = hints.get("chunk_shape") or (dims[1],)
+    named = random_blocks(kind, dims, _BATCH, torch.Generator().manual_seed(0))
+    named |= {name: named[name][:1].expand(_BATCH, 1) for name in TIMES if name in named}  # as a sampler gives it
     blocks = {
         name: block.to(dtype) if name in ("obs", "t") else block.to(dtype).unflatten(1, shape).requires_grad_()
-        for name, block in random_blocks(kind, dims, _BATCH, torch.Generator().manual_seed(0)).items()
+        for name, block in named.items()
         if name not in ("s", "u")
     }
     calls = [f"module({arguments})" for arguments in (_CALLS[kind][1], *_OTHER_CALLS[kind])]
