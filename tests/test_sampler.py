@@ -66,7 +66,7 @@ def test_obs_may_be_any_object():
         lambda o, x, t: case.flow(o["image"] / 2, x, t), lambda o, a: case.critic(o["image"] / 2, a), case.steering
     )
     assert_close(sampler(observation, case.noise), case.expected())
-    with pytest.raises(ValueError, match="batch size is unknown; give noise"):
+    with pytest.raises(ValueError, match="no network tells the action width; give noise"):
         sampler(observation)
 
 

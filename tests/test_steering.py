@@ -99,7 +99,8 @@ def test_bad_strengths(backend):
     case = make_case(U, batch_size=5)
     sampler = case.sampler(backend)
     for alpha, error, words in (
-        (0.5, TypeError, "expected a floating Tensor"),
+        (0.5, ValueError, r"alpha has shape \[\]; expected \[5\]"),
+        ("0.5", TypeError, "expected a floating Tensor"),
         (torch.ones(5, dtype=torch.int64), TypeError, "alpha is torch.int64"),
         (torch.ones(4), ValueError, r"alpha has shape \[4\]; expected \[5\]"),
         (torch.tensor([0, 1, -1.0, 1, 1]), ValueError, "alpha is -1 in row 2"),
