@@ -43,6 +43,18 @@ def test_shared_library_loads_with_matching_structures(tmp_path):
     assert CudaBackend(library).name == "cuda"
 
 
+def test_summary_has_a_line_for_each_kernel_and_a_column_for_each_target():
+    def report(target: int, name: str, registers: int, wide: int) -> static_cuda.KernelReport:
+        return static_cuda.KernelReport(target, name, registers, 0, 0, 0, {128: wide} if wide else {}, 100)
+
+    reports = [report(80, "a", 32, 9), report(80, "b", 40, 0), report(90, "a", 48, 11), report(90, "b", 16, 0)]
+    assert static_cuda.summary(reports) == [
+        ("kernel", "sm_80", "sm_90", "16-byte loads"),
+        ("`a`", "32", "48", "9 to 11"),
+        ("`b`", "40", "16", "-"),
+    ]
+
+
 def test_orin_gets_code_of_its_own():
     nvcc = cuda_build.find_nvcc()
     assert nvcc is not None

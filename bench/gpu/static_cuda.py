@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,11 @@ def _short(symbol: str) -> str:
     return name if rows is None else f"{name}<{'float32' if weight == 'f' else 'bf16'}, {rows} rows>"
 
 
+def write_table(path: Path, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    """A table of markdown."""
+    path.write_text("".join(f"| {' | '.join(line)} |\n" for line in (header, ("---",) * len(header), *rows)))
+
+
 def table_row(report: KernelReport) -> tuple[str, ...]:
     widths = " ".join(f"{bits}:{count}" for bits, count in sorted(report.global_loads.items(), reverse=True))
     return (
@@ -151,25 +157,39 @@ def table_row(report: KernelReport) -> tuple[str, ...]:
 HEADER = ("target", "kernel", "regs", "spill bytes", "blocks/SM", "load widths", "instructions", "ok")
 
 
+def summary(reports: Sequence[KernelReport]) -> list[tuple[str, ...]]:
+    """Registers of every kernel (lines, below a heading) on every target, and its 16-byte loads."""
+    targets = list(dict.fromkeys(report.target for report in reports))
+    found = [("kernel", *(f"sm_{target}" for target in targets), "16-byte loads")]
+    for name in dict.fromkeys(report.name for report in reports):
+        of_target = {report.target: report for report in reports if report.name == name}
+        loads = sorted({report.global_loads.get(128, 0) for report in of_target.values()})
+        registers = (str(of_target[target].registers) if target in of_target else "-" for target in targets)
+        found.append((f"`{name}`", *registers, " to ".join(map(str, loads)) if loads != [0] else "-"))
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--targets", type=int, nargs="+", default=list(TARGETS))
     parser.add_argument("--markdown", type=Path, help="write the table here")
+    parser.add_argument("--summary", type=Path, help="write the table of docs/gpu_cuda.md here")
     options = parser.parse_args(argv)
     reason = unavailable_reason()
     if reason is not None:
         print(f"CUDA kernels not checked: {reason}")
         return 2
-    started, rows, bad = time.perf_counter(), [], 0
+    started, rows, bad, every = time.perf_counter(), [], 0, []
     with ThreadPoolExecutor(2) as pool:
         for reports in pool.map(inspect, options.targets):
+            every += reports
             for report in reports:
                 rows.append(table_row(report))
                 bad += bool(report.failures())
                 print("  ".join(rows[-1]), flush=True)
-    if options.markdown:
-        lines = ["| " + " | ".join(line) + " |" for line in (HEADER, ("---",) * len(HEADER), *rows)]
-        options.markdown.write_text("\n".join(lines) + "\n")
+    for path, (header, *lines) in ((options.markdown, [HEADER, *rows]), (options.summary, summary(every))):
+        if path is not None:
+            write_table(path, header, lines)
     print(f"{len(rows)} kernels, {bad} refused, {time.perf_counter() - started:.0f} s")
     return 1 if bad or not rows else 0
 

@@ -192,11 +192,6 @@ def summary(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
     return found
 
 
-def write_table(path: Path, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    """A table of markdown."""
-    path.write_text("".join(f"| {' | '.join(line)} |\n" for line in (header, ("---",) * len(header), *rows)))
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="bfloat16, main configurations")
@@ -222,9 +217,9 @@ def main(argv: list[str] | None = None) -> int:
                 rows.append(row(sm, kernel, machine, wrong))
                 print("  ".join(rows[-1]), flush=True)
     if args.markdown:
-        write_table(args.markdown, HEADER, rows)
+        static_cuda.write_table(args.markdown, HEADER, rows)
     if args.summary:
-        write_table(args.summary, SUMMARY, summary(rows))
+        static_cuda.write_table(args.summary, SUMMARY, summary(rows))
     print(f"{len(rows)} kernels, {bad} refused, {time.perf_counter() - start:.0f} s")
     failed = bool(bad) or (not rows and args.families != ["cuda"])
     if "cuda" in args.families and not args.match:
