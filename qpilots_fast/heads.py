@@ -6,6 +6,7 @@ value is Q = sum_m softmax(logits)_m z_m.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from .steering import check_number
 
 
 @dataclass(frozen=True)
-class Head:
+class Head(ABC):
     """M atoms from v_min to v_max. Use `C51` or `HLGauss`.
 
     Args:
@@ -70,13 +71,13 @@ class Head:
             f"[{rows}, {m}], or a list of these last."
         )
 
+    @abstractmethod
     def target(self, returns: Tensor) -> Tensor:
         """Probabilities [B, M] that a return [B] is trained towards."""
-        raise NotImplementedError
 
+    @abstractmethod
     def bootstrapped(self, logits: Tensor, rewards: Tensor, discounts: Tensor, aggregation: str, rho: float) -> Tensor:
         """Probabilities [B, M] for rewards + discounts * Qbar', Qbar' of the target critics' logits [E, B, M]."""
-        raise NotImplementedError
 
     def loss(self, logits: Tensor, probabilities: Tensor) -> Tensor:
         """Cross-entropy, the mean over members and rows: logits [E, B, M] against probabilities [B, M]."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .inputs import reader_of
 from .integers import as_int
-from .trees import with_rows
+from .trees import common_rows, with_rows
 
 _CALLS = 2  # the first makes plans, packs and workspaces, the second the quick way
 
@@ -49,9 +50,9 @@ def warm_up(sampler: Any, batch_sizes: Sequence[int], obs: Any) -> None:
 
 def _rows(obs: Any, size: int) -> Any:
     """size rows of a batch of observations."""
-    leaf = obs
-    while not hasattr(leaf, "shape"):
-        leaf = next(iter(leaf.values() if hasattr(leaf, "values") else leaf))
     if isinstance(obs, Tensor) and obs.ndim == 1:
         return obs.expand(size, -1)
-    return with_rows(obs, len(leaf), size)
+    rows = len(obs) if isinstance(obs, (Tensor, np.ndarray)) else common_rows(obs)
+    if rows is None:
+        raise ValueError("warm_up: the tensors of obs do not share a first dimension; expected a batch of B rows.")
+    return with_rows(obs, rows, size)

@@ -11,21 +11,9 @@ from torch import nn
 import qpilots_fast
 from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering, ops
 from qpilots_fast.testing import assert_close
+from tests.own_modules import A, Flow, H, S, mlp
 
-S, A, H, B = 6, 4, 16, 5
-
-
-def mlp(width_in: int, width_out: int, act=nn.SiLU) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width_in, H), act(), nn.Linear(H, H), act(), nn.Linear(H, width_out))
-
-
-class Flow(nn.Module):
-    def __init__(self, act=nn.SiLU):
-        super().__init__()
-        self.net = mlp(S + A + 1, A, act)
-
-    def forward(self, obs, x, t):
-        return self.net(torch.cat([obs, x, t], -1))
+B = 5
 
 
 class Q(nn.Module):

@@ -18,22 +18,10 @@ from torch import nn
 from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering, as_critic, as_flow, recognition
 from qpilots_fast.callables import name_of
 from qpilots_fast.testing import assert_close
+from tests.own_modules import A, Flow, H, S, mlp
 
-S, A, H, B, K = 6, 4, 16, 3, 4
+B, K = 3, 4
 U = Steering.qpilots_u(alpha=0.3)
-
-
-def mlp(width_in: int, width_out: int, act=nn.SiLU) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width_in, H), act(), nn.Linear(H, H), act(), nn.Linear(H, width_out))
-
-
-class Flow(nn.Module):
-    def __init__(self, act=nn.SiLU):
-        super().__init__()
-        self.net = mlp(S + A + 1, A, act)
-
-    def forward(self, obs, x, t):
-        return self.net(torch.cat([obs, x, t], -1))
 
 
 class Q(nn.Module):

@@ -44,7 +44,7 @@ def test_it_makes_no_remark_and_uses_none_up():
         sampler(OBS, 5 * torch.randn(5, 4))
 
 
-@pytest.mark.parametrize("obs", [OBS, {"state": OBS, "task": ["a", "b", "c", "d", "e"]}], ids=["tensor", "dict"])
+@pytest.mark.parametrize("obs", [OBS, {"task": ["a", "b", "c", "d", "e"], "state": OBS}], ids=["tensor", "dict"])
 def test_callables_are_called_with_the_rows_given(obs):
     seen = []
 
@@ -56,6 +56,13 @@ def test_callables_are_called_with_the_rows_given(obs):
     sampler = SteeredSampler(flow, None, Steering.unsteered(), num_steps=1, chunk_shape=(2, 2), **BOX)
     sampler.warm_up((2, 8), obs=obs)
     assert set(seen) == {(2, (2, 2), 2), (8, (2, 2), 8)}
+
+
+def test_an_obs_whose_rows_are_not_known_is_refused():
+    sampler = SteeredSampler(lambda o, x, t: -x, None, Steering.unsteered(), chunk_shape=(2, 2), **BOX)
+    for obs in ({"task": "a"}, {"state": OBS, "other": OBS[:2]}):
+        with pytest.raises(ValueError, match="do not share a first dimension"):
+            sampler.warm_up(obs=obs)
 
 
 def test_double_and_chunks():
