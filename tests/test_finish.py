@@ -156,6 +156,10 @@ def test_softmax_at_a_low_temperature_is_argmax_and_never_takes_what_is_not_fini
     critic = lambda obs, a: CRITIC(obs, a) + torch.where(a[:, 0] > 0, math.nan, 0.0)  # noqa: E731
     several = SteeredSampler(FLOW, critic, hot, **BOX)(OBS, torch.randn(B, 6, A))
     assert (several[:, 0] <= 0).float().mean() > 0.9  # save rows all of whose candidates have no value
+    boundless = lambda obs, a: CRITIC(obs, a) + torch.where(a[:, 0] > 0, math.inf, 0.0)  # noqa: E731
+    for choice in (hot, steering):
+        several = SteeredSampler(FLOW, boundless, choice, **BOX)(OBS, torch.randn(B, 6, A))
+        assert (several[:, 0] <= 0).float().mean() > 0.9
 
 
 def best(steering):

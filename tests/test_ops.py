@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.library import opcheck
 
 from qpilots_fast import CriticEnsemble, FlowMLP, MetaFlowMap, SteeredSampler, Steering, ops, reference
+from qpilots_fast.testing import make_case
 
 S, A, B = 6, 4, 5
 
@@ -190,3 +191,12 @@ def test_errors_say_what_to_do():
         ops.steer_update(x, x, x[:, :2], 0.1)
     with pytest.raises(ValueError, match="steered_dims"):
         ops.steer_update(x, x, x, 0.1, steered_dims=[9])
+
+
+def test_outputs_of_a_sample_share_no_memory(backend):
+    """torch.library asks for it; a view among them is an error in a later torch."""
+    case = make_case(batch_size=3, num_steps=2)
+    spec = case.sampler(backend)._run.spec
+    flat = [*case.flow.flat_parameters(), *case.critic.flat_parameters()]
+    found = ops.sample(case.obs, case.noise, None, flat, spec, backend)
+    assert len({value.untyped_storage().data_ptr() for value in (*found, case.obs, case.noise)}) == len(found) + 2

@@ -17,7 +17,10 @@ OBS = torch.randn(5, 3)
 BOX = dict(action_low=-1.0, action_high=1.0)
 
 
-@pytest.mark.parametrize("steering", [Steering.qpilots_u(), Steering.qpilots_m(), Steering.best_of_n(3)])
+SOFTMAX = replace(Steering.best_of_n(3), selection="softmax")
+
+
+@pytest.mark.parametrize("steering", [Steering.qpilots_u(), Steering.qpilots_m(), Steering.best_of_n(3), SOFTMAX])
 def test_results_and_draws_are_those_of_a_cold_sampler(steering, backend):
     case = make_case(steering)
     cold, warm = case.sampler(backend), case.sampler(backend)
@@ -25,7 +28,7 @@ def test_results_and_draws_are_those_of_a_cold_sampler(steering, backend):
     expected = cold(case.obs)
     torch.manual_seed(1)
     assert warm.warm_up((1, np.int64(17), 4)) is warm
-    assert torch.equal(warm(case.obs), expected)
+    assert torch.equal(warm(case.obs), expected)  # nothing was drawn in between
 
 
 def test_the_next_call_takes_the_quick_way():
@@ -36,12 +39,13 @@ def test_the_next_call_takes_the_quick_way():
 
 
 def test_it_makes_no_remark_and_uses_none_up():
-    sampler = SteeredSampler(FLOW, CRITIC, Steering.qpilots_u())
+    away = lambda obs, x, t: 0 * x + 5.0  # noqa: E731  (clipped from any start, zeros included)
+    sampler = SteeredSampler(away, None, Steering.unsteered(), chunk_shape=(2, 2))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        sampler.warm_up((1, 2, 3, 4, 5))
+        sampler.warm_up((1, 2, 3, 4, 5), obs=OBS)
     with pytest.warns(UserWarning, match="default bounds"):
-        sampler(OBS, 5 * torch.randn(5, 4))
+        sampler(OBS, torch.zeros(5, 4))
 
 
 @pytest.mark.parametrize("obs", [OBS, {"task": ["a", "b", "c", "d", "e"], "state": OBS}], ids=["tensor", "dict"])
