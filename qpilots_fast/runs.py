@@ -138,9 +138,9 @@ class PackedRun:
         obs, noise = obs.to(noise.dtype).contiguous(), noise.contiguous()
         eps = None if eps is None else eps.contiguous()
         alpha = None if alpha is None else alpha.contiguous()
-        if count == 1 and not return_info and alpha is None:  # what had to be cast or folded is plain now
+        if count == 1 and not return_info:  # what had to be cast or folded is plain now
             quick = self.quick(backend)
-            actions = None if quick is None else quick(obs, noise, eps)
+            actions = None if quick is None else quick(obs, noise, eps, alpha)
             if actions is not None:
                 return RawSample(actions)
         bound = self.bound()

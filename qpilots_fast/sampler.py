@@ -157,10 +157,10 @@ class SteeredSampler(SamplerState):
         if torch.compiler.is_compiling() and self._has_callables(obs, noise):
             return _untraced_call(self, obs, noise, posterior_noise, generator, return_info, seeds=seeds, alpha=alpha)
         run = self._run
-        plain = generator is None and seeds is None and alpha is None and not return_info
+        plain = generator is None and seeds is None and not return_info
         if plain and not torch.compiler.is_compiling():  # traced: no guard on it
             quick = run.quick(self.backend)
-            actions = None if quick is None else quick(obs, noise, posterior_noise)
+            actions = None if quick is None else quick(obs, noise, posterior_noise, alpha)
             if actions is not None:
                 if self._remarks.calls_left:
                     self._remarks.on_actions(actions, self.action_low, self.action_high)

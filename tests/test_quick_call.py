@@ -85,6 +85,40 @@ def test_it_gives_the_general_way_s_bits(steering, frozen):
     assert drawn.grad_fn is None and not drawn.requires_grad
 
 
+@pytest.mark.parametrize("steering", [STEERINGS["U"], STEERINGS["M"]], ids=["U", "M"])
+def test_a_strength_for_each_row_goes_the_quick_way(steering):
+    sampler, arguments = build(steering), inputs(steering)
+    alpha = torch.linspace(0, 0.8, BATCH)
+    first = sampler(*arguments, alpha=alpha)
+    spy = Spy(sampler)
+    assert torch.equal(sampler(*arguments, alpha=alpha), first)
+    assert torch.equal(sampler(*arguments, alpha=alpha.double().numpy()), first)  # cast on its way
+    assert spy.taken == 2
+    assert not torch.equal(sampler(*arguments), first)
+
+
+STRENGTHS = {
+    "negative": lambda: torch.tensor([0.1, -0.1, 0.1, 0.1, 0.1]),
+    "not finite": lambda: torch.tensor([0.1, 0.1, float("nan"), 0.1, 0.1]),
+    "too few": lambda: torch.full((BATCH - 1,), 0.1),
+    "a column": lambda: torch.full((BATCH, 1), 0.1),
+}
+
+
+@pytest.mark.parametrize("strengths", STRENGTHS.values(), ids=STRENGTHS)
+def test_the_quick_way_leaves_bad_strengths_to_the_general_way(strengths):
+    sampler, arguments = build(), inputs()
+    sampler(*arguments)
+    spy = Spy(sampler)
+    with pytest.raises(ValueError, match="alpha"):
+        sampler(*arguments, alpha=strengths())
+    unsteered = build(STEERINGS["unsteered"])
+    unsteered(*arguments)
+    with pytest.raises(ValueError, match="asks no critic"):
+        unsteered(*arguments, alpha=torch.full((BATCH,), 0.1))
+    assert spy.taken == 0
+
+
 REPLACEMENTS: dict[str, Callable[[SteeredSampler], object]] = {
     "in place": lambda s: s.critic.weights[1].data.neg_(),
     "data": lambda s: setattr(s.critic.weights[1], "data", s.critic.weights[1].data.neg()),

@@ -81,8 +81,9 @@ class RowKernels(Protocol):
         """As reference.steer_velocity and a Euler step of it: the next x [B, A], norms of g and non-finite rows [B]."""
 
 
-# (obs, noise or None, posterior noise or None) -> actions, or None where the general path must look at the inputs
-QuickCall = Callable[[Any, Tensor | None, Tensor | None], Tensor | None]
+# (obs, noise, posterior noise, alpha; each of the last three or None) -> actions, or None where the general path must
+# look at the inputs
+QuickCall = Callable[[Any, Tensor | None, Tensor | None, Tensor | None], Tensor | None]
 
 
 class Backend(ABC):
