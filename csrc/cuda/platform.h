@@ -88,11 +88,63 @@ __device__ __forceinline__ std::uint32_t load_acquire(const std::uint32_t* count
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
   return value;
 }
+// Relaxed accesses go past L1, whole, and order nothing else: what they carry must be in the word itself.
 __device__ __forceinline__ std::uint32_t load_relaxed(const std::uint32_t* word) {
-  return *reinterpret_cast<const volatile std::uint32_t*>(word);
+  std::uint32_t value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
 }
-__device__ __forceinline__ void store_relaxed(std::uint32_t* word, std::uint32_t value) {
-  *reinterpret_cast<volatile std::uint32_t*>(word) = value;
+__device__ __forceinline__ void store_relaxed(std::uint32_t* word, std::uint32_t value) {  // also to the host's memory
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+__device__ __forceinline__ std::uint64_t load_word(const std::uint64_t* word) {
+  std::uint64_t value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+  return value;
+}
+__device__ __forceinline__ void store_word(std::uint64_t* word, std::uint64_t value) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+}
+// 16 bytes, both ends aligned to 16, that arrive by copy_async_wait. Each thread waits for its own copies only, and
+// __syncthreads must follow where others read them.
+__device__ __forceinline__ std::uint32_t shared_address(const void* p) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
+}
+__device__ __forceinline__ void copy_async16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int GROUPS_LEFT>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS_LEFT) : "memory");
+}
+// Matrices of 8 x 8 bf16 into fragments of the whole warp, one a register: the rows of matrix j are the 16 bytes, in
+// shared memory and aligned to 16, at `row` of lanes 8 j .. 8 j + 7. `trans` gives the fragments of the transposes.
+#define QPILOTS_LDMATRIX_X4(name, form)                                                     \
+  __device__ __forceinline__ void name(std::uint32_t (&out)[4], const void* row) {          \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4" form ".shared.b16 {%0, %1, %2, %3}, [%4];" \
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])                   \
+                 : "r"(shared_address(row))                                                 \
+                 : "memory");                                                               \
+  }
+#define QPILOTS_LDMATRIX_X2(name, form)                                             \
+  __device__ __forceinline__ void name(std::uint32_t (&out)[2], const void* row) {  \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2" form ".shared.b16 {%0, %1}, [%2];" \
+                 : "=r"(out[0]), "=r"(out[1])                                       \
+                 : "r"(shared_address(row))                                         \
+                 : "memory");                                                       \
+  }
+QPILOTS_LDMATRIX_X4(ldmatrix_x4, "")
+QPILOTS_LDMATRIX_X4(ldmatrix_x4_trans, ".trans")
+QPILOTS_LDMATRIX_X2(ldmatrix_x2, "")
+QPILOTS_LDMATRIX_X2(ldmatrix_x2_trans, ".trans")
+// c [16, 8] += a [16, 16] b [16, 8], as fragments of the whole warp: bf16 products, float32 sums.
+__device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 #else  // the emulator
@@ -107,6 +159,10 @@ inline void observed_store(T* p, T value) {
   cuda_emulator::machine.write(p, sizeof(T));
   *p = value;
 }
+template <class T>
+inline T observed_constant(const T* p) {
+  return *static_cast<const T*>(cuda_emulator::machine.read_constant(p, sizeof(T)));
+}
 inline float load_global(const float* p) { return observed(p); }
 template <class T>
 inline void store_global(T* p, T value) {
@@ -114,9 +170,9 @@ inline void store_global(T* p, T value) {
 }
 template <class T>
 inline T load_constant(const T* p) {
-  return observed(p);
+  return observed_constant(p);
 }
-inline Vector16 load16_constant(const void* p) { return observed(static_cast<const Vector16*>(p)); }
+inline Vector16 load16_constant(const void* p) { return observed_constant(static_cast<const Vector16*>(p)); }
 template <class T>
 inline T load_shared(const T* p) {
   return observed(p);
@@ -128,12 +184,35 @@ inline void store_shared(T* p, T value) {
 inline Vector16 load16_shared(const void* p) { return observed(static_cast<const Vector16*>(p)); }
 inline unsigned char* dynamic_shared() { return static_cast<unsigned char*>(cuda_emulator::machine.dynamic_shared()); }
 inline void add_release(std::uint32_t* counter, std::uint32_t value) {
-  cuda_emulator::machine.add_release(counter, value);
+  cuda_emulator::machine.add(counter, value, true);
 }
 inline std::uint32_t load_acquire(const std::uint32_t* counter) { return cuda_emulator::machine.load_acquire(counter); }
-inline std::uint32_t load_relaxed(const std::uint32_t* word) { return cuda_emulator::machine.load_relaxed(word); }
-inline void store_relaxed(std::uint32_t* word, std::uint32_t value) {
-  cuda_emulator::machine.store_relaxed(word, value);
+inline std::uint32_t load_relaxed(const std::uint32_t* word) { return cuda_emulator::machine.load_word(word); }
+inline void store_relaxed(std::uint32_t* word, std::uint32_t value) { cuda_emulator::machine.store_word(word, value); }
+inline std::uint64_t load_word(const std::uint64_t* word) { return cuda_emulator::machine.load_word(word); }
+inline void store_word(std::uint64_t* word, std::uint64_t value) { cuda_emulator::machine.store_word(word, value); }
+inline void copy_async16(void* shared, const void* global) { cuda_emulator::machine.copy_async(shared, global); }
+inline void copy_async_commit() { cuda_emulator::machine.commit_copies(); }
+template <int GROUPS_LEFT>
+inline void copy_async_wait() {
+  cuda_emulator::machine.wait_copies(GROUPS_LEFT);
+}
+// Warp operations take the line of their call: lanes that meet in different ones diverge.
+inline void ldmatrix_x4(std::uint32_t (&out)[4], const void* row, int line = __builtin_LINE()) {
+  cuda_emulator::machine.load_matrices(out, row, false, "ldmatrix_x4", line);
+}
+inline void ldmatrix_x4_trans(std::uint32_t (&out)[4], const void* row, int line = __builtin_LINE()) {
+  cuda_emulator::machine.load_matrices(out, row, true, "ldmatrix_x4_trans", line);
+}
+inline void ldmatrix_x2(std::uint32_t (&out)[2], const void* row, int line = __builtin_LINE()) {
+  cuda_emulator::machine.load_matrices(out, row, false, "ldmatrix_x2", line);
+}
+inline void ldmatrix_x2_trans(std::uint32_t (&out)[2], const void* row, int line = __builtin_LINE()) {
+  cuda_emulator::machine.load_matrices(out, row, true, "ldmatrix_x2_trans", line);
+}
+inline void mma_m16n8k16(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
+                         int line = __builtin_LINE()) {
+  cuda_emulator::machine.multiply_matrices(c, a, b, line);
 }
 
 #endif
@@ -147,6 +226,13 @@ inline void store_relaxed(std::uint32_t* word, std::uint32_t value) {
   type* const name =                      \
       static_cast<type*>(cuda_emulator::machine.static_shared(&name##_tag, sizeof(type) * (count), #name))
 #endif
+
+// A tagged word: 32 bits that are valid where the tag is the one awaited.
+__device__ __forceinline__ std::uint64_t tagged_word(std::uint32_t bits, std::uint32_t tag) {
+  return static_cast<std::uint64_t>(tag) << 32 | bits;
+}
+__device__ __forceinline__ std::uint32_t word_bits(std::uint64_t word) { return static_cast<std::uint32_t>(word); }
+__device__ __forceinline__ std::uint32_t word_tag(std::uint64_t word) { return static_cast<std::uint32_t>(word >> 32); }
 
 // 16 bytes as 4 floats, or as 8 bf16 values widened.
 __device__ __forceinline__ void widen(const Vector16& v, float (&out)[4]) {

@@ -60,7 +60,7 @@ class Emulator:
     def __init__(self, functions: ctypes.CDLL) -> None:
         self._functions = functions
         functions.cuda_emulator_error.restype = ctypes.c_char_p
-        functions.cuda_emulator_configure.argtypes = [ctypes.c_uint64, *(ctypes.c_int for _ in range(5))]
+        functions.cuda_emulator_configure.argtypes = [ctypes.c_uint64, *(ctypes.c_int for _ in range(6))]
         functions.cuda_emulator_register.argtypes = [
             ctypes.c_void_p, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_int, ctypes.c_int,
         ]  # fmt: skip
@@ -73,9 +73,10 @@ class Emulator:
         preempt_every: int = 256,
         blocks_per_sm: int = 1,
         has_device: bool = True,
+        max_delay: int = 4,
     ) -> None:
         self._functions.cuda_emulator_configure(
-            seed, num_sms, max_shared_bytes, preempt_every, blocks_per_sm, int(has_device)
+            seed, num_sms, max_shared_bytes, preempt_every, blocks_per_sm, int(has_device), max_delay
         )
 
     def register(self, pointer: int, size: int, name: str, *, read_only: bool, initialised: bool) -> None:

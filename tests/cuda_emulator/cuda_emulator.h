@@ -6,9 +6,12 @@
 //   - a read or write of a cell that another thread wrote (or read) without a barrier that orders the two:
 //     __syncthreads within a block, __syncwarp within a warp, release/acquire chains across blocks;
 //   - an access outside every registered allocation, misaligned, or a write to a read-only one;
-//   - a read of a cell that nothing has written;
+//   - a read of a cell that nothing has written, or as a constant of one that this launch wrote;
+//   - an access to what an asynchronous copy still reads or writes;
+//   - a word that is written in parts, or by relaxed and by ordinary accesses;
 //   - __syncthreads or a warp operation reached at different places, or not by all (deadlock).
-// The order in which threads run is random, by seed.
+// The order in which threads run is random, by seed, and so is the time at which a relaxed store reaches a block.
+// Ordinary stores need no such delay: who could tell it reads without an order, which is a race and ends the launch.
 #pragma once
 
 #include <sys/mman.h>
@@ -19,17 +22,21 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <unordered_map>
 #include <vector>
 #if defined(__x86_64__) && !defined(CUDA_EMULATOR_UCONTEXT)
 #define CUDA_EMULATOR_OWN_SWITCH
 #else
 #include <ucontext.h>
 #endif
+
+#include "fragments.h"
 
 #define __global__
 #define __device__
@@ -47,6 +54,8 @@ namespace cuda_emulator {
 constexpr int kWarpSize = 32;
 constexpr std::size_t kStackBytes = 64 * 1024;
 constexpr std::uint32_t kNoThread = 0xffffffffu;
+constexpr std::size_t kDepositBytes = 32;  // what a lane gives to a warp operation, at most
+constexpr std::size_t kCopyBytes = 16;     // of an asynchronous copy
 constexpr int kDefaultShared = 48 * 1024;  // dynamic shared memory of a kernel that was allowed no more
 
 // ---------------------------------------------------------------- memory
@@ -61,12 +70,16 @@ struct Cell {
   Access write;
   Access reads[2];  // the last one, and the last one of another block or thread
   bool written = false;
+  bool copy_target = false;        // an asynchronous copy, issued by write.thread, has not been waited for
+  bool word = false;               // exchanged by relaxed accesses in this launch
+  std::uint16_t copy_sources = 0;  // asynchronous copies that read it
 };
 
 struct Allocation {
   std::uintptr_t begin = 0, end = 0;
   std::string name;
   bool read_only = false;
+  bool shared = false;
   std::size_t cell_bytes;   // 1 in small allocations, 2 in large ones, where no kernel stores bytes
   std::vector<Cell> cells;  // empty where read-only
 
@@ -83,10 +96,28 @@ struct Allocation {
   }
   void forget_accesses() {
     for (Cell& cell : cells) {
-      cell.write = Access();
-      cell.reads[0] = cell.reads[1] = Access();
+      const bool written = cell.written;
+      cell = Cell();
+      cell.written = written;
     }
   }
+};
+
+// Memory that threads exchange by relaxed accesses of one size: which of the stored values a block sees is a matter of
+// time, but it sees them in the order in which they were stored.
+struct Word {
+  struct Store {
+    std::uint64_t value;
+    Access access;
+    std::uint64_t serial, time;
+  };
+  std::size_t bytes;
+  std::deque<Store> stores;  // the first one is seen by all
+};
+
+struct AsyncCopy {
+  unsigned char* target;
+  const unsigned char* source;
 };
 
 // ---------------------------------------------------------------- fibers
@@ -131,6 +162,8 @@ struct Fiber {
   uint3 thread_idx{};
   uint3 block_idx{};
   std::vector<std::uint32_t> view;  // [blocks] accesses of block b before its epoch view[b] are visible here
+  std::vector<AsyncCopy> uncommitted;
+  std::deque<std::vector<AsyncCopy>> copy_groups;  // committed, not waited for
 };
 
 struct Warp {
@@ -138,7 +171,9 @@ struct Warp {
   std::uint32_t generation = 0;
   std::uint32_t epoch = 0;
   int line = 0;
-  std::uint32_t exchange[2][kWarpSize] = {};
+  const char* what = "";
+  std::uint64_t asleep_until = 0;
+  alignas(16) unsigned char exchange[2][kWarpSize][kDepositBytes] = {};
 };
 
 struct Block {
@@ -159,6 +194,9 @@ struct Settings {
   int preempt_every = 256;  // on average, a thread yields once in this many accesses; 0: never
   int cooperative_blocks_per_sm = 1;
   bool has_device = true;
+  // A relaxed store reaches every block before each warp had this many turns, and a warp now and then sleeps while the
+  // others have four times as many; 0: stores arrive at once and no warp sleeps.
+  int max_delay = 4;
 };
 
 class Machine {
@@ -189,12 +227,10 @@ class Machine {
   const void* read(const void* pointer, std::size_t bytes) {
     maybe_preempt();
     Allocation* memory = find(pointer, bytes, "read");
-    if (memory->read_only) return pointer;
-    const std::size_t first = (reinterpret_cast<std::uintptr_t>(pointer) - memory->begin) / memory->cell_bytes;
-    const std::size_t last = first + (bytes + memory->cell_bytes - 1) / memory->cell_bytes;
-    for (std::size_t i = first; i < last; ++i) {
-      Cell& cell = memory->cells[i];
+    each_cell(memory, pointer, bytes, [&](Cell& cell, std::size_t i) {
       if (!cell.written) fail(describe("reads uninitialised memory", memory, i));
+      if (cell.copy_target) copied(cell.write.thread, "reads", "writes", memory, i);
+      if (cell.word) fail(describe("reads a word of relaxed accesses as ordinary memory", memory, i));
       if (!ordered(cell.write)) race(cell.write, "wrote", "reads", memory, i);
       if (cell.reads[0].thread != current->id) {
         const bool other_block = cell.reads[0].thread / block_dim.x != current->block;
@@ -202,17 +238,26 @@ class Machine {
           cell.reads[1] = cell.reads[0];
       }
       cell.reads[0] = now();
-    }
+    });
     return pointer;
+  }
+  // Through the cache that no store of this launch updates.
+  const void* read_constant(const void* pointer, std::size_t bytes) {
+    Allocation* memory = find(pointer, bytes, "read");
+    each_cell(memory, pointer, bytes, [&](Cell& cell, std::size_t i) {
+      if (cell.write.thread == kNoThread && !cell.word) return;
+      fail(describe("reads as a constant", memory, i) + ", which " + name(cell.write.thread) + " wrote in this launch");
+    });
+    return read(pointer, bytes);
   }
   void write(const void* pointer, std::size_t bytes) {
     maybe_preempt();
     Allocation* memory = find(pointer, bytes, "write");
     if (memory->read_only) fail(describe("writes to read-only memory", memory, 0));
-    const std::size_t first = (reinterpret_cast<std::uintptr_t>(pointer) - memory->begin) / memory->cell_bytes;
-    const std::size_t last = first + (bytes + memory->cell_bytes - 1) / memory->cell_bytes;
-    for (std::size_t i = first; i < last; ++i) {
-      Cell& cell = memory->cells[i];
+    each_cell(memory, pointer, bytes, [&](Cell& cell, std::size_t i) {
+      if (cell.copy_target) copied(cell.write.thread, "writes", "writes", memory, i);
+      if (cell.copy_sources > 0) copied(copier_from(pointer, bytes), "writes", "reads", memory, i);
+      if (cell.word) fail(describe("writes a word of relaxed accesses as ordinary memory", memory, i));
       if (!ordered(cell.write)) race(cell.write, "wrote", "writes", memory, i);
       for (const Access& access : cell.reads) {
         if (!ordered(access)) race(access, "read", "writes", memory, i);
@@ -220,6 +265,70 @@ class Machine {
       cell.write = now();
       cell.reads[0] = cell.reads[1] = Access();
       cell.written = true;
+    });
+  }
+
+  // ---- words: relaxed accesses of 4 or 8 bytes, outside the race rule
+  template <class T>
+  T load_word(const T* pointer) {
+    yield();
+    Allocation* memory = find(pointer, sizeof(T), "relaxed load");
+    each_cell(memory, pointer, sizeof(T), [&](Cell& cell, std::size_t i) {
+      if (!cell.written) fail(describe("reads uninitialised memory", memory, i));
+      if (!ordered(cell.write)) race(cell.write, "wrote", "reads", memory, i);
+    });
+    const Word* word = find_word(pointer, sizeof(T), memory);
+    return word == nullptr ? *pointer : static_cast<T>(word->stores[seen(*word)].value);
+  }
+  template <class T>
+  void store_word(T* pointer, T value) {
+    yield();
+    Allocation* memory = find(pointer, sizeof(T), "relaxed store");
+    if (memory->read_only) fail(describe("writes to read-only memory", memory, 0));
+    Word* word = find_word(pointer, sizeof(T), memory);
+    if (word == nullptr) {
+      word = &words_[reinterpret_cast<std::uintptr_t>(pointer)];
+      word->bytes = sizeof(T);
+      word->stores.push_back({*pointer, Access(), 0, 0});
+    }
+    each_cell(memory, pointer, sizeof(T), [&](Cell& cell, std::size_t i) {
+      if (!ordered(cell.write)) race(cell.write, "wrote", "writes", memory, i);
+      cell.written = cell.word = true;
+    });
+    word->stores.push_back({value, now(), ++num_stores_, clock_});
+    while (word->stores.size() > 1 && word->stores[1].time + longest_delay() <= clock_) word->stores.pop_front();
+    *pointer = value;  // what the next launch finds
+  }
+
+  // ---- asynchronous copies of 16 bytes from global to shared memory. The bytes arrive at the wait: who looked or
+  // wrote before, at either end, could tell when they did, and fails.
+  void copy_async(void* target, const void* source) {
+    read(source, kCopyBytes);
+    write(target, kCopyBytes);
+    Allocation *from = find(source, kCopyBytes, "read"), *to = find(target, kCopyBytes, "write");
+    if (from->shared || !to->shared)
+      fail(name(current->id) + ": an asynchronous copy runs from global to shared memory");
+    each_cell(from, source, kCopyBytes, [](Cell& cell, std::size_t) { ++cell.copy_sources; });
+    each_cell(to, target, kCopyBytes, [](Cell& cell, std::size_t) { cell.copy_target = true; });
+    std::memset(target, 0xff, kCopyBytes);
+    current->uncommitted.push_back({static_cast<unsigned char*>(target), static_cast<const unsigned char*>(source)});
+  }
+  void commit_copies() {
+    current->copy_groups.push_back(std::move(current->uncommitted));
+    current->uncommitted.clear();
+  }
+  void wait_copies(std::size_t groups_left) {
+    maybe_preempt();
+    for (; current->copy_groups.size() > groups_left; current->copy_groups.pop_front()) {
+      for (const AsyncCopy& copy : current->copy_groups.front()) {
+        each_cell(find(copy.source, kCopyBytes, "read"), copy.source, kCopyBytes,
+                  [](Cell& cell, std::size_t) { --cell.copy_sources; });
+        each_cell(find(copy.target, kCopyBytes, "write"), copy.target, kCopyBytes, [&](Cell& cell, std::size_t) {
+          cell.copy_target = false;
+          cell.write = now();
+        });
+        std::memcpy(copy.target, copy.source, kCopyBytes);
+      }
     }
   }
 
@@ -248,23 +357,65 @@ class Machine {
   // All lanes exchange 32-bit values; returns what lane `source` gave.
   std::uint32_t warp_exchange(std::uint32_t value, int source, const char* what, int line) {
     const std::uint32_t slot = warp_arrive(value, what, line);
-    return warps_[current->id / kWarpSize].exchange[slot][source & (kWarpSize - 1)];
+    return deposited<std::uint32_t>(slot, source & (kWarpSize - 1));
   }
   std::uint32_t warp_ballot(bool predicate, const char* what, int line) {
     const std::uint32_t slot = warp_arrive(predicate ? 1u : 0u, what, line);
     std::uint32_t bits = 0;
-    for (int lane = 0; lane < kWarpSize; ++lane) bits |= warps_[current->id / kWarpSize].exchange[slot][lane] << lane;
+    for (int lane = 0; lane < kWarpSize; ++lane) bits |= deposited<std::uint32_t>(slot, lane) << lane;
     return bits;
   }
-  void warp_barrier(int line) { warp_arrive(kMemoryOrder, "__syncwarp", line); }
+  void warp_barrier(int line) { warp_arrive(0u, kSyncWarp, line); }
 
-  std::uint32_t add_release(std::uint32_t* counter, std::uint32_t value) {
+  // ldmatrix: the 16 bytes at `row` of lanes 8 j .. 8 j + 7 are the rows of matrix j, of which each lane gets two
+  // elements in out[j]. The addresses of lanes from 8 COUNT on do not count.
+  template <int COUNT>
+  void load_matrices(std::uint32_t (&out)[COUNT], const void* row, bool transposed, const char* what, int line) {
+    MatrixRow mine{};
+    const int lane = static_cast<int>(current->id % kWarpSize);
+    if (lane < 8 * COUNT) {
+      std::memcpy(&mine, read(row, sizeof(mine)), sizeof(mine));
+      if (!find(row, sizeof(mine), "read")->shared) fail(name(current->id) + ": " + what + " reads shared memory only");
+    }
+    const std::uint32_t slot = warp_arrive(mine, what, line);
+    for (int j = 0; j < COUNT; ++j) {
+      out[j] = 0;
+      for (int half = 0; half < 2; ++half) {
+        const Position at = fragments::matrix(lane, half, transposed);
+        const std::uint32_t bits = deposited<MatrixRow>(slot, 8 * j + at.row).elements[at.column];
+        out[j] |= bits << (16 * half);
+      }
+    }
+  }
+  // mma.m16n8k16 on bf16: c += a b. The 16 products are summed in float64 and rounded once; the order and the rounding
+  // of the hardware are its own, so results agree to a few units in the last place, and exactly for small integers.
+  void multiply_matrices(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], int line) {
+    MatrixOperands mine;
+    std::copy(a, a + 4, mine.a);
+    std::copy(b, b + 2, mine.b);
+    const std::uint32_t slot = warp_arrive(mine, "mma", line);
+    const int lane = static_cast<int>(current->id % kWarpSize);
+    for (int i = 0; i < 4; ++i) {
+      const Position at = fragments::accumulator(lane, i);
+      double sum = c[i];
+      for (int k = 0; k < 16; ++k) {
+        const Source left = fragments::source_a({at.row, k}), right = fragments::source_b({k, at.column});
+        sum += static_cast<double>(bf16_value(deposited<MatrixOperands>(slot, left.lane).a, left.element)) *
+               bf16_value(deposited<MatrixOperands>(slot, right.lane).b, right.element);
+      }
+      c[i] = static_cast<float>(sum);
+    }
+  }
+
+  std::uint32_t add(std::uint32_t* counter, std::uint32_t value, bool release) {
     yield();
     find(counter, sizeof(*counter), "atomic");
-    std::vector<std::uint32_t>& published = published_[counter];
-    published.resize(grid_dim.x, 0);
-    for (unsigned b = 0; b < grid_dim.x; ++b) published[b] = std::max(published[b], current->view[b]);
-    published[current->block] = std::max(published[current->block], blocks_[current->block].epoch);
+    if (release) {
+      std::vector<std::uint32_t>& published = published_[counter];
+      published.resize(grid_dim.x, 0);
+      for (unsigned b = 0; b < grid_dim.x; ++b) published[b] = std::max(published[b], current->view[b]);
+      published[current->block] = std::max(published[current->block], blocks_[current->block].epoch);
+    }
     const std::uint32_t before = *counter;
     *counter += value;
     return before;
@@ -283,23 +434,13 @@ class Machine {
     }
     return *counter;
   }
-  std::uint32_t load_relaxed(const std::uint32_t* word) {
-    yield();
-    find(word, sizeof(*word), "atomic");
-    return *word;
-  }
-  void store_relaxed(std::uint32_t* word, std::uint32_t value) {
-    yield();
-    find(word, sizeof(*word), "atomic");
-    *word = value;
-  }
-
   void* dynamic_shared() { return blocks_[current->block].dynamic_pointer; }
   void* static_shared(const void* tag, std::size_t bytes, const char* label) {
     void*& storage = blocks_[current->block].static_shared[tag];
     if (storage == nullptr) {
       storage = std::aligned_alloc(16, (bytes + 31) / 16 * 16);
       shared_.push_back(std::make_unique<Allocation>(storage, bytes, label, false, false));
+      shared_.back()->shared = true;
     }
     return storage;
   }
@@ -330,6 +471,8 @@ class Machine {
     aborted_ = false;
     state_ = settings.seed * 0x9e3779b97f4a7c15ull + 0x1234567ull;
     published_.clear();
+    words_.clear();
+    clock_ = num_stores_ = 0;
     for (auto& allocation : global_) allocation->forget_accesses();
     prepare(grid, block, shared_bytes);
     run();
@@ -348,7 +491,7 @@ class Machine {
   }
 
  private:
-  static constexpr std::uint32_t kMemoryOrder = 0x5eed5eedu;
+  static constexpr const char* kSyncWarp = "__syncwarp";
 
   std::vector<std::unique_ptr<Allocation>> global_, shared_;
   Allocation* last_hit_ = nullptr;
@@ -358,6 +501,8 @@ class Machine {
   std::vector<std::uint32_t> ready_warps_;
   std::vector<char> warp_listed_;
   std::map<const std::uint32_t*, std::vector<std::uint32_t>> published_;
+  std::unordered_map<std::uintptr_t, Word> words_;
+  std::uint64_t clock_ = 0, num_stores_ = 0;  // turns of a warp; relaxed stores
   std::function<void()> body_;
   Context scheduler_{};
   bool aborted_ = false;
@@ -383,6 +528,62 @@ class Machine {
   std::string describe(const char* what, const Allocation* memory, std::size_t cell) const {
     return name(current->id) + " " + what + ": byte " + std::to_string(cell * memory->cell_bytes) + " of " +
            memory->name;
+  }
+  [[noreturn]] void copied(std::uint32_t copier, const char* does, const char* copy_does, const Allocation* memory,
+                           std::size_t cell) {
+    fail(describe(does, memory, cell) + ", which an asynchronous copy of " + name(copier) + " still " + copy_does);
+  }
+  std::uint32_t copier_from(const void* pointer, std::size_t bytes) const {
+    const auto* begin = static_cast<const unsigned char*>(pointer);
+    const auto overlaps = [&](const AsyncCopy& c) { return c.source < begin + bytes && begin < c.source + kCopyBytes; };
+    for (const Fiber& fiber : fibers_) {
+      if (std::any_of(fiber.uncommitted.begin(), fiber.uncommitted.end(), overlaps)) return fiber.id;
+      for (const auto& group : fiber.copy_groups) {
+        if (std::any_of(group.begin(), group.end(), overlaps)) return fiber.id;
+      }
+    }
+    return current->id;
+  }
+  template <class Visit>
+  void each_cell(Allocation* memory, const void* pointer, std::size_t bytes, Visit visit) {
+    if (memory->read_only) return;
+    const std::size_t first = (reinterpret_cast<std::uintptr_t>(pointer) - memory->begin) / memory->cell_bytes;
+    const std::size_t last = first + (bytes + memory->cell_bytes - 1) / memory->cell_bytes;
+    for (std::size_t i = first; i < last; ++i) visit(memory->cells[i], i);
+  }
+
+  // The word at this address, null where nobody stored it yet. A word is always accessed whole.
+  Word* find_word(const void* pointer, std::size_t bytes, const Allocation* memory) {
+    const auto address = reinterpret_cast<std::uintptr_t>(pointer);
+    const auto at = words_.find(address);
+    const auto other = words_.find(bytes == 8 ? address + 4 : address - 4);
+    const bool overlapped = other != words_.end() && (bytes == 8 || other->second.bytes == 8);
+    if (overlapped || (at != words_.end() && at->second.bytes != bytes)) {
+      const Word& word = overlapped ? other->second : at->second;
+      fail("torn word: " + describe("accesses", memory, (address - memory->begin) / memory->cell_bytes) + " as " +
+           std::to_string(bytes) + " bytes, which " + name(word.stores.back().access.thread) + " stored as " +
+           std::to_string(word.bytes));
+    }
+    return at == words_.end() ? nullptr : &at->second;
+  }
+  std::uint64_t longest_delay() const { return static_cast<std::uint64_t>(settings.max_delay) * warps_.size(); }
+  std::uint64_t delay(std::uint64_t serial) const {  // of a store, until the current block sees it: mostly short
+    if (settings.max_delay == 0) return 0;
+    std::uint64_t hash = (settings.seed + 1) * 0x9e3779b97f4a7c15ull ^ (serial * grid_dim.x + current->block);
+    hash = (hash ^ (hash >> 30)) * 0xbf58476d1ce4e5b9ull;
+    hash = (hash ^ (hash >> 27)) * 0x94d049bb133111ebull;
+    hash ^= hash >> 31;
+    return (hash >> 8) % longest_delay() >> (hash & 7);
+  }
+  // The newest store that the current thread sees: all stores before it have arrived, or it is ordered before the load.
+  std::size_t seen(const Word& word) const {
+    std::size_t index = 0;
+    const auto arrived = [&](const Word::Store& store) { return store.time + delay(store.serial) <= clock_; };
+    while (index + 1 < word.stores.size() && arrived(word.stores[index + 1])) ++index;
+    for (std::size_t i = word.stores.size() - 1; i > index; --i) {
+      if (ordered(word.stores[i].access)) return i;
+    }
+    return index;
   }
   [[noreturn]] void race(const Access& other, const char* did, const char* does, const Allocation* memory,
                          std::size_t cell) {
@@ -431,25 +632,34 @@ class Machine {
     return false;
   }
 
-  std::uint32_t warp_arrive(std::uint32_t value, const char* what, int line) {
+  template <class T>
+  std::uint32_t warp_arrive(const T& deposit, const char* what, int line) {
+    static_assert(sizeof(T) <= kDepositBytes, "more than a lane can give");
     Warp& warp = warps_[current->id / kWarpSize];
-    if (warp.arrived > 0 && warp.line != line) {
+    if (warp.arrived > 0 && (warp.line != line || std::strcmp(warp.what, what) != 0)) {
       fail("divergent warp operation: " + name(current->id) + " in " + what + " at line " + std::to_string(line) +
-           ", other lanes at line " + std::to_string(warp.line));
+           ", other lanes in " + warp.what + " at line " + std::to_string(warp.line));
     }
     warp.line = line;
+    warp.what = what;
     const std::uint32_t slot = warp.generation & 1u;
-    warp.exchange[slot][current->id % kWarpSize] = value;
+    std::memcpy(warp.exchange[slot][current->id % kWarpSize], &deposit, sizeof(T));
     if (++warp.arrived < kWarpSize) {
       wait(Status::at_warp_operation, what, line);
     } else {
       warp.arrived = 0;
       ++warp.generation;
-      if (value == kMemoryOrder && std::strcmp(what, "__syncwarp") == 0) ++warp.epoch;
+      if (std::strcmp(what, kSyncWarp) == 0) ++warp.epoch;
       const std::uint32_t first = current->id / kWarpSize * kWarpSize;
       for (std::uint32_t i = first; i < first + kWarpSize; ++i) wake(i);
     }
     return slot;
+  }
+  template <class T>
+  T deposited(std::uint32_t slot, int lane) const {
+    T value;
+    std::memcpy(&value, warps_[current->id / kWarpSize].exchange[slot][lane], sizeof(T));
+    return value;
   }
 
   void wait(Status status, const char* where, int line) {
@@ -499,6 +709,7 @@ class Machine {
       shared_.push_back(std::make_unique<Allocation>(blocks_[b].dynamic_pointer, shared_bytes, "dynamic shared memory",
                                                      false, false));
       blocks_[b].dynamic_shared = shared_.back().get();
+      shared_.back()->shared = true;
     }
     for (std::size_t i = 0; i < total; ++i) {
       Fiber& fiber = fibers_[i];
@@ -516,11 +727,7 @@ class Machine {
     std::size_t remaining = fibers_.size();
     while (remaining > 0) {
       if (ready_warps_.empty()) return report_deadlock();
-      const std::uint32_t pick = random() % static_cast<std::uint32_t>(ready_warps_.size());
-      const std::uint32_t warp = ready_warps_[pick];
-      ready_warps_[pick] = ready_warps_.back();
-      ready_warps_.pop_back();
-      warp_listed_[warp] = 0;
+      const std::uint32_t warp = next_warp();
       const std::uint32_t start = random();
       bool still_ready = false;
       for (std::uint32_t i = 0; i < kWarpSize; ++i) {
@@ -534,6 +741,25 @@ class Machine {
       }
       if (still_ready) list(warp);
     }
+  }
+
+  // A ready warp, drawn by chance; one that sleeps only where several draws found no other.
+  std::uint32_t next_warp() {
+    ++clock_;
+    std::size_t pick = 0;
+    for (int draw = 0; draw < 8; ++draw) {
+      pick = random() % ready_warps_.size();
+      if (warps_[ready_warps_[pick]].asleep_until <= clock_) break;
+    }
+    const std::uint32_t warp = ready_warps_[pick];
+    ready_warps_[pick] = ready_warps_.back();
+    ready_warps_.pop_back();
+    warp_listed_[warp] = 0;
+    const auto rounds8 = static_cast<std::uint32_t>(8 * warps_.size());
+    if (settings.max_delay > 0 && random() % rounds8 == 0) {
+      warps_[warp].asleep_until = clock_ + random() % (4 * longest_delay());
+    }
+    return warp;
   }
 
   void report_deadlock() {
@@ -661,8 +887,9 @@ extern "C" {
 inline __attribute__((used, visibility("default"))) void cuda_emulator_configure(std::uint64_t seed, int num_sms,
                                                                                  int max_shared_bytes,
                                                                                  int preempt_every, int blocks_per_sm,
-                                                                                 int has_device) {
-  cuda_emulator::machine.settings = {seed, num_sms, max_shared_bytes, preempt_every, blocks_per_sm, has_device != 0};
+                                                                                 int has_device, int max_delay) {
+  cuda_emulator::machine.settings = {seed,          num_sms,         max_shared_bytes, preempt_every,
+                                     blocks_per_sm, has_device != 0, max_delay};
   cuda_emulator::machine.allowed_shared.clear();
 }
 // The least dynamic shared memory that any kernel whose attribute was set may have now; 0: none was set.
@@ -683,5 +910,14 @@ inline __attribute__((used, visibility("default"))) void cuda_emulator_forget_me
 }
 inline __attribute__((used, visibility("default"))) const char* cuda_emulator_error() {
   return cuda_emulator::machine.error.c_str();
+}
+// Where element `element` of lane `lane` lies: row * 256 + column. map: 0 ldmatrix, 1 its transpose, 2 a, 3 b, 4 c.
+inline __attribute__((used, visibility("default"))) int cuda_emulator_fragment(int map, int lane, int element) {
+  namespace fragments = cuda_emulator::fragments;
+  const cuda_emulator::Position at = map < 2    ? fragments::matrix(lane, element, map == 1)
+                                     : map == 2 ? fragments::a(lane, element)
+                                     : map == 3 ? fragments::b(lane, element)
+                                                : fragments::accumulator(lane, element);
+  return at.row * 256 + at.column;
 }
 }

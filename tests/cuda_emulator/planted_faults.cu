@@ -28,6 +28,9 @@ enum class Fault : int {
   kMissingGridBarrier,
   kUnorderedGridBarrier,
   kBoundedSpin,
+  kMissingRelease,
+  kMissingAcquire,
+  kWrittenConstant,
 };
 
 struct FaultArgs {
@@ -77,12 +80,23 @@ __global__ void faulty_kernel(const FaultArgs a) {
       }
     }
     __syncthreads();
+  } else if (fault == Fault::kMissingRelease || fault == Fault::kMissingAcquire) {
+    __syncthreads();
+    if (i == 0) {
+      const bool released = fault != Fault::kMissingRelease, acquired = fault != Fault::kMissingAcquire;
+      cuda_emulator::machine.add(&a.sync->arrivals, 1u, released);
+      while ((acquired ? load_acquire(&a.sync->arrivals) : load_relaxed(&a.sync->arrivals)) < gridDim.x) {
+      }
+    }
+    __syncthreads();
   } else if (fault != Fault::kMissingGridBarrier) {
     if (fault == Fault::kBoundedSpin && blockIdx.x == 0) return;
     const bool alive = grid_barrier(a.sync, passed, fault == Fault::kBoundedSpin ? 100u : 1u << 20, flag);
     if (!alive) return;
   }
-  const float other = load_global(a.result + (blockIdx.x + 1) % gridDim.x * kThreads + i);
+  const float* neighbours = a.result + (blockIdx.x + 1) % gridDim.x * kThreads;
+  if (fault == Fault::kWrittenConstant) load_constant(neighbours + i);
+  const float other = load_global(neighbours + i);
   const bool alive = grid_barrier(a.sync, passed, 1u << 20, flag);
   if (alive) store_global(a.result + blockIdx.x * kThreads + i, other);
 }
