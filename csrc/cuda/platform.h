@@ -138,6 +138,12 @@ QPILOTS_LDMATRIX_X4(ldmatrix_x4, "")
 QPILOTS_LDMATRIX_X4(ldmatrix_x4_trans, ".trans")
 QPILOTS_LDMATRIX_X2(ldmatrix_x2, "")
 QPILOTS_LDMATRIX_X2(ldmatrix_x2_trans, ".trans")
+// Two floats as the bf16 elements of one register, the first in the lower half.
+__device__ __forceinline__ std::uint32_t pack_bf16(float low, float high) {
+  std::uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
 // c [16, 8] += a [16, 16] b [16, 8], as fragments of the whole warp: bf16 products, float32 sums.
 __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
   asm volatile(
@@ -196,6 +202,9 @@ inline void copy_async_commit() { cuda_emulator::machine.commit_copies(); }
 template <int GROUPS_LEFT>
 inline void copy_async_wait() {
   cuda_emulator::machine.wait_copies(GROUPS_LEFT);
+}
+inline std::uint32_t pack_bf16(float low, float high) {
+  return static_cast<std::uint32_t>(to_bf16(low)) | static_cast<std::uint32_t>(to_bf16(high)) << 16;
 }
 // Warp operations take the line of their call: lanes that meet in different ones diverge.
 inline void ldmatrix_x4(std::uint32_t (&out)[4], const void* row, int line = __builtin_LINE()) {

@@ -12,7 +12,7 @@ namespace {
 enum class WordFault : int { kNone, kTornStore, kOneSlot, kTagNotRaised, kNotPolled, kOrdinaryLoad, kOrdinaryPayload };
 
 constexpr int kWordsPerBlock = 32;
-constexpr std::uint32_t kSpinLimit = 1u << 14;
+constexpr std::uint32_t kSpinLimit = 1u << 12;
 
 struct WordArgs {
   WordFault fault;
@@ -46,11 +46,12 @@ __global__ void exchange_kernel(const WordArgs a) {
       }
     }
     std::uint32_t mine = 0;
+    bool alive = true;
     for (int w = i; w < words; w += kThreads) {
       std::uint64_t word = fault == WordFault::kOrdinaryLoad ? load_constant(slot + w) : load_word(slot + w);
       for (std::uint32_t spins = 0; word_tag(word) != tag && fault != WordFault::kNotPolled; ++spins) {
         if (spins >= kSpinLimit) {
-          store_relaxed(a.failed, 1u);
+          alive = false;
           break;
         }
         word = load_word(slot + w);
@@ -58,7 +59,10 @@ __global__ void exchange_kernel(const WordArgs a) {
       mine += fault == WordFault::kOrdinaryPayload ? float_bits(load_global(a.payload + w)) : word_bits(word);
     }
     for (int offset = 16; offset > 0; offset >>= 1) mine += __shfl_xor_sync(kAllLanes, mine, offset);
-    __syncthreads();  // the last phase's sums have been read
+    if (!__syncthreads_and(alive)) {  // the last phase's sums have been read, too
+      if (i == 0) store_relaxed(a.failed, 1u);
+      return;
+    }
     if (lane_index() == 0) store_shared(parts + warp_index(), mine);
     __syncthreads();
     sum = 0;
