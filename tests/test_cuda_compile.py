@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from bench.gpu import static_cuda
+from bench.gpu import sass, static_cuda
 from qpilots_fast.backends.cuda import build as cuda_build
 
 REASON = static_cuda.unavailable_reason()
@@ -27,6 +27,41 @@ def test_compiles_without_spills(target):
     assert {"pack_kernel", "clean_actions_kernel", "steer_step_kernel"} <= set(names)
     wrong = {report.name: report.failures() for report in reports if report.failures()}
     assert not wrong, wrong
+
+
+# Beside csrc/cuda: the small kernels in which the emulator's tests plant faults, here for the words of platform.h.
+PLANTED = "../../tests/cuda_emulator/planted_exchange"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_primitives_compile_to_their_instructions(target):
+    kernels = {
+        static_cuda.short_name(s): code
+        for s, code in sass.parse(static_cuda.compile_listing(target, PLANTED)[1]).items()
+    }
+    assert set(kernels) == {"exchange_kernel", "copy_kernel", "matrix_kernel"}
+    requirement = static_cuda.Requirement
+    for wanted in (
+        requirement("exchange_kernel", r"STG?\.E\.64\.STRONG\.GPU", reason="a word is stored whole"),
+        requirement("exchange_kernel", fence_free_polls=True, reason="words need no order"),
+        requirement("copy_kernel", r"LDGSTS\.E\.BYPASS.*\.128", reason="copies pass by the registers and L1"),
+        *(
+            requirement("matrix_kernel", name)
+            for name in (r"HMMA\.16816\.F32\.BF16", r"LDSM\S*\.4", r"LDSM\S*\.2", r"LDSM\S*MT88")
+        ),
+    ):
+        broken = [wanted.broken(name, code) for name, code in kernels.items()]
+        assert broken == [""] * len(kernels)
+
+
+def test_loops_of_a_real_kernel():
+    """The exchange: phases around the words of a thread, around the polls of one."""
+    kernels = sass.parse(static_cuda.compile_listing(90, PLANTED)[1])
+    found = sass.loops(next(code for symbol, code in kernels.items() if "exchange_kernel" in symbol))
+    assert [loop.depth for loop in found] == [0, 1, 2]
+    assert [loop.always["barrier"] > 0 for loop in found] == [True, False, False]
+    assert found[2].innermost and found[2].always["global load"] == 1 and not found[2].counts["global store"]
+    assert all(loop.counts["other"] == 0 == loop.counts["fence"] for loop in found)
 
 
 def test_shared_library_loads_with_matching_structures(tmp_path):

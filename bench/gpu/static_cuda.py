@@ -1,7 +1,7 @@
 """The CUDA C++ kernels without a GPU: compiled by nvcc, then read from their machine code.
 
 `python -m bench.gpu.static_cuda [--targets 80 90]` prints registers, spills and 16-byte loads of every kernel and exits
-with 1 on a spill, on a product without 16-byte loads, or on a kernel that no multiprocessor can hold.
+with 1 on a spill, on code that breaks a line of REQUIREMENTS, or on a kernel that no multiprocessor can hold.
 """
 
 from __future__ import annotations
@@ -17,13 +17,49 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.gpu import sass
 from qpilots_fast.backends.cuda.build import ARCHITECTURES, compile_command, find_nvcc, find_sources
 
 TARGETS = ARCHITECTURES
 THREADS = 256  # of every kernel
 _REGISTERS = 65536  # of a multiprocessor
 _KERNELS = ("sample", "pack", "steer_step")  # sources with kernels
-_MULTIPLIES = "sample_kernel"
+_WORD_POLL = r"LDG\.E\.64\.STRONG\.GPU"  # load_word of csrc/cuda/platform.h
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """What the machine code of the kernels named so (by the beginning of KernelReport.name) must and must not have."""
+
+    name: str
+    contains: str = ""  # a pattern of an operation
+    fence_free_polls: bool = False  # tagged words are awaited, and no loop around such a wait has a fence
+    reason: str = ""
+
+    def broken(self, name: str, code: Sequence[sass.Instruction]) -> str:
+        """In words; "" where the code keeps to it, or it is about another kernel."""
+        if not name.startswith(self.name):
+            return ""
+        if self.contains and not any(re.match(self.contains, i.operation) for i in code):
+            return f"no {self.contains}: {self.reason}"
+        if self.fence_free_polls:
+            polling = [loop for loop in sass.loops(code) if _has(loop, _WORD_POLL)]
+            fenced = [loop for loop in polling if any(sass.class_of(i.operation) == "fence" for i in loop.instructions)]
+            if fenced or not polling:
+                where = ", ".join(f"{loop.address:#x}" for loop in fenced)
+                return (
+                    f"a fence in the loop at {where}" if fenced else "no tagged word is awaited"
+                ) + f": {self.reason}"
+        return ""
+
+
+def _has(loop: sass.Loop, pattern: str) -> bool:
+    return any(re.match(pattern, i.operation) for i in loop.instructions)
+
+
+REQUIREMENTS: tuple[Requirement, ...] = (
+    Requirement("sample_kernel", r"(LDG|LDGSTS)\S*\.128", reason="weights come 16 bytes at a time"),
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +74,7 @@ class KernelReport:
     local_accesses: int
     global_loads: dict[int, int]  # bits a thread -> count
     instructions: int
+    broken: tuple[str, ...] = ()  # requirements
 
     @property
     def blocks_per_sm(self) -> int:
@@ -49,25 +86,10 @@ class KernelReport:
         found = []
         if self.spill_bytes or self.local_accesses:
             found.append(f"{self.spill_bytes} bytes spilled, {self.local_accesses} local accesses")
-        if _MULTIPLIES in self.name and not self.global_loads.get(128):
-            found.append("no 16-byte load of weights")
+        found += self.broken
         if self.blocks_per_sm < 1:
             found.append("does not fit a multiprocessor")
         return found
-
-
-def cuobjdump() -> str | None:
-    """Of the CUDA toolkit, or of the Triton wheel."""
-    nvcc = find_nvcc()
-    beside = None if nvcc is None else Path(nvcc).resolve().parent / "cuobjdump"
-    if beside is not None and beside.is_file():
-        return str(beside)
-    try:
-        import triton
-    except ImportError:
-        return None
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return str(tool) if tool.is_file() else None
 
 
 def unavailable_reason() -> str | None:
@@ -76,25 +98,27 @@ def unavailable_reason() -> str | None:
         return "nvcc is missing"
     if find_sources() is None:
         return "csrc/cuda is missing"
-    return None if cuobjdump() is not None else "cuobjdump is missing (CUDA toolkit or Triton wheel)"
+    return None if sass.cuobjdump() is not None else "cuobjdump is missing (CUDA toolkit or Triton wheel)"
 
 
 def inspect(target: int, sources: tuple[str, ...] = _KERNELS) -> list[KernelReport]:
     """Compiles the sources for one compute capability and reads every kernel's code."""
-    nvcc, csrc, dump = find_nvcc(), find_sources(), cuobjdump()
+    return [report for source in sources for report in _read(target, *compile_listing(target, source))]
+
+
+def compile_listing(target: int, source: str) -> tuple[str, str]:
+    """What the compiler says of csrc/cuda/<source>.cu, and its machine code."""
+    nvcc, csrc, dump = find_nvcc(), find_sources(), sass.cuobjdump()
     assert nvcc is not None and csrc is not None and dump is not None
-    reports = []
     with tempfile.TemporaryDirectory() as folder:
-        for source in sources:
-            built = Path(folder) / f"{source}.o"
-            flags = (f"-gencode=arch=compute_{target},code=sm_{target}", "-Xptxas=-v")
-            command = compile_command(nvcc, csrc, source, built, flags)
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                raise RuntimeError(f"nvcc failed for sm_{target}:\n{done.stdout}{done.stderr}")
-            code = subprocess.run([dump, "-sass", str(built)], capture_output=True, text=True, check=True).stdout
-            reports += _read(target, done.stdout + done.stderr, code)
-    return reports
+        built = Path(folder) / "built.o"
+        flags = (f"-gencode=arch=compute_{target},code=sm_{target}", "-Xptxas=-v")
+        command = compile_command(nvcc, csrc, source, built, flags)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"nvcc failed for sm_{target}:\n{done.stdout}{done.stderr}")
+        code = subprocess.run([dump, "-sass", str(built)], capture_output=True, text=True, check=True).stdout
+    return done.stdout + done.stderr, code
 
 
 _USAGE = re.compile(
@@ -102,37 +126,38 @@ _USAGE = re.compile(
     r".*?Used (\d+) registers",
     re.S,
 )
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,6}\*/\s+(?:@!?\S+\s+)?([A-Z0-9_.]+)", re.M)
 
 
-def _read(target: int, log: str, code: str) -> list[KernelReport]:
-    listings = re.split(r"Function : (\S+)", code)
-    by_name = dict(zip(listings[1::2], listings[2::2]))
+def _read(target: int, log: str, listing: str) -> list[KernelReport]:
+    kernels = sass.parse(listing)
     reports = []
     for symbol, stack, stores, loads, registers in _USAGE.findall(log):
-        operations = _INSTRUCTION.findall(by_name[symbol])
+        code, name = kernels[symbol], short_name(symbol)
+        operations = [i.operation for i in code]
         widths: dict[int, int] = {}
         for operation in operations:
             if operation.startswith("LDG"):
                 bits = int((re.search(r"\.[SU]?(128|64|16|8)\b", operation) or [0, 32])[1])
                 widths[bits] = widths.get(bits, 0) + 1
+        broken = filter(None, (requirement.broken(name, code) for requirement in REQUIREMENTS))
         local = sum(operation.startswith(("STL", "LDL")) for operation in operations)
         reports.append(
             KernelReport(
                 target,
-                _short(symbol),
+                name,
                 int(registers),
                 int(stack),
                 int(stores) + int(loads),
                 local,
                 widths,
                 len(operations),
+                tuple(broken),
             )
         )
     return reports
 
 
-def _short(symbol: str) -> str:
+def short_name(symbol: str) -> str:
     """sample_kernel<bf16, 16> and the like, from the mangled name."""
     match = re.search(r"\d+([a-z_]+_kernel)(?:I(f|\S*?Bf16)(?:E)?Li(\d+)E)?", symbol)
     if match is None:
