@@ -24,7 +24,7 @@
 #include <string>
 #include <vector>
 
-#include "exchange.h"
+#include "async_memory.h"
 #include "fragments.h"
 
 #define __global__
@@ -38,7 +38,7 @@ namespace cuda_emulator {
 
 constexpr int kDefaultShared = 48 * 1024;  // dynamic shared memory of a kernel that was allowed no more
 
-class Machine : public Exchange {
+class Machine : public AsyncMemory {
  public:
   std::mutex launch_mutex;
   std::map<const void*, int> allowed_shared;  // kernel -> its attribute cudaFuncAttributeMaxDynamicSharedMemorySize
@@ -143,7 +143,7 @@ class Machine : public Exchange {
     published_.clear();
     prepare(grid, block);
     begin_memory(shared_bytes);
-    begin_exchange();
+    begin_async();
     run();
     end_memory();
     current = nullptr;

@@ -54,7 +54,7 @@ struct Allocation {
   }
 };
 
-class Memory : public Scheduler {
+class ShadowMemory : public Scheduler {
  public:
   // ---- allocations
   void register_memory(const void* pointer, std::size_t bytes, const char* name, bool read_only, bool initialised) {

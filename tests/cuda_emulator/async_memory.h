@@ -9,7 +9,7 @@
 #include <unordered_map>
 #include <utility>
 
-#include "memory.h"
+#include "shadow_memory.h"
 
 namespace cuda_emulator {
 
@@ -25,7 +25,7 @@ struct Word {
   std::deque<Store> stores;  // the first one is seen by all
 };
 
-class Exchange : public Memory {
+class AsyncMemory : public ShadowMemory {
  public:
   // ---- words: relaxed accesses of 4 or 8 bytes, outside the race rule
   template <class T>
@@ -95,7 +95,7 @@ class Exchange : public Memory {
   }
 
  protected:
-  void begin_exchange() {
+  void begin_async() {
     words_.clear();
     num_stores_ = 0;
   }
