@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends import capturing
 from .bounds import DefaultBound
 from .reference import Evaluators
 from .spec import BoundNetwork, Pullback
@@ -28,6 +29,8 @@ class Remarks:
 
     def on_actions(self, actions: Tensor, low: Any, high: Any) -> None:
         """Says where many entries of the actions end on bounds that nobody gave."""
+        if capturing(actions.device):
+            return  # a look at the numbers would end the capture
         self.calls_left -= 1
         if not isinstance(low, DefaultBound) and not isinstance(high, DefaultBound):
             self.calls_left = 0
@@ -92,6 +95,8 @@ class Remarks:
 
     def _say_padding(self, zero: Tensor) -> None:
         """Says which columns have a gradient that is exactly zero, where others have one."""
+        if capturing(zero.device):
+            return
         self._padding_open = False
         absent = zero.nonzero().flatten().tolist()
         if not absent or len(absent) == len(zero):

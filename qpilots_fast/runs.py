@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backends, ops, reference
-from .backends import Backend, Call, Choice, QuickCall, Request, Slots
+from .backends import Backend, ByBatchSize, Call, Choice, QuickCall, Request, Slots, capturing
 from .bounds import Bounds, box_of
 from .callables import out_of_inference, run_outside_inference
 from .candidates import as_rows, side_by_side
@@ -151,8 +151,8 @@ class PackedRun:
         check_actions(raw.actions)
         if bound.critic is not None:
             self._remarks.on_weights(bound.critic, self.spec.steering)
-        if count == 1 and not self.spec.steering.final_steps:
-            self._make_quick(backend, chosen, bound, packed)
+        if count == 1 and not self.spec.steering.final_steps and not capturing(noise.device):
+            self._make_quick(backend, chosen, bound, packed, noise.shape[0])
         return raw
 
     def _packed(self, chosen: Backend, bound: BoundNetworks) -> tuple[BoundNetworks, Any]:
@@ -163,11 +163,13 @@ class PackedRun:
             self._packs[chosen.name] = (bound, chosen.pack(self.spec, bound))
         return self._packs[chosen.name]
 
-    def _make_quick(self, backend: str, chosen: Backend, networks: BoundNetworks, packed: Any) -> None:
+    def _make_quick(self, backend: str, chosen: Backend, networks: BoundNetworks, packed: Any, batch_size: int) -> None:
         """Lets the calls to come take the backend's quick way."""
         made_for = (chosen, packed, networks.flow, networks.critic, networks.posterior)
-        known = self._quick
-        if known is not None and known[0] == backend and all(a is b for a, b in zip(known[1], made_for)):
+        known = self._quick if self._quick is not None and self._quick[0] == backend else None
+        by_size = known[2] if known is not None and isinstance(known[2], ByBatchSize) else ByBatchSize()
+        before = by_size.made_for(batch_size) if chosen.quick_by_batch_size else known and known[1]
+        if before and all(a is b for a, b in zip(before, made_for)):
             return
         slots: Slots | None = []
         if packed is None:
@@ -175,8 +177,12 @@ class PackedRun:
             for network in self._networks.values():
                 more = network.slots()
                 slots = None if more is None or slots is None else [*slots, *more]
-        quick = None if slots is None else chosen.quick_call(self.spec, networks, packed, slots)
-        self._quick = (backend, made_for, quick)
+        quick = None if slots is None else chosen.quick_call(self.spec, networks, packed, slots, batch_size)
+        if chosen.quick_by_batch_size:
+            by_size.keep(batch_size, made_for, quick)
+            self._quick = (backend, (), by_size)
+        else:
+            self._quick = (backend, made_for, quick)
 
     def explain(self, backend: str, device: torch.device, batch_size: int) -> Explanation:
         """Which backend runs batch_size observations on this device, and what it costs."""

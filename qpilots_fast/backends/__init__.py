@@ -11,10 +11,13 @@ import torch
 from ..errors import BackendUnavailable
 from ..spec import SamplerSpec
 from .base import Backend, Call, Footprint, QuickCall, RowKernels, Slots
+from .captured import capturing
+from .quick import ByBatchSize
 
 __all__ = [
     "BACKENDS",
     "Backend",
+    "ByBatchSize",
     "Call",
     "Choice",
     "Footprint",
@@ -22,6 +25,7 @@ __all__ = [
     "Request",
     "RowKernels",
     "Slots",
+    "capturing",
     "choose",
     "for_rows",
     "get",

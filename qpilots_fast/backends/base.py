@@ -94,6 +94,7 @@ class Backend(ABC):
     max_batch_size: ClassVar[int | None] = None  # "auto" takes the next backend for larger batches
     keeps: ClassVar[str] = "nothing by batch size"  # how much of it stays ready for a next call, in words
     auto_for_networks: ClassVar[bool] = True  # whether "auto" may take it to run single networks
+    quick_by_batch_size: ClassVar[bool] = False  # whether a `quick_call` is for one batch size alone
 
     @abstractmethod
     def unavailable_reason(self) -> str | None:
@@ -117,12 +118,15 @@ class Backend(ABC):
     def sample(self, call: Call) -> RawSample:
         """The whole K-step loop for the batch. Never tracked by autograd."""
 
-    def quick_call(self, spec: SamplerSpec, networks: BoundNetworks, packed: Any, slots: Slots) -> QuickCall | None:
+    def quick_call(
+        self, spec: SamplerSpec, networks: BoundNetworks, packed: Any, slots: Slots, batch_size: int
+    ) -> QuickCall | None:
         """Something that makes the plainest calls of `sample`, checks included, with less overhead; None: nothing can.
 
         Args:
             slots: such that `networks` are current while they hold and no parameter's memory moves; empty for packed
                 weights.
+            batch_size: of the call that was just made.
         """
         return None
 

@@ -190,7 +190,9 @@ class CpuBackend(Backend):
     def sample(self, call: Call) -> RawSample:
         return self._sample(call, 0)
 
-    def quick_call(self, spec: SamplerSpec, networks: BoundNetworks, packed: Any, slots: Slots) -> QuickCall | None:
+    def quick_call(
+        self, spec: SamplerSpec, networks: BoundNetworks, packed: Any, slots: Slots, batch_size: int
+    ) -> QuickCall | None:
         if packed is None:
             plan, weights = self._get_plan(spec), None
             sources = self._get_sources(plan, networks)

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 
+#include "python/parameter_watch.h"
 #include "python/python_types.h"
 
 namespace py = pybind11;
@@ -23,17 +24,13 @@ bool all_finite(const float* values, std::size_t count) {
   return bad == 0;
 }
 
-py::str interned(const char* name) { return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(name)); }
-
 class QuickCall {
  public:
-  // slots: (dict, key, value) where each dict must still hold the value, and a tensor's memory be where it is now, or
-  // (dict, None, size) where it must hold that many;
-  // networks: views of what is read, which keep that memory while another thread gives a parameter a new one;
-  // torch: the names used below.
+  // slots: as of ParameterWatch; networks: views of what is read, which keep that memory while another thread gives a
+  // parameter a new one; torch: the names used below.
   QuickCall(py::list slots, py::object networks, std::shared_ptr<SamplerPlan> plan, py::object flow, py::object critic,
             py::object posterior, py::object packed, const py::dict& torch)
-      : slots_(std::move(slots)),
+      : watch_(std::move(slots), torch["Tensor"]),
         networks_(std::move(networks)),
         plan_(std::move(plan)),
         owners_{std::move(flow), std::move(critic), std::move(posterior), std::move(packed)},
@@ -45,25 +42,10 @@ class QuickCall {
         is_cpu_(interned("is_cpu")),
         dtype_(interned("dtype")),
         shape_(interned("shape")),
-        is_contiguous_(interned("is_contiguous")),
-        data_ptr_(interned("data_ptr")),
-        stride_(interned("stride")) {
+        is_contiguous_(interned("is_contiguous")) {
     const auto sources = [&](int i) { return owners_[i].is_none() ? nullptr : owners_[i].cast<const BoundSources*>(); };
     set_weights(*plan_, sources(0), sources(1), sources(2),
                 owners_[3].is_none() ? nullptr : owners_[3].cast<const PackedWeights*>(), weights_);
-    for (const py::handle slot : slots_) {
-      const py::tuple parts = slot.cast<py::tuple>();
-      const py::object value = parts[2];
-      if (parts[1].is_none()) {
-        sizes_.push_back({parts[0].ptr(), value.cast<Py_ssize_t>()});
-        continue;
-      }
-      checked_slots_.push_back({parts[0].ptr(), parts[1].ptr(), value.ptr()});
-      if (!py::isinstance(value, tensor_type_)) continue;
-      const bool contiguous = value.attr("is_contiguous")().cast<bool>();
-      places_.push_back({value.ptr(), value.attr("data_ptr")().cast<std::uintptr_t>(), value.attr("shape"),
-                         contiguous ? py::object() : value.attr("stride")()});
-    }
   }
 
   py::object call(const py::handle& obs, const py::handle& noise, const py::handle& posterior_noise,
@@ -74,23 +56,9 @@ class QuickCall {
   }
 
  private:
-  struct Slot {
-    PyObject *dict, *key, *value;
-  };
-  struct Size {
-    PyObject* dict;
-    Py_ssize_t size;
-  };
-  struct Place {
-    PyObject* parameter;
-    std::uintptr_t address;
-    py::object shape;
-    py::object strides;  // null: contiguous
-  };
-
   py::object attempt(const py::handle& obs, const py::handle& noise, const py::handle& posterior_noise,
                      const py::handle& alpha) const {
-    if (!parameters_stayed()) return py::none();
+    if (!watch_.stayed()) return py::none();
     SampleArgs args = weights_;
     Py_ssize_t rows = -1, steps = plan_->steps();
     args.obs = read(obs, {&rows, plan_->obs_dim});
@@ -129,41 +97,6 @@ class QuickCall {
     return finite ? actions : py::none();
   }
 
-  bool parameters_stayed() const {
-    for (const Slot& slot : checked_slots_) {
-      if (PyDict_GetItemWithError(slot.dict, slot.key) != slot.value) return false;
-    }
-    for (const Size& held : sizes_) {
-      if (PyDict_Size(held.dict) != held.size) return false;
-    }
-    for (const Place& place : places_) {
-      if (address(place.parameter) != place.address) return false;
-      if (!equal(attribute(place.parameter, shape_), place.shape)) return false;
-      if (place.strides ? !equal(call_method(place.parameter, stride_), place.strides)
-                        : call_method(place.parameter, is_contiguous_).ptr() != Py_True) {
-        return false;
-      }
-    }
-    return true;
-  }
-
-  static bool equal(const py::object& now, const py::object& then) {
-    return now && PyObject_RichCompareBool(now.ptr(), then.ptr(), Py_EQ) == 1;
-  }
-
-  static py::object call_method(PyObject* object, const py::str& name) {
-    return py::reinterpret_steal<py::object>(PyObject_CallMethodObjArgs(object, name.ptr(), nullptr));
-  }
-
-  static py::object attribute(PyObject* object, const py::str& name) {
-    return py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name.ptr()));
-  }
-
-  std::uintptr_t address(PyObject* tensor) const {
-    const py::object value = call_method(tensor, data_ptr_);
-    return value ? static_cast<std::uintptr_t>(PyLong_AsUnsignedLongLong(value.ptr())) : 0;
-  }
-
   // A shape: its first size goes to, or where that is not -1 must equal, *first.
   struct Shape {
     Py_ssize_t* first;
@@ -190,20 +123,17 @@ class QuickCall {
       count *= static_cast<std::size_t>(size);
     }
     if (call_method(object, is_contiguous_).ptr() != Py_True) return nullptr;
-    const float* values = pointer<const float>(address(object));
+    const float* values = pointer<const float>(watch_.address(object));
     return values != nullptr && (!finite || all_finite(values, count)) ? values : nullptr;
   }
 
-  py::list slots_;       // keeps alive what is checked
+  ParameterWatch watch_;
   py::object networks_;  // goes after the sources, which watch its memory
   std::shared_ptr<SamplerPlan> plan_;
   py::object owners_[4];
   py::object tensor_type_, float32_, randn_, empty_like_, num_threads_;
-  py::str is_cpu_, dtype_, shape_, is_contiguous_, data_ptr_, stride_;
+  py::str is_cpu_, dtype_, shape_, is_contiguous_;
   SampleArgs weights_;
-  std::vector<Slot> checked_slots_;
-  std::vector<Size> sizes_;
-  std::vector<Place> places_;
 };
 
 }  // namespace
@@ -213,6 +143,13 @@ void bind_quick_call(py::module_& module) {
       .def(py::init<py::list, py::object, std::shared_ptr<SamplerPlan>, py::object, py::object, py::object, py::object,
                     const py::dict&>())
       .def("__call__", &QuickCall::call);
+  py::class_<ParameterWatch>(module, "ParameterWatch")
+      .def(py::init<py::list, const py::object&>())
+      .def("stayed", [](const ParameterWatch& watch) {
+        const bool stayed = watch.stayed();
+        PyErr_Clear();
+        return stayed;
+      });
 }
 
 }  // namespace qpilots::cpu

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ...errors import BackendUnavailable
 from ...spec import BoundNetwork, BoundNetworks, RawSample, SamplerSpec, StepReport
-from ..base import Backend, Call, Footprint, Graph
+from ..base import Backend, Call, Footprint, Graph, Slots
 from ..captured import CapturedSampler, CudaGraph, capturing
 from ..counts import count_flops
+from ..quick import QuickDeviceCall
 from .counts import count_barriers, count_traffic, counted_program
 from .launcher import KEPT_PROGRAMS, Launcher
 from .layout import presence
@@ -62,6 +63,7 @@ class CudaBackend(Backend):
     precisions: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
     max_batch_size: ClassVar[int | None] = MAX_BATCH_SIZE
     keeps: ClassVar[str] = f"the programs of the {KEPT_PROGRAMS} latest (sampler, batch size) pairs"
+    quick_by_batch_size: ClassVar[bool] = True
     auto_for_networks: ClassVar[bool] = False  # one network needs no grid barrier
 
     def __init__(self, library: Library | None = None, max_blocks: int = 0, spin_limit: int = _SPIN_LIMIT) -> None:
@@ -116,6 +118,14 @@ class CudaBackend(Backend):
         if capturing(call.noise.device):
             self._captured.append(holds[0])  # the rest is memory of that graph
         return raw
+
+    def quick_call(
+        self, spec: SamplerSpec, networks: BoundNetworks, packed: Any, slots: Slots, batch_size: int
+    ) -> QuickDeviceCall:
+        def enqueue(obs: Tensor, noise: Tensor, posterior_noise: Tensor | None, alpha: Tensor | None) -> Tensor:
+            return self._enqueue(Call(spec, networks, obs, noise, posterior_noise, alpha, packed))[0].actions
+
+        return QuickDeviceCall(spec, networks.flow.device, batch_size, slots, enqueue)
 
     def _enqueue(self, call: Call) -> tuple[RawSample, Any]:
         """The call, queued, and what its kernels read and write besides the call's own tensors and the result."""

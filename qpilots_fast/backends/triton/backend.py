@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ...errors import BackendUnavailable
 from ...spec import BoundNetwork, BoundNetworks, RawSample, SamplerSpec, StepReport
-from ..base import Backend, Call, Footprint, Graph
+from ..base import Backend, Call, Footprint, Graph, Slots
 from ..caches import Cache
 from ..captured import CapturedSampler, CudaGraph, capturing, refuse_while_capturing
+from ..quick import QuickDeviceCall
 from .launch_table import MAX_ACTION_PAD, LaunchTable, default_table, dot_mode
 from .launcher import launch
 from .packing import OPERAND_DTYPES, NetworkLayout, PackedBuffers, launch_constants, padded_width, parameter_addresses
@@ -62,6 +63,7 @@ class TritonBackend(Backend):
 
     name = "triton"
     precisions = ("float32", "tf32", "bfloat16", "float16")
+    quick_by_batch_size = True
     keeps = f"the workspaces and plans of the {_KEPT} latest (sampler, batch size) pairs"
 
     def __init__(self, table: LaunchTable | None = None, fill: float | None = None) -> None:
@@ -158,6 +160,14 @@ class TritonBackend(Backend):
                 norms, nonfinite, q_std, gated = ws.report
                 return RawSample(actions, StepReport(norms.clone(), nonfinite.bool(), q_std.clone(), gated.bool()))
         return RawSample(actions)
+
+    def quick_call(
+        self, spec: SamplerSpec, networks: BoundNetworks, packed: Any, slots: Slots, batch_size: int
+    ) -> QuickDeviceCall:
+        def enqueue(obs: Tensor, noise: Tensor, posterior_noise: Tensor | None, alpha: Tensor | None) -> Tensor:
+            return self.sample(Call(spec, networks, obs, noise, posterior_noise, alpha, packed)).actions
+
+        return QuickDeviceCall(spec, networks.flow.device, batch_size, slots, enqueue)
 
     def _obtain(self, cache: Cache, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """The entry of the current stream. A CUDA graph under capture takes an entry over for good."""
