@@ -162,9 +162,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--control-loop", action="store_true", help="B=1 back to back, and after a torch operation")
     parser.add_argument("--scaling", action="store_true", help="time against B, E, N, K and H with fitted exponents")
     parser.add_argument("--gpu", action="store_true", help="the GPU's table: every kernel's correctness, then times")
-    parser.add_argument(
-        "--limit", type=float, default=480.0, help="seconds after which --gpu begins nothing new (default 480)"
-    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which --gpu begins nothing new (default 8)")
+    parser.add_argument("--dry-run", action="store_true", help="--gpu on the CPU's kernels, briefly: what it would do")
     parser.add_argument("--compare", type=folder, metavar="OLD.jsonl", help="show what became slower since that result")
     parser.add_argument(
         "--out", type=folder, default=records.RESULTS, help="folder of results and plots (default bench/results)"

@@ -41,19 +41,29 @@ def processor(machine: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-") or "unknown"
 
 
-def save(record: dict[str, Any], folder: Path) -> Path:
-    """Writes folder/<processor>/<date>_<commit>.jsonl; an existing file is never touched."""
+def save(record: dict[str, Any], folder: Path, again: Path | None = None) -> Path:
+    """Writes folder/<processor>/<date>_<commit>.jsonl; an existing file is never touched.
+
+    Args:
+        again: what an earlier call returned: its file is replaced, whole.
+    """
     folder = folder / processor(record["machine"])
     folder.mkdir(parents=True, exist_ok=True)
     run = record | {"cells": [{k: v for k, v in cell.items() if k != "results"} for cell in record["cells"]]}
     rows = [{k: cell[k] for k in _CELL} | result for cell in record["cells"] for result in cell["results"]]
+    lines = "".join(json.dumps(_rounded(line)) + "\n" for line in (run, *rows))
+    if again is not None:
+        written = again.with_name(f".{again.name}.new")
+        written.write_text(lines)
+        written.replace(again)
+        return again
     stamp = record["date"][:19].replace(":", "").replace("-", "")
     commit = (record["git"]["commit"] or "unknown")[:10]
     for suffix in ("", *(f"_{n}" for n in range(1, 1000))):
         path = folder / f"{stamp}_{commit}{suffix}.jsonl"
         try:
             with path.open("x") as file:
-                file.writelines(json.dumps(_rounded(line)) + "\n" for line in (run, *rows))
+                file.write(lines)
             return path
         except FileExistsError:
             continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,27 +18,36 @@ from rich.console import Console
 
 from bench import cli, contestants, records
 from bench.cases import CASES, make_workload
-from bench.gpu import check, command
+from bench.gpu import check, command, prices
 from bench.gpu.check import KernelCheck, ShippedCall
 from bench.gpu.command import Deadline, Session
+from bench.gpu.times import TimedCall
 from bench.machine import Peaks
 from bench.peers import Contestant, build_eager
 from qpilots_fast import backends
 from qpilots_fast.backends.cpu import CpuBackend
+from qpilots_fast.backends.cuda.build import find_nvcc, find_sources
 from qpilots_fast.testing import Comparison
 
 REASON = backends.unavailable_reason("cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 TINY = replace(CASES["paper"], hidden_dims=(24, 24), num_critics=3, obs_dim=5, action_dim=4, num_steps=4)
-CALLS = (ShippedCall("cpu", "U", "float32", 3, 2), ShippedCall("cpu", "M", "float32", 70, 1))
+CALLS = (ShippedCall("cpu", "U", "float32", 3, 1), ShippedCall("triton", "M", "float32", 70, 100))
+TIMES = (
+    TimedCall("cuda", "U", "float32", 1),
+    TimedCall("triton", "U", "tf32", 1),
+    TimedCall("cpu", "M", "float32", 71),
+)
+PLANNED = (CALLS[0], replace(CALLS[1], backend="cpu"))  # of a dry run
 
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CASES, "paper", TINY)
-    monkeypatch.setattr(command, "GPU_BACKENDS", ("cpu",))
     monkeypatch.setattr(command, "SHIPPED", CALLS)
+    monkeypatch.setattr(command, "TIMED", TIMES)
+    monkeypatch.setattr(command, "_DRY_BATCH", 70)
     monkeypatch.setattr(command, "_BATCH_SIZES", (1, 3))
     monkeypatch.setattr(command, "measure_peaks", lambda device: Peaks({"float32": 1e9}, 1e9, 1e9, device))
     for name in ("check_samplers", "check_networks"):
@@ -75,15 +86,19 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "peer_contestants", lambda workload, choice, device: some)
 
 
+PRICES = "prices of the primitives"  # need a card
 ONE_METHOD = ("--method", "U", "--precision", "float32")
 
 
 @pytest.mark.usefixtures("peers")
 def test_with_time_everything_is_done(tmp_path: Path) -> None:
     run = session(tmp_path, *ONE_METHOD)
-    assert command.run(run) == 0 and run.left_out == []
+    assert command.run(run) == 0 and run.left_out == [PRICES]
     record = saved(tmp_path)
-    assert record["complete"] is True and len(record["checks"]) == 2 + 2 * 6  # of both precisions
+    (timed,) = record["times"]  # of those that a CPU runs, below the dry run's largest batch
+    assert (timed["backend"], timed["batch_size"], timed["right"]) == ("cpu", 1, True)
+    assert 0 < timed["eager_us"]["p10"] <= timed["eager_us"]["p50"] <= timed["eager_us"]["p99"]
+    assert record["dry_run"] is True and len(record["checks"]) == 2 + 2 * 6  # of both precisions
     assert [cell["batch_size"] for cell in record["cells"]] == [1, 3]
     for cell in record["cells"]:
         assert {"quick", "compiled"} <= {result["name"] for result in cell["results"]}
@@ -97,7 +112,7 @@ def test_compiled_peers_wait_until_everything_else_was_measured(tmp_path: Path) 
         order.append((key[2], any(c.name == "compiled" for c in who)))
 
     run.measure_cell = note  # type: ignore[method-assign]
-    run.measure(None)
+    run.measure()
     assert order == [(1, False), (3, False), (1, True), (3, True)]
 
 
@@ -115,10 +130,11 @@ def test_nothing_begins_that_would_not_end_in_time(tmp_path: Path) -> None:
             clock.now += 70.0
 
     run.measure_cell = slow  # type: ignore[method-assign]
+    run.measure_times = lambda usable: None  # type: ignore[method-assign]
     assert command.run(run) == 0
     # 30 s a first call: at 140 s both cells are there, and 60 s more for a compiled peer are not
     assert measured == [1, 3]
-    assert run.left_out == ["compiled peers of paper U B=1", "compiled peers of paper U B=3"]
+    assert run.left_out == [PRICES, "compiled peers of paper U B=1", "compiled peers of paper U B=3"]
     assert saved(tmp_path)["complete"] is False and saved(tmp_path)["left_out"] == run.left_out
 
 
@@ -126,7 +142,7 @@ def test_without_time_the_file_says_what_is_missing(tmp_path: Path) -> None:
     run = session(tmp_path, *ONE_METHOD, limit=10.0)
     assert command.run(run) == 0
     record = saved(tmp_path)
-    assert [what for what in record["left_out"] if "ShippedCall" in what] == [f"check of {call}" for call in CALLS]
+    assert [what for what in record["left_out"] if "ShippedCall" in what] == [f"check of {call}" for call in PLANNED]
     assert record["cells"] == [] and len(record["checks"]) == 12  # the small checks go on until the end
 
 
@@ -142,25 +158,53 @@ def test_small_checks_end_at_the_deadline(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(command, "check_samplers", slow)
     run.check_grid(["cpu"])
     assert [check.what for check in run.checks][:3] == ["check 0", "check 1", "check 2"]
-    assert run.left_out[0] == "small checks of cpu float32 from check 2 on"
+    assert run.left_out[-2] == "small checks of cpu float32 from check 2 on"
     assert len(run.checks) == 3 + 1  # one of the other precision: the clock is asked after each
 
 
-def test_a_wrong_kernel_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_kernel_withholds_no_times_but_they_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(call: ShippedCall, device: str) -> KernelCheck:
         return KernelCheck("cpu", "U", "float32", Comparison(0.0, 0.0), differing=1)
 
     monkeypatch.setattr(command, "check_shipped", wrong)
-    run = session(tmp_path, *ONE_METHOD)
-    run.measure = lambda peaks: pytest.fail("timed")  # type: ignore[method-assign]
+    run = session(tmp_path, *ONE_METHOD, "--peers", "none")
     assert command.run(run) == 1
-    assert saved(tmp_path)["checks"][0]["differing"] == 1
+    record = saved(tmp_path)
+    assert record["checks"][0]["differing"] == 1
+    assert [row["right"] for row in record["times"]] == [False] and len(record["cells"]) == 2
+
+
+def test_a_failure_is_noted_and_the_rest_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any) -> Any:
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(command, "check_shipped", fails)
+    run = session(tmp_path, *ONE_METHOD, "--peers", "none")
+    assert command.run(run) == 1
+    record = saved(tmp_path)
+    assert len(record["failures"]) == 2 and "RuntimeError: an illegal memory access" in record["failures"][0]
+    assert len(record["times"]) == 1 and len(record["cells"]) == 2
+
+
+def test_what_is_known_is_saved_before_the_end(tmp_path: Path) -> None:
+    run = session(tmp_path, *ONE_METHOD, "--peers", "none")
+    at: list[tuple[int, int]] = []
+    keep = run.save
+
+    def save() -> None:
+        keep()
+        record = saved(tmp_path)
+        at.append((len(record["times"]), len(record["cells"])))
+
+    run.save = save  # type: ignore[method-assign]
+    command.run(run)
+    assert at == [(0, 0), (1, 0), (1, 1), (1, 2), (1, 2)]
 
 
 def test_an_interruption_keeps_what_was_found(tmp_path: Path) -> None:
     run = session(tmp_path, *ONE_METHOD)
 
-    def interrupted(peaks: Any) -> None:
+    def interrupted() -> None:
         raise KeyboardInterrupt
 
     run.measure = interrupted  # type: ignore[method-assign]
@@ -192,8 +236,8 @@ class Unsteady(CpuBackend):
 
 
 def test_right_kernels_pass() -> None:
-    for call in CALLS:
-        assert check.check_shipped(call, "cpu").words == ""
+    for call in PLANNED:
+        assert check.check_shipped(replace(call, repeats=1), "cpu").words == ""
 
 
 @pytest.mark.parametrize("backend, words", [(Unsteady(3), "1 repeats have other bits"), (Unsteady(0, 50), "alone")])
@@ -223,5 +267,20 @@ def test_a_backend_is_no_contestant_beyond_its_batches(monkeypatch: pytest.Monke
 
 
 def test_the_default_limit_fits_ten_minutes() -> None:
-    assert cli.build_parser().parse_args(["--gpu"]).limit <= 480
-    assert torch.cuda.is_available() or cli.main(["--gpu", "--limit", "1"]) == 2
+    assert cli.build_parser().parse_args(["--gpu"]).minutes <= 8
+    assert torch.cuda.is_available() or cli.main(["--gpu", "--minutes", "1"]) == 2
+
+
+def test_prices_are_read_as_far_as_they_were_printed() -> None:
+    row = {"price": "a kernel in a graph", "value": 1.4, "unit": "us"}
+    whole = json.dumps(row) + "\n"
+    assert prices.parse("noise\n" + whole + whole[:20]) == [row]
+
+
+@pytest.mark.skipif(find_nvcc() is None, reason="nvcc is missing")
+@pytest.mark.parametrize("target", [80, 90])
+def test_the_prices_compile(target: int, tmp_path: Path) -> None:
+    sources = find_sources()
+    assert sources is not None
+    command = prices.compile_command(str(find_nvcc()), sources, [target], tmp_path / "prices.o")
+    subprocess.run(command, check=True)
