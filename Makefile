@@ -3,6 +3,8 @@
 PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV := .venv
+# the Triton that PyTorch 2.11 brings, beside the newest
+TORCH_2_11_TRITON := $(VENV)/triton-3.6.0
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 CXX_FILES := $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -12,9 +14,10 @@ CXX_FILES := $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name
 demo: $(VENV)/.built
 	$(BIN)/qpilots-fast demo
 
-test: lint types
+test: lint types $(TORCH_2_11_TRITON)/.installed
 	$(BIN)/python -m pytest -q --durations=10
 	$(BIN)/python -m bench.gpu_static --quick
+	PYTHONPATH=$(TORCH_2_11_TRITON) $(BIN)/python -m bench.gpu_static --quick --families triton --targets 80 90
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
@@ -45,6 +48,10 @@ clean:
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch==$(TORCH) numpy
+	touch $@
+
+$(TORCH_2_11_TRITON)/.installed: $(VENV)/.torch
+	$(BIN)/pip install -q --no-deps --target $(@D) triton==3.6.0
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
