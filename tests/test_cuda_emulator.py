@@ -286,13 +286,16 @@ def test_fragments_are_those_of_triton(faulty, name, shape):
 
 
 # The real kernels with one line broken: what the checks above are for.
-_STAGED = "      __syncthreads();\n"
-_NEURONS = "      int n = neuron_begin;"
-_GRID_BARRIER = "alive = grid_barrier(a.sync, arrivals, a.spin_limit, shared.barrier_flag);"
 MUTATIONS = {
-    "staging not awaited": ("sample.cu", _STAGED + _NEURONS, _NEURONS, "race|uninitialised"),
-    "phases not separated": ("sample.cu", _GRID_BARRIER, "__syncthreads();", "race|uninitialised"),
-    "one vector too many": ("products.h", "c < stride;", "c <= stride;", "out of bounds|uninitialised"),
+    "weights not awaited": ("sample.cu", "block.stream.await(a);", ";", "asynchronous copy|uninitialised"),
+    "sums not awaited": ("block.h", "    __syncthreads();\n", "", "race|uninitialised"),
+    "one vector too many": (
+        "stream.h",
+        "v < vectors;",
+        "v <= vectors;",
+        "asynchronous copy|bounds|race",
+    ),
+    "buffer copied over": ("stream.h", "(copied & 1) * buffer_bytes", "0 * buffer_bytes", "asynchronous copy"),
 }
 
 

@@ -57,6 +57,9 @@ def cuda_backend(clock: Clock) -> Backend:
         def unavailable_reason(self) -> str | None:
             return None
 
+        def multiprocessors(self, device: torch.device) -> int:
+            return 132
+
         def stream(self, device: torch.device) -> int:
             return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qpilots_fast.backends.cuda.counts import phase_counts
+from qpilots_fast.backends.cuda.counts import count_call_exchanges, phase_counts
 from qpilots_fast.backends.cuda.plan import Program
 from qpilots_fast.backends.triton.counts import call_counts, hbm_bytes
 from qpilots_fast.backends.triton.packing import OPERAND_DTYPES
@@ -71,21 +71,21 @@ def triton_seconds(plan: SamplerPlan, batch_size: int, device: Device) -> float:
     return max(total, hbm_bytes(plan, batch_size) / device.hbm_bytes_per_s)
 
 
-def cuda_seconds(program: Program, device: Device, phase_latency_s: float, barrier_s: float) -> float:
-    """Phases one after another: the slowest of FMA, L2 and (where the weights exceed L2) HBM, plus two latencies.
+def cuda_seconds(program: Program, device: Device, exchange_s: float, local_s: float) -> float:
+    """Dependent exchanges one after another, with what blocks read and multiply between them.
+
+    Weights travel while a block waits for the exchange before: only what takes longer than that counts. Weights that
+    exceed L2 come from HBM instead. A call also starts once.
 
     Args:
-        phase_latency_s: from the barrier to the first FMA and from the last one to the next barrier: two dependent
-            trips to L2 and the row sums. An assumption.
-        barrier_s: of a grid barrier. An assumption.
+        exchange_s: from a word's store to its arrival in another block. An assumption.
+        local_s: of a block's own work between two exchanges, bytes and products apart. An assumption.
     """
-    spills = program.weights_bytes > device.l2_bytes
-    total = 0.0
-    for phase in phase_counts(program, device.multiprocessors):
-        busy = max(
-            2 * phase.macs / device.flops["float32"],
-            (phase.weight_bytes + phase.staged_bytes) / device.l2_bytes_per_s,
-            phase.weight_bytes / device.hbm_bytes_per_s if spills else 0.0,
-        )
-        total += phase.visits * (busy + phase_latency_s + (barrier_s if phase.barrier else 0.0))
+    rate = device.hbm_bytes_per_s if program.weights_bytes > device.l2_bytes else device.l2_bytes_per_s
+    total = device.launch_s + count_call_exchanges(program) * (exchange_s + local_s)
+    for phase in phase_counts(program):
+        words = 8 * phase.received_words / device.l2_bytes_per_s
+        products = 2 * phase.macs / device.flops["float32" if program.weight_bytes == 4 else "bfloat16"]
+        late = phase.weight_bytes / rate - exchange_s - local_s
+        total += phase.visits * (words + products + max(0.0, late))
     return max(total, program.weights_bytes / device.hbm_bytes_per_s)

@@ -58,7 +58,9 @@ def _has(loop: sass.Loop, pattern: str) -> bool:
 
 
 REQUIREMENTS: tuple[Requirement, ...] = (
-    Requirement("sample_kernel", r"(LDG|LDGSTS)\S*\.128", reason="weights come 16 bytes at a time"),
+    Requirement("sample_kernel", r"LDGSTS\S*\.128", reason="weights come 16 bytes at a time, past the registers"),
+    Requirement("sample_kernel", fence_free_polls=True, reason="words need no order"),
+    Requirement("sample_kernel<bf16", r"HMMA\.16816\.F32\.BF16", reason="bfloat16 products run on tensor cores"),
 )
 
 

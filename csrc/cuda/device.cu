@@ -36,8 +36,12 @@ QPILOTS_EXPORT int qpilots_cuda_struct_bytes(int which) {
 // What Python compares with its own: the lists of qpilots/types.h, and those of phase.h.
 QPILOTS_EXPORT const char* qpilots_cuda_interface_text() {
   using qpilots::interface_line;
-  static const std::string text = qpilots::interface_text() + interface_line("Stage", {QPILOTS_STAGES(QPILOTS_NAME)}) +
+  static const std::string text = qpilots::interface_text() +
+                                  interface_line("PhaseKind", {QPILOTS_PHASE_KINDS(QPILOTS_NAME)}) +
+                                  interface_line("Operand", {QPILOTS_OPERANDS(QPILOTS_NAME)}) +
+                                  interface_line("Result", {QPILOTS_RESULTS(QPILOTS_NAME)}) +
                                   interface_line("Input", {QPILOTS_INPUTS(QPILOTS_NAME)}) +
+                                  interface_line("Collected", {QPILOTS_COLLECTED(QPILOTS_NAME)}) +
                                   interface_line("ElementType", {QPILOTS_ELEMENT_TYPES(QPILOTS_NAME)});
   return text.c_str();
 }

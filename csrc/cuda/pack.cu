@@ -53,6 +53,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const PackArgs a) {
     }
     const PackItem* item = a.items + low;
     const int rows = load_constant(&item->rows), columns = load_constant(&item->columns);
+    const int target_rows = load_constant(&item->target_rows);
     const int stride = load_constant(&item->target_stride), width = load_constant(&item->target_columns);
     const int across = (width + kTile - 1) / kTile, index = t - load_constant(&item->first_tile);
     const int row0 = index / across * kTile, column0 = index % across * kTile;
@@ -72,8 +73,8 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const PackArgs a) {
     const bool to_bfloat16 = load_constant(&item->target_type) == static_cast<std::int32_t>(ElementType::kBf16);
     for (int i = y; i < kTile; i += kThreads / kTile) {
       const int r = row0 + i, c = column0 + x;
-      if (r >= rows || c >= width) continue;
-      const float value = c < columns ? load_shared(tile + i * (kTile + 1) + x) : 0.0f;
+      if (r >= target_rows || c >= width) continue;
+      const float value = r < rows && c < columns ? load_shared(tile + i * (kTile + 1) + x) : 0.0f;
       const std::int64_t cell = static_cast<std::int64_t>(r) * stride + c;
       if (to_bfloat16) {
         store_global(reinterpret_cast<std::uint16_t*>(target) + cell, to_bf16(value));

@@ -4,25 +4,43 @@
 
 #include <cstdint>
 
-#include "grid_barrier.h"
 #include "qpilots/types.h"
 
 namespace qpilots {
 namespace cuda {
 
-// What the rows of a product are made of before they are staged in shared memory.
-#define QPILOTS_STAGES(X)                                                                                      \
-  X(kRows, "rows")                      /* an input or a workspace plane, as it is */                          \
-  X(kState, "state")                    /* x */                                                                \
-  X(kEstimate, "estimate")              /* the clipped clean-action estimate */                                \
-  X(kPosteriorInput, "posterior_input") /* (posterior noise, x) of each posterior draw */                      \
-  X(kHidden, "hidden")                  /* a hidden layer's output, from the plane that its product left */    \
-  X(kCriticTop, "critic_top")           /* d z of the critic's last hidden layer for d Q = 1; also yields Q */ \
-  X(kDelta, "delta")                    /* d z of a hidden layer, from d h */                                  \
-  X(kCotangent, "cotangent")            /* the critics' weighted gradient at the estimate */
-enum class Stage : std::int32_t { QPILOTS_STAGES(QPILOTS_ENUMERATOR) };
+constexpr int kTile = 16;     // neurons, and columns, that a product takes at once
+constexpr int kTileSums = 3;  // numbers of a tile and row that travel for a norm
 
-// Tensors of a launch that kRows phases read, apart from the workspace.
+#define QPILOTS_PHASE_KINDS(X)                                                                       \
+  X(kProduct, "product")  /* rows times weights */                                                   \
+  X(kNorm, "norm")        /* a hidden layer's norm, once the sums of all of its neurons are there */ \
+  X(kNormVjp, "norm_vjp") /* its derivative likewise; at the critic's top also Q */                  \
+  X(kCollect, "collect")  /* numbers of all rows, into every block's own copy */                     \
+  X(kWeigh, "weigh")      /* the weights of critics and draws, and the critics' gradient at the estimate */
+enum class PhaseKind : std::int32_t { QPILOTS_PHASE_KINDS(QPILOTS_ENUMERATOR) };
+
+// The rows of a product.
+#define QPILOTS_OPERANDS(X)                                                               \
+  X(kReceived, "received")              /* what another product sent */                   \
+  X(kInput, "input")                    /* of an input tensor */                          \
+  X(kState, "state")                    /* x */                                           \
+  X(kEstimate, "estimate")              /* the clipped clean-action estimate */           \
+  X(kPosteriorInput, "posterior_input") /* (posterior noise, x) of each posterior draw */ \
+  X(kCotangent, "cotangent")            /* the critics' weighted gradient at the estimate */
+enum class Operand : std::int32_t { QPILOTS_OPERANDS(QPILOTS_ENUMERATOR) };
+
+// What becomes of a product.
+#define QPILOTS_RESULTS(X)                                                              \
+  X(kColumns, "columns")      /* part of a first layer's sums, kept by the block */     \
+  X(kHidden, "hidden")        /* a hidden layer */                                      \
+  X(kCriticTop, "critic_top") /* the critics' last hidden layer, and d Q / d z of it */ \
+  X(kDelta, "delta")          /* d z of a hidden layer */                               \
+  X(kNumbers, "numbers")      /* sent as float32 */                                     \
+  X(kOutput, "output")        /* float32 in the workspace: the result of the launch */
+enum class Result : std::int32_t { QPILOTS_RESULTS(QPILOTS_ENUMERATOR) };
+
+// Tensors of a launch that kInput products read.
 #define QPILOTS_INPUTS(X)                                                  \
   X(kObs, "obs")                        /* [B][S] */                       \
   X(kFlowTimes, "flow_times")           /* [K][.] features of every t_k */ \
@@ -32,46 +50,68 @@ enum class Stage : std::int32_t { QPILOTS_STAGES(QPILOTS_ENUMERATOR) };
 enum class Input : std::int32_t { QPILOTS_INPUTS(QPILOTS_ENUMERATOR) };
 constexpr int kNumInputs = static_cast<int>(Input::kCotangent) + 1;
 
-// One product of every member: target[m][row][n] = sum_i weight[m][n][i] staged[m][row][i] (+ addends).
-// Offsets: -1 is none; "floats" count from the workspace, "bytes" from the packed weights of member 0.
+// Every block's own copies of numbers, that kCollect phases fill.
+#define QPILOTS_COLLECTED(X)                                         \
+  X(kVelocity, "velocity")                /* [B][A] */               \
+  X(kPosteriorOutput, "posterior_output") /* [R][A] output of map */ \
+  X(kEstimateVjp, "estimate_vjp")         /* [R][A] g pulled to x */
+enum class Collected : std::int32_t { QPILOTS_COLLECTED(QPILOTS_ENUMERATOR) };
+
+// One entry of the program. A product is target[m][row][n] = sum_i weight[m][n][i] operand[m][row][i] (+ addends).
+// Offsets: -1 is none; "words" count from the exchange, "floats" from the workspace, "bytes" from the packed weights
+// of member 0.
 struct Phase {
-  std::int32_t stage;
-  std::int32_t activation;   // of the staged hidden layer (kHidden, kCriticTop, kDelta) and of the target
-  std::int32_t staged_norm;  // NormPlacement of the staged hidden layer
-  std::int32_t activates;    // the target is a hidden layer without "pre" norm: act(product) and act'(product) are kept
+  std::int32_t kind;
+  std::int32_t operand;
+  std::int32_t result;
+  std::int32_t activation;  // of the target
+  std::int32_t norm;        // NormPlacement of the target
   std::int32_t members;
   std::int32_t rows;
   std::int32_t in_dim;
-  std::int32_t in_stride;  // row stride of the weight, in elements: in_dim padded to 16 bytes
+  std::int32_t in_stride;  // of a weight's row, in elements: in_dim padded to kTile
   std::int32_t out_dim;
-  std::int32_t input;  // kRows: Input; -1: the workspace
+  std::int32_t tiles;       // of kTile neurons
+  std::int32_t copy_shift;  // log2 of the lanes that copy one weight row's slice together
+  std::int32_t input;       // kInput: Input; kCollect: Collected
   std::int32_t rows_per_addend;
-  std::int32_t ends_with_barrier;
-  float layer_norm_eps;            // of the staged hidden layer
-  std::int32_t completes_critics;  // after it, Q and dQ/da of every critic are known
-  std::int64_t source;             // floats, [members][rows][in_dim]; kRows: [rows][in_dim] + m * source_member_stride
-  std::int64_t source_member_stride;
-  std::int64_t source_slope;  // floats, act'(z) of the staged hidden layer (kCriticTop, kDelta; not "pre")
-  std::int64_t source_delta;  // floats, d h of the staged hidden layer (kDelta)
-  std::int64_t target;        // floats: the product; of a hidden layer without "pre" norm, act of it
-  std::int64_t target_slope;  // floats: act' of the product, of such a layer
-  std::int64_t row_addend;    // floats, [members][rows / rows_per_addend][out_dim]
-  std::int64_t step_addend;   // floats, [num_steps][out_dim]
-  std::int64_t weight;        // bytes
-  std::int64_t bias;          // bytes, float32
-  std::int64_t gamma;         // bytes, float32: affine of the staged hidden layer's norm
+  std::int32_t at_top;          // kNorm, kNormVjp: the cotangent is the critic's output row
+  std::int32_t steered_only;    // steps without steering skip it
+  std::int32_t first_block;     // teams * team_blocks blocks from here share the members and tiles
+  std::int32_t teams;           // each takes every teams-th member
+  std::int32_t team_blocks;     // that share a member's tiles
+  std::int32_t first_norm_row;  // of the norm's scalars that the block keeps
+  float layer_norm_eps;         // of the target
+  // filled in by the block: its share
+  std::int32_t first_member;
+  std::int32_t tile_begin;
+  std::int32_t tile_end;
+  std::int64_t source;                // words; kInput: floats of row 0
+  std::int64_t source_member_stride;  // floats, kInput
+  std::int64_t target;                // words, kColumns and kOutput: floats [members][rows][out_dim]
+  std::int64_t sums;                  // words [members][rows][tiles][kTileSums], which a product sends for its norm
+  std::int64_t vjp_sums;              // likewise, for the norm's derivative: sent by kNorm at the top
+  std::int64_t values;                // floats [members][rows][out_dim], kept by the block: xhat
+  std::int64_t slopes;                // floats, act'
+  std::int64_t deltas;                // floats, d xhat
+  std::int64_t row_addend;            // floats, [members][rows / rows_per_addend][out_dim]
+  std::int64_t step_addend;           // floats, [num_steps][out_dim]
+  std::int64_t weight;                // bytes
+  std::int64_t bias;                  // bytes, float32
+  std::int64_t gamma;                 // bytes, float32: affine of the target's norm
   std::int64_t beta;
-  std::int64_t top_weight;  // bytes: the critic's output row (kCriticTop)
+  std::int64_t top_weight;  // bytes: the critic's output row
   std::int64_t top_bias;
   std::int64_t member_bytes;  // between members
 };
 
 // The argument of sample_kernel.
 struct SampleArgs {
-  const Phase* program;          // [num_once + num_step_phases]
-  const unsigned char* weights;  // packed
-  float* workspace;
-  GridSync* sync;
+  const Phase* program;             // [num_once + num_step_phases]
+  const unsigned char* weights;     // packed
+  float* workspace;                 // what a block keeps for itself, and the output
+  std::uint64_t* exchange;          // [2][slot_words] what blocks send each other: tagged words (exchange.h)
+  std::uint64_t* tags;              // [1 + num_blocks] (exchange.h)
   std::uint32_t* host_failure;      // pinned host word, may be null
   const float* inputs[kNumInputs];  // by Input; null where no phase reads it
   const float* noise;               // [B][A]
@@ -86,20 +126,25 @@ struct SampleArgs {
   unsigned char* nonfinite;
   float* q_std;
   unsigned char* gated;
-  // floats into the workspace
-  std::int64_t velocity;          // [B][A]
-  std::int64_t posterior_output;  // [B N][A]
-  std::int64_t q_values;          // [E][R]
-  std::int64_t critic_vjp;        // [E][R][A]
-  std::int64_t estimate_vjp;      // [R][A], flow or posterior pulled back to x
-  std::int32_t num_once;          // phases before the first step
-  std::int32_t num_flow_phases;   // of a step: those of the velocity alone
-  std::int32_t num_step_phases;   // of a steered step
-  std::int32_t num_steps;         // 0: the phases before the first step are all
+  // words into the exchange
+  std::int64_t state;       // [B][A] x, for blocks that sat out steps without steering
+  std::int64_t q_values;    // [E][R]
+  std::int64_t critic_vjp;  // [E][R][A]
+  std::int64_t slot_words;
+  std::int32_t num_once;  // phases before the first step
+  std::int32_t
+      num_flow_phases;  // the first of them: what a step without steering runs, but for those that are steered_only
+  std::int32_t num_step_phases;  // of a steered step
+  std::int32_t num_steps;        // 0: the step phases run once, without a state
+  std::int32_t num_flow_blocks;  // the first blocks, which run the steps without steering
+  std::int32_t num_blocks;       // of the grid
   std::int32_t batch;
   std::int32_t action_dim;
-  std::int32_t num_members;   // E
-  std::int32_t stage_stride;  // the largest in_stride
+  std::int32_t num_members;    // E
+  std::int32_t stride;         // the largest in_stride
+  std::int32_t group_tiles;    // tiles of a member that a buffer of weights holds
+  std::int32_t buffers;        // of weights, 1 or 2
+  std::int32_t num_norm_rows;  // pairs of scalars that a block keeps
   std::uint32_t spin_limit;
   SteeringParams steering;
 };
@@ -112,12 +157,12 @@ struct PackItem {
   std::int64_t target;         // bytes
   std::int32_t rows;
   std::int32_t columns;
-  std::int32_t target_columns;  // columns to write, those beyond `columns` with zeros
-  std::int32_t target_stride;   // elements
-  std::int32_t source_type;     // ElementType
+  std::int32_t target_rows;  // rows and columns to write, those beyond with zeros
+  std::int32_t target_columns;
+  std::int32_t target_stride;  // elements
+  std::int32_t source_type;    // ElementType
   std::int32_t target_type;
   std::int32_t first_tile;  // tiles of all items before this one
-  std::int32_t padding;
 };
 
 // The argument of clean_actions_kernel and steer_step_kernel.

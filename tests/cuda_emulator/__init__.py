@@ -105,12 +105,16 @@ class EmulatedLibrary(Library):
 
     def call(self, name: str, *arguments: Any, memory: MemoryMap | None = None) -> None:
         for pointer, size, label, read_only in memory() if memory is not None else []:
-            initialised = read_only or label in ("barrier", "failure word", "result")
+            initialised = read_only or label in ("failure word", "result") or label.startswith("words of")
             self.emulator.register(pointer, size, label, read_only=read_only, initialised=initialised)
         try:
             super().call(name, *arguments)
         finally:
             self.emulator.forget_memory()
+
+    def multiprocessors(self, device: torch.device) -> int:
+        self._multiprocessors.clear()  # configure changes them
+        return super().multiprocessors(device)
 
     def stream(self, device: torch.device) -> int:
         return 0

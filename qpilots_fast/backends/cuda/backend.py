@@ -20,7 +20,7 @@ from ..base import Backend, Call, Footprint, Graph, Slots
 from ..captured import CapturedSampler, CudaGraph, capturing
 from ..counts import count_flops
 from ..quick import QuickDeviceCall
-from .counts import count_barriers, count_traffic, counted_program
+from .counts import count_call_exchanges, count_traffic, counted_program
 from .launcher import KEPT_PROGRAMS, Launcher
 from .layout import presence
 from .library import Library, Loader, float32_rows, pointer
@@ -30,7 +30,7 @@ from .structs import SampleArgs
 __all__ = ["MAX_BATCH_SIZE", "CudaBackend", "PackedWeights"]
 
 MAX_BATCH_SIZE = 16
-_SPIN_LIMIT = 1 << 24  # polls of about 1 us: a block that waits so long has lost the others
+_SPIN_LIMIT = 1 << 24  # polls of about 1 us: who waits so long has lost the others
 _MAX_STEPS = 100_000
 
 
@@ -64,7 +64,7 @@ class CudaBackend(Backend):
     max_batch_size: ClassVar[int | None] = MAX_BATCH_SIZE
     keeps: ClassVar[str] = f"the programs of the {KEPT_PROGRAMS} latest (sampler, batch size) pairs"
     quick_by_batch_size: ClassVar[bool] = True
-    auto_for_networks: ClassVar[bool] = False  # one network needs no grid barrier
+    auto_for_networks: ClassVar[bool] = False  # one network is no chain of steps
 
     def __init__(self, library: Library | None = None, max_blocks: int = 0, spin_limit: int = _SPIN_LIMIT) -> None:
         self._loader = Loader(library)
@@ -92,9 +92,9 @@ class CudaBackend(Backend):
         if spec.precision not in self.precisions:
             return f"it has the precisions {', '.join(self.precisions)}, not {spec.precision}"
         if spec.glass_table:
-            return "it has no glass estimate (its inner steps would multiply the barriers); 'triton' has"
+            return "it has no glass estimate (its inner steps would multiply the exchanges); 'triton' has"
         if spec.num_steps > _MAX_STEPS:
-            return f"it counts barriers in 32 bits and takes at most {_MAX_STEPS} steps, not {spec.num_steps}"
+            return f"it takes at most {_MAX_STEPS} steps, not {spec.num_steps}"
         for network in spec.networks.values():
             if not network.hidden_dims:
                 return f"its {network.kind} must have a hidden layer"
@@ -116,7 +116,7 @@ class CudaBackend(Backend):
     def sample(self, call: Call) -> RawSample:
         raw, holds = self._enqueue(call)
         if capturing(call.noise.device):
-            self._captured.append(holds[0])  # the rest is memory of that graph
+            self._captured.append(holds)
         return raw
 
     def quick_call(
@@ -166,8 +166,8 @@ class CudaBackend(Backend):
         others = {"noise": noise, "posterior noise": eps, "schedule": loaded.schedule, "steered dims": loaded.steered}
         others |= {"alpha": alpha, "bounds": loaded.bounds}
         outputs = {"actions": actions, **reported}
-        workspace, barrier = self._launcher.launch(loaded, args, weights, inputs, others, outputs)
-        return RawSample(actions, report), ((loaded, table, packed), (weights, workspace, barrier))
+        exchange, failure = self._launcher.launch(loaded, args, weights, inputs, others, outputs)
+        return RawSample(actions, report), ((loaded, table, packed), (weights, exchange, failure))
 
     def capture(
         self,
@@ -229,10 +229,14 @@ class CudaBackend(Backend):
         else:
             weights, _ = self._launcher.packed(loaded, [bound])
         inputs = {"columns": columns} if cotangents is None else {"columns": columns, "cotangent": cotangents}
-        workspace, _ = self._launcher.launch(loaded, args, weights, inputs, {}, {})
+        exchange, _ = self._launcher.launch(loaded, args, weights, inputs, {}, {})
         region = loaded.program.output
         assert region is not None
-        return workspace[region.start : region.start + region.size].clone().view(bound.spec.num_members, batch, -1)
+        return (
+            exchange.workspace[region.start : region.start + region.size]
+            .clone()
+            .view(bound.spec.num_members, batch, -1)
+        )
 
     def row_kernels(self, device: torch.device) -> CudaRows | None:
         if device.type != self._loader.device_type or self.unavailable_reason() is not None:
@@ -243,15 +247,18 @@ class CudaBackend(Backend):
 
     def footprint(self, spec: SamplerSpec, batch_size: int) -> Footprint:
         program = counted_program(spec, batch_size)
-        barriers = count_barriers(program)
+        exchanges = count_call_exchanges(program)
         return Footprint(
-            launches=3,  # pack, the barrier's counter, the persistent kernel; frozen: 2
+            launches=2,  # pack, the persistent kernel; frozen: 1
             flops=count_flops(spec, batch_size),
             weight_bytes=program.weights_bytes,
             traffic_bytes=count_traffic(program),
-            workspace_bytes=program.workspace.size * 4,
+            workspace_bytes=program.memory.kept.size * 4 + program.memory.words.size * 16,
             floor_s=None,
-            notes=(f"{barriers} grid barriers a call", "weights are kept twice, for the forward and backward passes"),
+            notes=(
+                f"{exchanges} dependent exchanges a call",
+                "weights are kept twice, for the forward and backward passes",
+            ),
         )
 
 

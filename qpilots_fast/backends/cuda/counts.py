@@ -4,74 +4,109 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ...spec import SamplerSpec
-from .layout import WEIGHT_BYTES, full_presence
+from .layout import WEIGHT_BYTES, full_presence, round_up
 from .plan import Program, plan_sample
-from .structs import STAGES, Phase
+from .structs import OPERANDS, PHASE_KINDS, RESULTS, TILE, TILE_SUMS, Phase
 
 
 @dataclass(frozen=True)
 class PhaseCounts:
-    """One phase on a grid of `blocks`.
+    """One phase, over all blocks.
 
     Args:
         visits: how often a call runs it.
-        weight_bytes: read by the warps, once for every tile of rows.
-        staged_bytes: of planes read by all blocks for themselves; each block that works stages every row.
-        macs: multiply-accumulates, rows padded to the tile.
+        weight_bytes: of weights, once for all rows.
+        received_words: 8-byte words that blocks await, each for itself.
+        macs: multiply-accumulates, neurons and columns padded to 16, rows to 8.
     """
 
     visits: int
     weight_bytes: int
-    staged_bytes: int
+    received_words: int
     macs: int
-    barrier: bool
 
 
-def counted_program(spec: SamplerSpec, batch_size: int) -> Program:
-    """The program of a call, as if no optional parameter were missing."""
+def counted_program(spec: SamplerSpec, batch_size: int, blocks: int = 132) -> Program:
+    """The program of a call on so many multiprocessors, as if no optional parameter were missing."""
     present = tuple(full_presence(network) for network in spec.networks.values())
-    return plan_sample(spec, present, batch_size, WEIGHT_BYTES.get(spec.precision, 4))
+    return plan_sample(spec, present, batch_size, WEIGHT_BYTES.get(spec.precision, 4), blocks)
 
 
-def tile_rows(max_rows: int) -> int:
-    """Rows that a product takes at once, where shared memory allows; as `launch_sample` chooses."""
-    return 16 if max_rows > 4 else 4 if max_rows > 1 else 1
-
-
-def phase_counts(program: Program, blocks: int) -> Iterator[PhaseCounts]:
-    args, rows = program.args, tile_rows(program.max_rows)
+def phase_counts(program: Program) -> Iterator[PhaseCounts]:
+    args = program.args
     for index, phase in enumerate(program.phases):
-        if index < args.num_once:
-            visits = 1
+        step_index = index - args.num_once
+        every_step = 0 <= step_index < args.num_flow_phases and not phase.steered_only
+        visits = 1 if step_index < 0 else args.num_steps if every_step else program.num_steered
+        takers = args.num_flow_blocks if every_step and not program.num_steered else args.num_blocks
+        weights, macs = 0, 0
+        if PHASE_KINDS[phase.kind] == "product":
+            cells = phase.members * phase.tiles * TILE * phase.in_stride
+            weights, macs = cells * program.weight_bytes, cells * round_up(phase.rows, 8)
+        yield PhaseCounts(visits, weights, _received_words(program, phase, takers), macs)
+
+
+def _received_words(program: Program, phase: Phase, takers: int) -> int:
+    kind, args = PHASE_KINDS[phase.kind], program.args
+    working = phase.members * min(phase.team_blocks, phase.tiles)  # blocks at a member, over the members
+    if kind == "product":
+        received = OPERANDS[phase.operand] == "received"
+        return working * phase.rows * phase.in_stride * program.weight_bytes // 4 if received else 0
+    if kind in ("norm", "norm_vjp"):
+        return working * phase.rows * phase.tiles * (TILE_SUMS - 1)
+    if kind == "collect":
+        return takers * phase.rows * phase.out_dim
+    rows = args.batch * args.steering.num_samples
+    return takers * args.num_members * rows * (1 + args.action_dim)
+
+
+def count_exchanges(program: Program, *, steered: bool) -> int:
+    """Exchanges of one step that wait for each other, x to x: the longest chain of words that need each other."""
+    sent: dict[int, int] = {-1: 0}  # plane -> the exchanges it takes to have it
+    held = dict.fromkeys(OPERANDS, 0)  # what blocks make for themselves, by the operand that it becomes
+    args, last = program.args, 0
+    phases = program.phases[args.num_once :]
+    for index, phase in enumerate(phases):
+        if not steered and (index >= args.num_flow_phases or phase.steered_only):
+            continue
+        kind = PHASE_KINDS[phase.kind]
+        if kind == "product":
+            operand = OPERANDS[phase.operand]
+            depth = sent[phase.source] if operand == "received" else held[operand]
+            normed = RESULTS[phase.result] in ("hidden", "critic_top", "delta") and phase.norm
+            planes = [phase.vjp_sums if RESULTS[phase.result] == "delta" else phase.sums] if normed else [phase.target]
+            if not normed:
+                planes.append(phase.vjp_sums)
+        elif kind == "norm":
+            depth, planes = sent[phase.sums], [phase.vjp_sums if phase.at_top else phase.target]
+        elif kind == "norm_vjp":
+            depth, planes = sent[phase.vjp_sums], [phase.target] if phase.norm else []
+            if phase.at_top:
+                planes.append(args.q_values)
         else:
-            visits = args.num_steps if index - args.num_once < args.num_flow_phases else program.num_steered
-        neurons = phase.members * phase.out_dim
-        tiles = -(-phase.rows // rows)
-        segments = min(neurons, blocks) + phase.members - 1  # a block that spans two members stages both
-        yield PhaseCounts(
-            visits,
-            neurons * phase.in_stride * program.weight_bytes * tiles,
-            segments * phase.rows * phase.in_dim * 4 * _planes_read(phase),
-            neurons * phase.in_stride * tiles * rows,
-            bool(phase.ends_with_barrier),
-        )
+            needed = [phase.source] if kind == "collect" else [args.q_values, args.critic_vjp]
+            last = depth = max(sent[plane] for plane in needed)
+            held["cotangent"] = held["estimate"] = max(held["estimate"], depth)
+            planes = []
+        for plane in planes:
+            if plane >= 0:
+                sent[plane] = depth + 1
+    return last
 
 
-def _planes_read(phase: Phase) -> int:
-    """Planes that staging reads: the value; backward also the slope and the delta."""
-    stage = STAGES[phase.stage]
-    if stage == "critic_top":
-        return 1 + (phase.source_slope >= 0)
-    return 2 + (phase.source_slope >= 0) if stage == "delta" else 1
+def count_call_exchanges(program: Program) -> int:
+    """Of a whole call: those of every step, and x once more for the blocks that sat steps out."""
+    args, schedule = program.args, program.schedule
+    assert schedule is not None
+    steered = [bool(weight > 0) for weight in schedule[:, 2]]
+    handed_on = sum(now and not before for before, now in pairwise(steered))
+    handed_on *= args.num_blocks > args.num_flow_blocks
+    return handed_on + sum(count_exchanges(program, steered=now) for now in steered)
 
 
-def count_barriers(program: Program) -> int:
-    """Grid barriers of one call."""
-    return sum(phase.visits for phase in phase_counts(program, 1) if phase.barrier)
-
-
-def count_traffic(program: Program, blocks: int = 1) -> int:
-    """Bytes of weights and staged planes that one call reads."""
-    return sum(p.visits * (p.weight_bytes + p.staged_bytes) for p in phase_counts(program, blocks))
+def count_traffic(program: Program) -> int:
+    """Bytes of weights and words that one call reads."""
+    return sum(p.visits * (p.weight_bytes + 8 * p.received_words) for p in phase_counts(program))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...spec import BoundNetwork, BoundNetworks, SamplerSpec
 from ..caches import Cache
-from ..captured import refuse_while_capturing
+from ..captured import capturing, refuse_while_capturing
 from .layout import WEIGHT_BYTES, NetworkLayout, pack_table, presence
 from .library import Loader, MemoryRange, memory_map, place, weight_regions
 from .plan import Program, plan_network, plan_sample
@@ -32,6 +32,15 @@ class DeviceProgram:
     bounds: Tensor | None
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """What the blocks of a program's launches write to."""
+
+    words: Tensor  # int64 [2][slot_words], zero when made
+    tags: Tensor  # int64 [1 + num_blocks], likewise
+    workspace: Tensor  # float32
+
+
 KEPT_PROGRAMS = 64
 
 
@@ -40,22 +49,28 @@ class Launcher:
 
     Args:
         max_blocks: at most this many blocks; 0: one an SM.
-        spin_limit: polls of a barrier before a block gives up.
+        spin_limit: polls of a word before a thread gives up.
     """
 
     def __init__(self, loader: Loader, max_blocks: int, spin_limit: int) -> None:
         self._loader, self._max_blocks, self._spin_limit = loader, max_blocks, spin_limit
         self._lock = threading.Lock()
-        self._programs, self._pack_tables = Cache(KEPT_PROGRAMS), Cache(32)
+        self._programs, self._pack_tables, self._exchanges = Cache(KEPT_PROGRAMS), Cache(32), Cache(KEPT_PROGRAMS)
         self._failure_words: dict[torch.device, Tensor] = {}
 
     def sample_program(self, spec: SamplerSpec, networks: BoundNetworks, batch: int) -> DeviceProgram:
         present = tuple(presence(network) for network in spec.taking_part(networks))
         device = networks.flow.device
-        key = ("sample", spec, present, batch, device)
+        blocks = self._blocks(device)
+        key = ("sample", spec, present, batch, device, blocks)
+        width = WEIGHT_BYTES[spec.precision]
         return self._programs.obtain(
-            key, lambda: _to_device(key, plan_sample(spec, present, batch, WEIGHT_BYTES[spec.precision]), device)
+            key, lambda: _to_device(key, plan_sample(spec, present, batch, width, blocks), device)
         )
+
+    def _blocks(self, device: torch.device) -> int:
+        most = self._loader.get().multiprocessors(device)
+        return min(most, self._max_blocks) if self._max_blocks > 0 else most
 
     def network_program(
         self, network: BoundNetwork, batch: int, precision: str, device: torch.device, *, differentiable: bool
@@ -63,10 +78,11 @@ class Launcher:
         if precision not in WEIGHT_BYTES:
             raise ValueError(f"precision is {precision!r}; backend 'cuda' has {', '.join(WEIGHT_BYTES)}.")
         width, present = WEIGHT_BYTES[precision], presence(network)
-        key = ("network", network.spec, present, batch, width, differentiable, device)
+        blocks = self._blocks(device)
+        key = ("network", network.spec, present, batch, width, differentiable, device, blocks)
 
         def make() -> DeviceProgram:
-            program = plan_network(network.spec, present, batch, width, differentiable=differentiable)
+            program = plan_network(network.spec, present, batch, width, blocks, differentiable=differentiable)
             return _to_device(key, program, device)
 
         return self._programs.obtain(key, make)
@@ -104,7 +120,7 @@ class Launcher:
         """The word that kernels of this device write to when they give up.
 
         Raises:
-            RuntimeError: where one did, at a barrier of an earlier call or replay; once.
+            RuntimeError: where one did, in an earlier call or replay; once.
         """
         with self._lock:
             if device not in self._failure_words:
@@ -113,10 +129,31 @@ class Launcher:
         if failure.item() != 0:
             failure.zero_()
             raise RuntimeError(
-                "backend 'cuda': an earlier call gave up at a grid barrier, its actions are NaN; "
+                "backend 'cuda': an earlier call gave up waiting for another block, its actions are NaN; "
                 "another process may have kept the GPU busy for seconds."
             )
         return failure
+
+    def _exchange(self, loaded: DeviceProgram, device: torch.device, stream: int | None) -> Exchange:
+        """Of this program on this stream, whose calls follow each other; inside a capture the graph's own.
+
+        A graph takes over one that was made before, and goes on counting its tags; where there is none, it makes one,
+        and clears it at each replay.
+        """
+        key = (loaded.key, stream)
+
+        def make() -> Exchange:
+            program = loaded.program
+            return Exchange(
+                torch.zeros(2 * program.memory.words.size, dtype=torch.int64, device=device),
+                torch.zeros(1 + program.args.num_blocks, dtype=torch.int64, device=device),
+                torch.empty(program.memory.kept.size, dtype=torch.float32, device=device),
+            )
+
+        if not capturing(device):
+            return self._exchanges.obtain(key, make)
+        found = self._exchanges.take(lambda other: other[0] == loaded.key)
+        return make() if found is None else found
 
     def launch(
         self,
@@ -126,42 +163,42 @@ class Launcher:
         inputs: dict[str, Tensor],
         others: dict[str, Tensor | None],
         outputs: dict[str, Tensor | None],
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Queues the persistent kernel; returns its workspace, and the words of its barrier.
+    ) -> tuple[Exchange, Tensor]:
+        """Queues the persistent kernel; returns what its blocks write to, and the failure word.
 
         Raises:
-            RuntimeError: where an earlier call gave up at a barrier.
+            RuntimeError: where an earlier call gave up.
         """
         library, device, program = self._loader.get(), weights.device, loaded.program
         failure = self.check_failure(device)
-        workspace = torch.empty(program.workspace.size, dtype=torch.float32, device=device)
-        sync = torch.empty(2, dtype=torch.int32, device=device)
+        index, stream = place(library, device)
+        exchange = self._exchange(loaded, device, stream.value)
+        workspace = exchange.workspace
         args.program, args.weights, args.workspace = loaded.phases.data_ptr(), weights.data_ptr(), workspace.data_ptr()
-        args.sync, args.host_failure, args.spin_limit = sync.data_ptr(), failure.data_ptr(), self._spin_limit
+        args.exchange, args.tags = exchange.words.data_ptr(), exchange.tags.data_ptr()
+        args.host_failure, args.spin_limit = failure.data_ptr(), self._spin_limit
         for name, tensor in inputs.items():
             args.inputs[INPUTS.index(name)] = tensor.data_ptr()
 
         def memory() -> list[MemoryRange]:
             constants = {"program": loaded.phases, **inputs, **others}
-            planes = [
-                (workspace.data_ptr() + 4 * region.start, 4 * region.size, region.name, False)
-                for region in program.workspace.regions
+            kept, words = program.memory.kept.regions, program.memory.words
+            planes = [(workspace.data_ptr() + 4 * region.start, 4 * region.size, region.name, False) for region in kept]
+            planes += [
+                (
+                    exchange.words.data_ptr() + 8 * (slot * words.size + region.start),
+                    8 * region.size,
+                    f"words of {region.name}",
+                    False,
+                )
+                for slot in range(2)
+                for region in words.regions
             ]
-            changing = {"barrier": sync, "failure word": failure, **outputs}
+            changing = {"words of tags": exchange.tags, "failure word": failure, **outputs}
             return memory_map(constants, changing) + planes + weight_regions(program.layouts, weights, True)
 
-        index, stream = place(library, device)
-        library.call(
-            "sample",
-            ctypes.byref(args),
-            program.weight_bytes,
-            program.max_rows,
-            index,
-            self._max_blocks,
-            stream,
-            memory=memory,
-        )
-        return workspace, (sync, failure)
+        library.call("sample", ctypes.byref(args), program.weight_bytes, program.max_rows, index, stream, memory=memory)
+        return exchange, failure
 
 
 def _bytes_tensor(data: bytes, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...spec import NetworkSpec
 from ..base import BoundNetwork
-from .structs import ELEMENT_TYPES, PackItem
+from .structs import ELEMENT_TYPES, TILE, PackItem
 
 _ELEMENT_TYPES = {getattr(torch, name): index for index, name in enumerate(ELEMENT_TYPES)}
 _WEIGHT_ALIGNMENT = 128  # bytes
@@ -35,6 +35,7 @@ class _Entry:
     field: str
     columns: tuple[slice, ...]
     transposed: bool
+    rows: int  # with padding
     stride: int  # elements; vectors: their length
     is_vector: bool
 
@@ -85,7 +86,7 @@ class NetworkLayout:
         once: tuple[tuple[str, ...], ...],
         keeps_output_transposed: bool,
     ) -> None:
-        self.spec, self.present, self.base, self._weight_bytes = spec, present, base, weight_bytes
+        self.spec, self.present, self.base, self.weight_bytes = spec, present, base, weight_bytes
         self.entries: list[_Entry] = []
         self._size = 0
         last = len(spec.layer_dims) - 1
@@ -114,8 +115,8 @@ class NetworkLayout:
         self.end = base + self.member_bytes * spec.num_members
 
     def stride(self, columns: int) -> int:
-        """Row stride of a matrix: its columns padded to 16 bytes."""
-        return round_up(columns, 16 // self._weight_bytes)
+        """Row stride of a matrix: its columns padded to whole tiles."""
+        return round_up(columns, TILE)
 
     def _reserve(self, name: str, size: int) -> Region:
         region = Region(name, self._size, size)
@@ -125,14 +126,15 @@ class NetworkLayout:
     def _matrix(self, layer: int, columns: tuple[slice, ...], fan_out: int, *, transposed: bool) -> int:
         width = sum(c.stop - c.start for c in columns)
         rows, stride = (width, self.stride(fan_out)) if transposed else (fan_out, self.stride(width))
+        rows = round_up(rows, TILE)
         name = f"{self.spec.kind} layer {layer} weight" + (" transposed" if transposed else "")
-        region = self._reserve(name, rows * stride * self._weight_bytes)
-        self.entries.append(_Entry(region, layer, "weight", columns, transposed, stride, is_vector=False))
+        region = self._reserve(name, rows * stride * self.weight_bytes)
+        self.entries.append(_Entry(region, layer, "weight", columns, transposed, rows, stride, is_vector=False))
         return self.base + region.start
 
     def _vector(self, layer: int, name: str, size: int) -> int:
         region = self._reserve(f"{self.spec.kind} layer {layer} {name}", size * 4)
-        self.entries.append(_Entry(region, layer, name, (), False, size, is_vector=True))
+        self.entries.append(_Entry(region, layer, name, (), False, 1, size, is_vector=True))
         return self.base + region.start
 
     def regions(self) -> Iterator[Region]:
@@ -155,28 +157,30 @@ class NetworkLayout:
         if entry.is_vector:
             yield PackItem(
                 source=tensor.data_ptr(), column_stride=tensor.stride(0), target=target, rows=1, columns=entry.stride,
-                target_columns=entry.stride, target_stride=entry.stride, source_type=source_type, target_type=0,
+                target_rows=1, target_columns=entry.stride, target_stride=entry.stride, source_type=source_type,
+                target_type=0,
             )  # fmt: skip
             return
         out_stride, in_stride = tensor.stride()
         done = 0
         for index, columns in enumerate(entry.columns):
-            width = columns.stop - columns.start
+            width, is_last = columns.stop - columns.start, index == len(entry.columns) - 1
             item = PackItem(
                 source=tensor.data_ptr() + columns.start * in_stride * size,
                 target_stride=entry.stride,
                 source_type=source_type,
-                target_type=1 if self._weight_bytes == 2 else 0,
+                target_type=1 if self.weight_bytes == 2 else 0,
             )
             if entry.transposed:
                 item.rows, item.columns, item.target_columns = width, tensor.shape[0], entry.stride
+                item.target_rows = entry.rows - done if is_last else width
                 item.row_stride, item.column_stride = in_stride, out_stride
-                item.target = target + done * entry.stride * self._weight_bytes
+                item.target = target + done * entry.stride * self.weight_bytes
             else:
-                item.rows, item.columns = tensor.shape[0], width
-                item.target_columns = entry.stride - done if index == len(entry.columns) - 1 else width
+                item.rows, item.columns, item.target_rows = tensor.shape[0], width, entry.rows
+                item.target_columns = entry.stride - done if is_last else width
                 item.row_stride, item.column_stride = out_stride, in_stride
-                item.target = target + done * self._weight_bytes
+                item.target = target + done * self.weight_bytes
             done += width
             yield item
 
@@ -186,7 +190,7 @@ def pack_table(items: list[PackItem]) -> tuple[bytes, int]:
     tiles = 0
     for item in items:
         item.first_tile = tiles
-        tiles += -(-item.rows // 32) * -(-item.target_columns // 32)
+        tiles += -(-item.target_rows // 32) * -(-item.target_columns // 32)
     return b"".join(bytes(item) for item in items), tiles
 
 

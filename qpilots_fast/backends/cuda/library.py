@@ -15,7 +15,7 @@ from ...errors import BackendUnavailable
 from ..params import interface_mismatch
 from .build import library_paths
 from .layout import NetworkLayout
-from .structs import ELEMENT_TYPES, INPUTS, STAGES, STRUCTURES
+from .structs import LISTS, STRUCTURES
 
 BUILD_HINT = "`qpilots-fast build-cuda` compiles it where nvcc is installed"
 
@@ -36,6 +36,7 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._multiprocessors: dict[int, int] = {}
         self._functions = ctypes.CDLL(str(path))
         self._functions.qpilots_cuda_last_error.restype = ctypes.c_char_p
         compiled = [self._functions.qpilots_cuda_struct_bytes(i) for i in range(len(STRUCTURES))]
@@ -43,7 +44,7 @@ class Library:
             raise RuntimeError(f"{path} was built from another version of the sources; {BUILD_HINT}")
         self._functions.qpilots_cuda_interface_text.restype = ctypes.c_char_p
         text = self._functions.qpilots_cuda_interface_text().decode()
-        mismatch = interface_mismatch(text, {"Stage": STAGES, "Input": INPUTS, "ElementType": ELEMENT_TYPES})
+        mismatch = interface_mismatch(text, LISTS)
         if mismatch is not None:
             raise RuntimeError(f"{path}: {mismatch}; {BUILD_HINT}")
 
@@ -62,6 +63,14 @@ class Library:
         except RuntimeError as error:
             return f"the CUDA runtime finds no usable GPU ({error})"
         return None if count.value > 0 else "the CUDA runtime finds no GPU"
+
+    def multiprocessors(self, device: torch.device) -> int:
+        index = device.index or 0
+        if index not in self._multiprocessors:
+            count = ctypes.c_int()
+            self.call("multiprocessors", index, ctypes.byref(count))
+            self._multiprocessors[index] = count.value
+        return self._multiprocessors[index]
 
     def stream(self, device: torch.device) -> int:
         return torch.cuda.current_stream(device).cuda_stream

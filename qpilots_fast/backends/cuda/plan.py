@@ -1,4 +1,4 @@
-"""The program of the persistent CUDA kernel: planes of the workspace and the list of phases."""
+"""The program of the persistent CUDA kernel: its phases, who shares them, and where what they hand over lies."""
 
 from __future__ import annotations
 
@@ -13,14 +13,27 @@ from ...spec import NetworkSpec, SamplerSpec
 from ...steering import Steering
 from ..params import NORM_PLACEMENTS, steering_params
 from .layout import NetworkLayout, Presence, Region, round_up
-from .structs import INPUTS, STAGES, Phase, SampleArgs
+from .structs import (
+    COLLECTED,
+    INPUTS,
+    OPERANDS,
+    PHASE_KINDS,
+    RESULTS,
+    TILE,
+    TILE_SUMS,
+    Phase,
+    SampleArgs,
+)
 
-_PLANE_ALIGNMENT = 32  # floats
+_ALIGNMENT = 32  # of a plane, in elements
+_GROUP_TILES = 3  # most tiles of neurons at once: kGroupTiles
+_OFFSETS = ("source", "target", "sums", "vjp_sums", "values", "slopes", "deltas", "row_addend", "step_addend")
+_ABSENT = (*_OFFSETS, "weight", "bias", "gamma", "beta", "top_weight", "top_bias", "first_norm_row")  # -1
 
 
 @dataclass
-class Workspace:
-    """Planes of float32, one after the other."""
+class Planes:
+    """Arrays of one type, one after the other."""
 
     regions: list[Region] = field(default_factory=list)
     size: int = 0
@@ -31,8 +44,41 @@ class Workspace:
             size *= dim
         start = self.size
         self.regions.append(Region(name, start, size))
-        self.size = round_up(start + size, _PLANE_ALIGNMENT)
+        self.size = round_up(start + size, _ALIGNMENT)
         return start
+
+
+@dataclass
+class Memory:
+    """What a program's phases lay out."""
+
+    kept: Planes = field(default_factory=Planes)  # float32: what blocks keep for themselves, and an output
+    words: Planes = field(default_factory=Planes)  # uint64: what they send, one slot of the exchange
+    norm_rows: int = 0  # scalars in shared memory
+
+
+@dataclass(frozen=True)
+class Share:
+    """The blocks that work on a network: teams of blocks, each with whole members."""
+
+    first_block: int
+    teams: int
+    team_blocks: int
+
+    @property
+    def end(self) -> int:
+        return self.first_block + self.teams * self.team_blocks
+
+    @staticmethod
+    def of(spec: NetworkSpec, blocks: int, first_block: int = 0) -> Share:
+        """As many of `blocks` as can be at work at once."""
+        teams = min(spec.num_members, blocks)
+        tiles = max(count_tiles(width) for width in spec.hidden_dims)
+        return Share(first_block, teams, min(blocks // teams, tiles))
+
+
+def count_tiles(width: int) -> int:
+    return -(-width // TILE)
 
 
 class NetworkPhases:
@@ -40,117 +86,170 @@ class NetworkPhases:
 
     Args:
         layout: its packed weights.
-        workspace: where its planes are added.
+        memory: where what its blocks keep and send is added.
+        share: the blocks that work on it.
         rows: rows of the moving input.
         differentiable: whether a backward pass follows.
     """
 
-    def __init__(self, layout: NetworkLayout, workspace: Workspace, rows: int, *, differentiable: bool) -> None:
-        self.layout, self.rows = layout, rows
-        spec = layout.spec
-        self.spec, self._workspace = spec, workspace
-        self._values, self._slopes = [], []
+    def __init__(self, layout: NetworkLayout, memory: Memory, share: Share, rows: int, *, differentiable: bool) -> None:
+        self.layout, self.rows, self.share = layout, rows, share
+        self.spec, self._memory = layout.spec, memory
+        spec, members, kept = self.spec, self.spec.num_members, memory.kept
+        self.top_delta = -1  # words: d z of the critics' last hidden layer
+        self._hidden: list[dict[str, int | float]] = []  # what all phases of a hidden layer need
         for layer, width in enumerate(spec.hidden_dims):
-            name = f"{spec.kind} hidden {layer}"
-            self._values.append(workspace.plane(name, spec.num_members, rows, width))
-            keeps = differentiable and spec.layer_norm[layer] != "pre"
-            self._slopes.append(workspace.plane(f"{name} slope", spec.num_members, rows, width) if keeps else -1)
-        self._deltas = [
-            workspace.plane(f"{spec.kind} hidden {layer} delta", spec.num_members, rows, width)
-            if differentiable
-            else -1
-            for layer, width in enumerate(spec.hidden_dims)
-        ]
+            norm, name = spec.layer_norm[layer], f"{spec.kind} hidden {layer}"
+            fields: dict[str, int | float] = {
+                "activation": tuple(ACTIVATIONS).index(spec.activation),
+                "norm": NORM_PLACEMENTS.index(norm),
+                "layer_norm_eps": spec.layer_norm_eps,
+                "gamma": layout.gamma[layer],
+                "beta": layout.beta[layer],
+            }
+            if norm is not None:
+                fields["values"] = kept.plane(f"{name} values", members, rows, width)
+            if differentiable:
+                fields["slopes"] = kept.plane(f"{name} slopes", members, rows, width)
+                if norm is not None:
+                    fields["deltas"] = kept.plane(f"{name} deltas", members, rows, width)
+                    fields["first_norm_row"] = memory.norm_rows
+                    memory.norm_rows += -(-members // share.teams) * rows
+            self._hidden.append(fields)
 
-    def _phase(self, stage: str, in_dim: int, out_dim: int, weight: int, target: int, **fields: int | float) -> Phase:
+    def _operands(self, name: str, width: int) -> int:
+        """A plane of operands [members][rows][width], as words."""
+        words = count_tiles(width) * TILE * self.layout.weight_bytes // 4
+        return self._memory.words.plane(f"{self.spec.kind} {name}", self.spec.num_members, self.rows, words)
+
+    def _sums(self, name: str, width: int) -> int:
+        name = f"{self.spec.kind} {name}"
+        return self._memory.words.plane(name, self.spec.num_members, self.rows, count_tiles(width), TILE_SUMS)
+
+    def _phase(self, kind: str, out_dim: int, **fields: int | float) -> Phase:
         phase = Phase(
-            stage=STAGES.index(stage),
-            activation=tuple(ACTIVATIONS).index(self.spec.activation),
+            kind=PHASE_KINDS.index(kind),
             members=self.spec.num_members,
             rows=self.rows,
-            in_dim=in_dim,
-            in_stride=self.layout.stride(in_dim),
             out_dim=out_dim,
-            input=-1,
+            tiles=count_tiles(out_dim),
             rows_per_addend=1,
-            ends_with_barrier=1,
-            layer_norm_eps=self.spec.layer_norm_eps,
-            weight=weight,
-            target=target,
+            first_block=self.share.first_block,
+            teams=self.share.teams,
+            team_blocks=self.share.team_blocks,
             member_bytes=self.layout.member_bytes,
         )
-        for name in ("source_slope", "source_delta", "target_slope", "row_addend", "step_addend", "bias", "gamma"):
+        for name in _ABSENT:
             setattr(phase, name, -1)
-        phase.beta = phase.top_weight = phase.top_bias = -1
         for name, value in fields.items():
             setattr(phase, name, value)
         return phase
 
-    def _staged(self, layer: int) -> dict[str, int]:
-        """Fields that say how hidden layer `layer` is staged, forward or backward."""
-        return {
-            "source": self._values[layer],
-            "source_slope": self._slopes[layer],
-            "source_delta": self._deltas[layer],
-            "staged_norm": NORM_PLACEMENTS.index(self.spec.layer_norm[layer]),
-            "gamma": self.layout.gamma[layer],
-            "beta": self.layout.beta[layer],
-        }
-
-    def _hidden_target(self, layer: int) -> dict[str, int]:
-        return {
-            "activates": int(self.spec.layer_norm[layer] != "pre"),
-            "target": self._values[layer],
-            "target_slope": self._slopes[layer],
-        }
+    def _product(
+        self, operand: str, result: str, in_dim: int, out_dim: int, weight: int, **fields: int | float
+    ) -> Phase:
+        stride = self.layout.stride(in_dim)
+        slice_vectors = -(-stride // TILE // 8) * (TILE * self.layout.weight_bytes // 16)  # of 16 bytes, of one warp
+        return self._phase(
+            "product",
+            out_dim,
+            operand=OPERANDS.index(operand),
+            result=RESULTS.index(result),
+            in_dim=in_dim,
+            in_stride=stride,
+            copy_shift=min(5, (slice_vectors - 1).bit_length()),
+            weight=weight,
+            **fields,
+        )
 
     def once(self, group: int, width: int, rows: int, name: str, *, with_bias: bool) -> tuple[Phase, int]:
         """The product of a group of unchanging first-layer columns, from the input of this name, and its plane."""
         out_dim = self.spec.hidden_dims[0]
-        plane = self._workspace.plane(f"{self.spec.kind} columns {group}", self.spec.num_members, rows, out_dim)
-        phase = self._phase("rows", width, out_dim, self.layout.once[group], plane, rows=rows, input=INPUTS.index(name))
-        phase.ends_with_barrier = 0
-        phase.bias = self.layout.bias[0] if with_bias else -1
+        plane = self._memory.kept.plane(f"{self.spec.kind} columns {group}", self.spec.num_members, rows, out_dim)
+        bias = self.layout.bias[0] if with_bias else -1
+        phase = self._product(
+            "input", "columns", width, out_dim, self.layout.once[group], rows=rows, input=INPUTS.index(name),
+            source=0, target=plane, bias=bias,
+        )  # fmt: skip
         return phase, plane
 
-    def forward(self, first_stage: str, in_dim: int, output: int | None, **first_fields: int) -> list[Phase]:
-        """Phases up to the output plane; output None stops at the last hidden layer."""
+    def forward(self, operand: str, in_dim: int, output: str | None, target: int, **first: int) -> list[Phase]:
+        """Phases up to the output, whose result and target are given; None: the critics' top, Q and d z included."""
         spec, layout = self.spec, self.layout
-        first = self._phase(first_stage, in_dim, spec.hidden_dims[0], layout.forward[0], 0, **first_fields)
-        phases = [first]
-        for name, value in self._hidden_target(0).items():
-            setattr(first, name, value)
-        for layer in range(1, len(spec.hidden_dims)):
-            fan_in, fan_out = spec.layer_dims[layer]
-            fields = {**self._staged(layer - 1), **self._hidden_target(layer), "bias": layout.bias[layer]}
-            target = fields.pop("target")
-            phases.append(self._phase("hidden", fan_in, fan_out, layout.forward[layer], target, **fields))
-        if output is not None:
-            fan_in, fan_out = spec.layer_dims[-1]
-            fields = {**self._staged(len(spec.hidden_dims) - 1), "bias": layout.bias[-1]}
-            phases.append(self._phase("hidden", fan_in, fan_out, layout.forward[-1], output, **fields))
-        return phases
-
-    def backward(self, pulled_dim: int, output: int, cotangent: dict[str, int] | None, stage: str = "") -> list[Phase]:
-        """Phases from a cotangent (its fields and stage), or from the critics' top (None), to the input columns."""
-        spec, layout = self.spec, self.layout
-        phases = []
-        top = len(spec.hidden_dims) - 1
-        if cotangent is not None:
-            out_dim, weight = spec.hidden_dims[-1], layout.transposed[top + 1]
-            phases.append(self._phase(stage, spec.output_dim, out_dim, weight, self._deltas[top], **cotangent))
-        for layer in range(top, -1, -1):
-            at_top = layer == top and cotangent is None
-            fields = self._staged(layer)
+        phases: list[Phase] = []
+        source: dict[str, int] = dict(first)
+        for layer, width in enumerate(spec.hidden_dims):
+            at_top = output is None and layer == len(spec.hidden_dims) - 1
+            fields = self._hidden[layer]
+            name = f"hidden {layer}"
             if at_top:
                 fields |= {"top_weight": layout.forward[-1], "top_bias": layout.bias[-1]}
-            out_dim, target = (
-                (pulled_dim, output) if layer == 0 else (spec.hidden_dims[layer - 1], self._deltas[layer - 1])
+            if layer > 0:
+                source["bias"] = layout.bias[layer]
+            sent = self._operands(f"{name} delta" if at_top else name, width)
+            if at_top:
+                self.top_delta = sent
+            fan_in = in_dim if layer == 0 else spec.hidden_dims[layer - 1]
+            product = self._product(
+                operand, "critic_top" if at_top else "hidden", fan_in, width, layout.forward[layer], **fields, **source
             )
-            name = "critic_top" if at_top else "delta"
+            phases.append(product)
+            product.target = sent
+            if at_top:
+                product.vjp_sums = self._sums(f"{name} delta sums", width)
+            if spec.layer_norm[layer] is not None:
+                product.sums = self._sums(f"{name} sums", width)
+                norm = self._phase("norm", width, sums=product.sums, target=sent, at_top=int(at_top), **fields)
+                norm.vjp_sums = product.vjp_sums
+                phases.append(norm)
+            if at_top:
+                phases.append(
+                    self._phase("norm_vjp", width, vjp_sums=product.vjp_sums, target=sent, at_top=1, **fields)
+                )
+            operand, source = "received", {"source": sent}
+        if output is not None:
             phases.append(
-                self._phase(name, spec.hidden_dims[layer], out_dim, layout.transposed[layer], target, **fields)
+                self._product(
+                    operand,
+                    output,
+                    spec.hidden_dims[-1],
+                    spec.output_dim,
+                    layout.forward[-1],
+                    bias=layout.bias[-1],
+                    target=target,
+                    **source,
+                )
             )
+        return phases
+
+    def backward(
+        self, operand: str, pulled_dim: int, result: str, target: int, delta: int | None, **cotangent: int
+    ) -> list[Phase]:
+        """Phases from a cotangent of the output, or from the plane `delta` of d z at the top, to the input columns."""
+        spec, layout = self.spec, self.layout
+        phases: list[Phase] = []
+        source: dict[str, int] = dict(cotangent)
+        fan_in = spec.output_dim
+        if delta is not None:
+            operand, source = "received", {"source": delta}
+        for layer in range(len(spec.hidden_dims) - (delta is not None), -1, -1):
+            if layer == 0:
+                product = self._product(
+                    operand, result, spec.hidden_dims[0], pulled_dim, layout.transposed[0], target=target, **source
+                )
+                phases.append(product)
+                break
+            fan_in = spec.output_dim if layer == len(spec.hidden_dims) else spec.hidden_dims[layer]
+            width, fields, name = spec.hidden_dims[layer - 1], self._hidden[layer - 1], f"hidden {layer - 1} delta"
+            sent = self._operands(name, width)
+            product = self._product(
+                operand, "delta", fan_in, width, layout.transposed[layer], target=sent, **fields, **source
+            )
+            phases.append(product)
+            if spec.layer_norm[layer - 1] is not None:
+                product.vjp_sums = self._sums(f"{name} sums", width)
+                phases.append(self._phase("norm_vjp", width, vjp_sums=product.vjp_sums, target=sent, **fields))
+            operand, source = "received", {"source": sent}
         return phases
 
 
@@ -159,7 +258,7 @@ class Program:
     """All that a launch needs besides tensors. Built once for a sampler (or network), batch size and precision."""
 
     layouts: list[NetworkLayout]
-    workspace: Workspace
+    memory: Memory
     phases: list[Phase]
     args: SampleArgs  # sizes and offsets; pointers are filled in at each call
     weight_bytes: int
@@ -176,11 +275,14 @@ class Program:
         return b"".join(bytes(phase) for phase in self.phases)
 
 
-def _finish(program: Program, num_once: int, num_flow: int) -> Program:
+def _finish(program: Program, num_once: int, num_flow: int, shares: Sequence[Share]) -> Program:
     args, phases = program.args, program.phases
     args.num_once, args.num_flow_phases = num_once, num_flow
     args.num_step_phases = len(phases) - num_once
-    args.stage_stride = max(phase.in_stride for phase in phases)
+    args.stride = max(phase.in_stride for phase in phases)
+    args.slot_words, args.num_norm_rows = program.memory.words.size, program.memory.norm_rows
+    args.num_blocks = max(share.end for share in shares)
+    args.group_tiles = min(_GROUP_TILES, max(-(-phase.tiles // phase.team_blocks) for phase in phases))
     # not of what runs once a call: K rows of time features would take the tile of 16 rows to every step
     program.max_rows = max(phase.rows for phase in phases[num_once:] or phases)
     return program
@@ -195,30 +297,33 @@ def _time_table(spec: NetworkSpec, times: Sequence[float]) -> Tensor:
     return torch.cat(list(spec.time_rows(times).values()), dim=1).float().contiguous()
 
 
-def plan_sample(spec: SamplerSpec, present: tuple[tuple[Presence, ...], ...], batch: int, weight_bytes: int) -> Program:
-    """The program of a whole sampling call; present: of flow, critic, posterior, as far as they take part."""
+def plan_sample(
+    spec: SamplerSpec, present: tuple[tuple[Presence, ...], ...], batch: int, weight_bytes: int, blocks: int
+) -> Program:
+    """The program of a whole sampling call on at most `blocks` blocks; present: of the networks that take part."""
     steering, flow, pulls_flow = spec.steering, spec.flow, spec.pulls_flow
     rows = batch * spec.num_draws
     action_dim = flow.action_dim
     layouts: list[NetworkLayout] = []
-
-    def add_layout(network: NetworkSpec, moving: tuple[str, ...], pulled: tuple[str, ...], back: bool) -> NetworkLayout:
-        base = layouts[-1].end if layouts else 0
-        once = (("obs",), _time_blocks(network)) if _time_blocks(network) else (("obs",),)
-        layout = NetworkLayout(
-            network, present[len(layouts)], base, weight_bytes, moving, pulled, once, keeps_output_transposed=back
-        )
-        layouts.append(layout)
-        return layout
-
-    workspace = Workspace()
+    memory = Memory()
+    words = memory.words
     args = SampleArgs(batch=batch, action_dim=action_dim, num_steps=spec.num_steps)
     args.steering = steering_params(steering)
-    args.velocity = workspace.plane("velocity", batch, action_dim)
+    args.state = words.plane("state", batch, action_dim)
     once: list[Phase] = []
     step: list[Phase] = []
-
     tables: dict[str, Tensor] = {}
+
+    def add_network(
+        network: NetworkSpec, share: Share, num_rows: int, moving: tuple[str, ...], pulled: tuple[str, ...], back: bool
+    ) -> NetworkPhases:
+        times = _time_blocks(network)
+        layout = NetworkLayout(
+            network, present[len(layouts)], layouts[-1].end if layouts else 0, weight_bytes, moving, pulled,
+            (("obs",), times) if times else (("obs",),), keeps_output_transposed=back,
+        )  # fmt: skip
+        layouts.append(layout)
+        return NetworkPhases(layout, memory, share, num_rows, differentiable=bool(pulled))
 
     def add_once(name: str, phases: NetworkPhases) -> dict[str, int]:
         """Queues the products of a network's unchanging columns; returns the first layer's addends."""
@@ -233,33 +338,50 @@ def plan_sample(spec: SamplerSpec, present: tuple[tuple[Presence, ...], ...], ba
             once.append(phase)
         return fields
 
+    def collect(name: str, num_rows: int, source: int) -> Phase:
+        return Phase(
+            kind=PHASE_KINDS.index("collect"), input=COLLECTED.index(name), rows=num_rows, out_dim=action_dim,
+            source=source, weight=-1, team_blocks=1,
+        )  # fmt: skip
+
     pulled = ("noisy_actions",) if pulls_flow else ()
-    flow_phases = NetworkPhases(
-        add_layout(flow, ("noisy_actions",), pulled, pulls_flow), workspace, batch, differentiable=pulls_flow
-    )
-    step += flow_phases.forward("state", action_dim, args.velocity, **add_once("flow", flow_phases))
+    shares = [Share.of(flow, blocks)]
+    flow_phases = add_network(flow, shares[0], batch, ("noisy_actions",), pulled, pulls_flow)
+    velocity = words.plane("velocity", batch, action_dim)
+    step += flow_phases.forward("state", action_dim, "numbers", velocity, **add_once("flow", flow_phases))
+    step.append(collect("velocity", batch, velocity))
     num_flow = len(step)
     if spec.critic is not None:
         args.num_members = spec.critic.num_members
-        args.q_values = workspace.plane("q_values", args.num_members, rows)
-        args.critic_vjp = workspace.plane("critic vjp", args.num_members, rows, action_dim)
-        args.estimate_vjp = workspace.plane("estimate vjp", rows, action_dim)
-        critic_phases = NetworkPhases(
-            add_layout(spec.critic, ("actions",), ("actions",), False), workspace, rows, differentiable=True
-        )
+        args.q_values = words.plane("q_values", args.num_members, rows)
+        args.critic_vjp = words.plane("critic vjp", args.num_members, rows, action_dim)
+        shares.append(Share.of(spec.critic, blocks))
+        critic_phases = add_network(spec.critic, shares[-1], rows, ("actions",), ("actions",), False)
         pulled_back = flow_phases
         if spec.posterior is not None:
-            args.posterior_output = workspace.plane("posterior output", rows, action_dim)
-            layout = add_layout(spec.posterior, ("xbar", "noisy_actions"), ("noisy_actions",), True)
-            pulled_back = NetworkPhases(layout, workspace, rows, differentiable=True)
-            addends = add_once("posterior", pulled_back)
-            step += pulled_back.forward("posterior_input", 2 * action_dim, args.posterior_output, **addends)
-        step += critic_phases.forward("estimate", action_dim, None, **add_once("critic", critic_phases))
-        step += critic_phases.backward(action_dim, args.critic_vjp, None)
-        step[-1].completes_critics = 1
+            beside = shares[0].end
+            share = Share.of(spec.posterior, blocks)
+            if beside + share.end <= blocks:  # its forward pass runs while the flow's does
+                share = Share(beside, share.teams, share.team_blocks)
+            shares.append(share)
+            pulled_back = add_network(spec.posterior, share, rows, ("xbar", "noisy_actions"), ("noisy_actions",), True)
+            output = words.plane("posterior output", rows, action_dim)
+            forward = pulled_back.forward(
+                "posterior_input", 2 * action_dim, "numbers", output, **add_once("posterior", pulled_back)
+            )
+            for phase in forward:
+                phase.steered_only = 1
+            step[-1:-1] = forward
+            num_flow = len(step)
+            step.append(collect("posterior_output", rows, output))
+        step += critic_phases.forward("estimate", action_dim, None, -1, **add_once("critic", critic_phases))
+        step += critic_phases.backward("received", action_dim, "numbers", args.critic_vjp, critic_phases.top_delta)
+        step.append(Phase(kind=PHASE_KINDS.index("weigh"), weight=-1, team_blocks=1))
         if spec.posterior is not None or pulls_flow:
-            step += pulled_back.backward(action_dim, args.estimate_vjp, {}, "cotangent")
-    once[-1].ends_with_barrier = 1
+            vjp = words.plane("estimate vjp", rows, action_dim)
+            step += pulled_back.backward("cotangent", action_dim, "numbers", vjp, None)
+            step.append(collect("estimate_vjp", rows, vjp))
+    args.num_flow_blocks = shares[0].end
     steps = [[1 - step.t, step.dt, step.weight] for step in spec.schedule]
     schedule = torch.tensor(steps, dtype=torch.float32, device="cpu")
     mask = None
@@ -267,31 +389,40 @@ def plan_sample(spec: SamplerSpec, present: tuple[tuple[Presence, ...], ...], ba
         mask = torch.zeros(action_dim, dtype=torch.uint8, device="cpu")
         mask[list(steering.steered_dims)] = 1
     program = Program(
-        layouts, workspace, once + step, args, weight_bytes, 0, layouts[-1].end, tables, schedule, mask,
+        layouts, memory, once + step, args, weight_bytes, 0, layouts[-1].end, tables, schedule, mask,
         bounds=torch.tensor(spec.box, dtype=torch.float32, device="cpu"), num_steered=len(spec.steered_steps),
     )  # fmt: skip
-    return _finish(program, len(once), num_flow)
+    return _finish(program, len(once), num_flow, shares)
 
 
 def plan_network(
-    spec: NetworkSpec, present: tuple[Presence, ...], batch: int, weight_bytes: int, *, differentiable: bool
+    spec: NetworkSpec,
+    present: tuple[Presence, ...],
+    batch: int,
+    weight_bytes: int,
+    blocks: int,
+    *,
+    differentiable: bool,
 ) -> Program:
     """The program of one forward pass of "columns" [B, in], or with the pullback of "cotangent" [E, B, out]."""
-    blocks = spec.input_order
-    layout = NetworkLayout(spec, present, 0, weight_bytes, blocks, blocks, (), keeps_output_transposed=True)
-    workspace = Workspace()
-    phases = NetworkPhases(layout, workspace, batch, differentiable=differentiable)
+    inputs = spec.input_order
+    layout = NetworkLayout(spec, present, 0, weight_bytes, inputs, inputs, (), keeps_output_transposed=True)
+    memory = Memory()
+    share = Share.of(spec, blocks)
+    phases = NetworkPhases(layout, memory, share, batch, differentiable=differentiable)
     width = spec.input_dim if differentiable else spec.output_dim
-    output = workspace.plane("output", spec.num_members, batch, width)
+    output = memory.kept.plane("output", spec.num_members, batch, width)
     program_phases = phases.forward(
-        "rows", spec.input_dim, None if differentiable else output, input=INPUTS.index("columns"), bias=layout.bias[0]
+        "input", spec.input_dim, "output", output, input=INPUTS.index("columns"), source=0, bias=layout.bias[0]
     )
     if differentiable:
-        cotangent = {"input": INPUTS.index("cotangent"), "source_member_stride": batch * spec.output_dim}
-        program_phases += phases.backward(spec.input_dim, output, cotangent, "rows")
-    args = SampleArgs()  # no state in shared memory: any batch
+        cotangent = {"input": INPUTS.index("cotangent"), "source": 0}
+        cotangent["source_member_stride"] = batch * spec.output_dim
+        program_phases = program_phases[:-1]
+        program_phases += phases.backward("input", spec.input_dim, "output", output, None, **cotangent)
+    args = SampleArgs()
     args.steering = steering_params(Steering())
     size = spec.num_members * batch * width
-    program = Program([layout], workspace, program_phases, args, weight_bytes, 0, layout.end)
+    program = Program([layout], memory, program_phases, args, weight_bytes, 0, layout.end)
     program.output = Region("output", output, size)
-    return _finish(program, len(program_phases), 0)
+    return _finish(program, 0, len(program_phases), [share])

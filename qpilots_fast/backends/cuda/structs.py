@@ -6,33 +6,47 @@ import ctypes
 
 from ..params import SteeringParams
 
-STAGES = ("rows", "state", "estimate", "posterior_input", "hidden", "critic_top", "delta", "cotangent")
+PHASE_KINDS = ("product", "norm", "norm_vjp", "collect", "weigh")
+OPERANDS = ("received", "input", "state", "estimate", "posterior_input", "cotangent")
+RESULTS = ("columns", "hidden", "critic_top", "delta", "numbers", "output")
 INPUTS = ("obs", "flow_times", "posterior_times", "columns", "cotangent")
+COLLECTED = ("velocity", "posterior_output", "estimate_vjp")
 ELEMENT_TYPES = ("float32", "bfloat16", "float16", "float64")
+LISTS = {
+    "PhaseKind": PHASE_KINDS,
+    "Operand": OPERANDS,
+    "Result": RESULTS,
+    "Input": INPUTS,
+    "Collected": COLLECTED,
+    "ElementType": ELEMENT_TYPES,
+}
+TILE, TILE_SUMS = 16, 3  # kTile, kTileSums
 _I32, _I64, _F32, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
 class Phase(ctypes.Structure):
     _fields_ = [
-        *((name, _I32) for name in ("stage", "activation", "staged_norm", "activates", "members", "rows", "in_dim")),
-        *((name, _I32) for name in ("in_stride", "out_dim", "input", "rows_per_addend", "ends_with_barrier")),
+        *((name, _I32) for name in ("kind", "operand", "result", "activation", "norm", "members", "rows", "in_dim")),
+        *((name, _I32) for name in ("in_stride", "out_dim", "tiles", "copy_shift", "input", "rows_per_addend")),
+        *((name, _I32) for name in ("at_top", "steered_only", "first_block", "teams", "team_blocks", "first_norm_row")),
         ("layer_norm_eps", _F32),
-        ("completes_critics", _I32),
-        *((name, _I64) for name in ("source", "source_member_stride", "source_slope", "source_delta")),
-        *((name, _I64) for name in ("target", "target_slope", "row_addend", "step_addend", "weight", "bias")),
+        *((name, _I32) for name in ("first_member", "tile_begin", "tile_end")),
+        *((name, _I64) for name in ("source", "source_member_stride", "target", "sums", "vjp_sums")),
+        *((name, _I64) for name in ("values", "slopes", "deltas", "row_addend", "step_addend", "weight", "bias")),
         *((name, _I64) for name in ("gamma", "beta", "top_weight", "top_bias", "member_bytes")),
     ]
 
 
 class SampleArgs(ctypes.Structure):
     _fields_ = [
-        *((name, _POINTER) for name in ("program", "weights", "workspace", "sync", "host_failure")),
+        *((name, _POINTER) for name in ("program", "weights", "workspace", "exchange", "tags", "host_failure")),
         ("inputs", _POINTER * len(INPUTS)),
         *((name, _POINTER) for name in ("noise", "posterior_noise", "schedule", "alpha", "bounds", "steered")),
         *((name, _POINTER) for name in ("actions", "gradient_norms", "nonfinite", "q_std", "gated")),
-        *((name, _I64) for name in ("velocity", "posterior_output", "q_values", "critic_vjp", "estimate_vjp")),
-        *((name, _I32) for name in ("num_once", "num_flow_phases", "num_step_phases", "num_steps", "batch")),
-        *((name, _I32) for name in ("action_dim", "num_members", "stage_stride")),
+        *((name, _I64) for name in ("state", "q_values", "critic_vjp", "slot_words")),
+        *((name, _I32) for name in ("num_once", "num_flow_phases", "num_step_phases", "num_steps")),
+        *((name, _I32) for name in ("num_flow_blocks", "num_blocks", "batch", "action_dim", "num_members", "stride")),
+        *((name, _I32) for name in ("group_tiles", "buffers", "num_norm_rows")),
         ("spin_limit", ctypes.c_uint32),
         ("steering", SteeringParams),
     ]
@@ -42,8 +56,8 @@ class PackItem(ctypes.Structure):
     _fields_ = [
         ("source", ctypes.c_uint64),
         *((name, _I64) for name in ("row_stride", "column_stride", "target")),
-        *((name, _I32) for name in ("rows", "columns", "target_columns", "target_stride", "source_type")),
-        *((name, _I32) for name in ("target_type", "first_tile", "padding")),
+        *((name, _I32) for name in ("rows", "columns", "target_rows", "target_columns", "target_stride")),
+        *((name, _I32) for name in ("source_type", "target_type", "first_tile")),
     ]
 
 

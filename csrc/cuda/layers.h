@@ -1,0 +1,344 @@
+// What follows the sums of a product, on the neurons that a block owns: biases, activation, LayerNorm, their
+// derivatives. A hidden layer's rows leave as operands of the next product; what its derivative needs stays with the
+// block, in the workspace.
+//
+// A norm needs sums over all neurons of a row. Each tile sends its own, and a later phase finishes the layer.
+// Eight lanes hold the 16 neurons of a tile, two each, so a tile's sum is three shuffles.
+#pragma once
+
+#include "block.h"
+#include "qpilots/activation.h"
+#include "qpilots/layer_norm.h"
+
+namespace qpilots {
+namespace cuda {
+
+__device__ __forceinline__ ValueSlope<float> activate_any(std::int32_t activation, float z) {
+  switch (static_cast<Activation>(activation)) {
+#define QPILOTS_CASE(known, name) \
+  case Activation::known:         \
+    return activate<Activation::known>(z);
+    QPILOTS_ACTIVATIONS(QPILOTS_CASE)
+#undef QPILOTS_CASE
+  }
+  trap();
+  return {};
+}
+
+__device__ __forceinline__ float parameter_or(const unsigned char* member, std::int64_t offset, int i,
+                                              float otherwise) {
+  return offset < 0 ? otherwise : load_constant(reinterpret_cast<const float*>(member + offset) + i);
+}
+template <class Weight>
+__device__ __forceinline__ float output_weight(const Phase& p, const unsigned char* member, int n) {
+  return to_float(load_constant(reinterpret_cast<const Weight*>(member + p.top_weight) + n));
+}
+
+// Sum over the eight lanes of a tile.
+__device__ __forceinline__ float tile_sum(float x) {
+#pragma unroll
+  for (int offset = 4; offset > 0; offset >>= 1) x += __shfl_xor_sync(kAllLanes, x, offset);
+  return x;
+}
+
+// Two neurons of one row: what a thread works on after a product.
+struct Pair {
+  int row, tile, index;   // index: of 8 in the tile
+  int neuron;             // the first
+  int count;              // of the two that exist, 0 also where the row does not
+  std::int64_t cell;      // of the first, in a plane [members][rows][out_dim]
+  std::int64_t operands;  // of the tile's first word, in operand planes
+  std::int64_t sums;      // of the tile's first sum
+  const unsigned char* member;
+};
+
+// value[v] = f(v, value[v]) for those of the pair that exist; one after the other, so that f is there once.
+template <class Function>
+__device__ __forceinline__ void each_of(const Pair& pair, float (&value)[2], Function f) {
+#pragma unroll 1
+  for (int v = 0; v < pair.count; ++v) {
+    const float made = f(v, v == 0 ? value[0] : value[1]);
+    value[0] = v == 0 ? made : value[0];
+    value[1] = v == 0 ? value[1] : made;
+  }
+}
+
+// f(pair) for all pairs of a group, also those that do not exist, so that whole warps meet in the tile sums.
+template <int ROWS, class Weight, class Function>
+__device__ __forceinline__ void each_pair(const SampleArgs& a, const Phase& p, int member, int first_tile, int tiles,
+                                          int row0, int valid, Function f) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < tiles * 8 * ROWS; i += kThreads) {
+    Pair pair;
+    const int r = i / 8 % ROWS, tile = first_tile + i / (8 * ROWS);
+    pair.index = i % 8;
+    pair.row = row0 + r;
+    pair.tile = tile;
+    pair.neuron = tile * kTile + 2 * pair.index;
+    const int left = p.out_dim - pair.neuron;
+    pair.count = r < valid ? (left > 2 ? 2 : (left > 0 ? left : 0)) : 0;
+    const std::int64_t row = row_index(p, member, pair.row);
+    pair.cell = row * p.out_dim + pair.neuron;
+    pair.operands = (row * p.tiles + tile) * kTileWords<Weight>;
+    pair.sums = (row * p.tiles + tile) * kTileSums;
+    pair.member = a.weights + member * p.member_bytes;
+    f(pair, r, r < valid);
+  }
+}
+
+// Mean and sum of squared deviations of a tile.
+__device__ __forceinline__ void send_moments(std::uint64_t* sums, const Pair& pair, bool row_exists, int width,
+                                             const float (&value)[2], std::uint32_t tag) {
+  const int left = width - pair.tile * kTile;
+  const float mean = tile_sum(value[0] + value[1]) / static_cast<float>(left < kTile ? left : kTile);
+  float squares = 0.0f;
+#pragma unroll
+  for (int v = 0; v < 2; ++v) squares += v < pair.count ? (value[v] - mean) * (value[v] - mean) : 0.0f;
+  squares = tile_sum(squares);
+  if (row_exists && pair.index == 0) {
+    send_number(sums + pair.sums, mean, tag);
+    send_number(sums + pair.sums + 1, squares, tag);
+  }
+}
+
+// Sums of d xhat, of d xhat xhat, and at the critic's top of the tile's part of Q.
+__device__ __forceinline__ void send_vjp_sums(std::uint64_t* sums, const Pair& pair, bool row_exists,
+                                              const float (&terms)[kTileSums], std::uint32_t tag) {
+#pragma unroll
+  for (int s = 0; s < kTileSums; ++s) {
+    const float sum = tile_sum(terms[s]);
+    if (row_exists && pair.index == 0) send_number(sums + pair.sums + s, sum, tag);
+  }
+}
+
+// The value that a product, its biases and addends come to.
+template <class Weight, int NT>
+__device__ __forceinline__ float product_value(const SampleArgs& a, const Block<Weight, NT>& block, const Phase& p,
+                                               const Pair& pair, int member, int v, float sum) {
+  const int n = pair.neuron + v;
+  float value = sum + parameter_or(pair.member, p.bias, n, 0.0f);
+  if (p.row_addend >= 0) {
+    const std::int64_t row =
+        static_cast<std::int64_t>(member) * (p.rows / p.rows_per_addend) + pair.row / p.rows_per_addend;
+    value += load_global(a.workspace + p.row_addend + row * p.out_dim + n);
+  }
+  if (p.step_addend >= 0) {
+    const std::int64_t row = block.step < 0 ? 0 : block.step;
+    value += load_global(a.workspace + p.step_addend + row * p.out_dim + n);
+  }
+  return value;
+}
+
+// A hidden layer from its sums z, as far as it goes without its norm.
+template <class Weight>
+__device__ __forceinline__ void begin_hidden(const SampleArgs& a, const Phase& p, const Pair& pair, bool row_exists,
+                                             float (&value)[2], std::uint64_t* words, std::uint32_t tag) {
+  const NormPlacement norm = static_cast<NormPlacement>(p.norm);
+  const bool top = static_cast<Result>(p.result) == Result::kCriticTop;
+  float q = 0.0f;
+  each_of(pair, value, [&](int v, float z) {
+    if (norm != NormPlacement::kPre) {
+      const ValueSlope<float> activated = activate_any(p.activation, z);
+      z = activated.value;
+      if (norm == NormPlacement::kNone && top) {
+        const float w = output_weight<Weight>(p, pair.member, pair.neuron + v);
+        q = fmadd(w, rounded<Weight>(activated.value), q);
+        z = w * activated.slope;
+      } else if (p.slopes >= 0) {
+        store_global(a.workspace + p.slopes + pair.cell + v, activated.slope);
+      }
+    }
+    if (norm != NormPlacement::kNone) store_global(a.workspace + p.values + pair.cell + v, z);
+    return z;
+  });
+  if (norm != NormPlacement::kNone) {
+    send_moments(words + p.sums, pair, row_exists, p.out_dim, value, tag);
+  } else {
+    if (row_exists) send_pair<Weight>(words + p.target + pair.operands, pair.index, value, tag);
+    if (top) send_vjp_sums(words + p.vjp_sums, pair, row_exists, {0.0f, 0.0f, q}, tag);
+  }
+}
+
+// d z of a hidden layer from d h, as far as it goes without its norm.
+template <class Weight>
+__device__ __forceinline__ void begin_delta(const SampleArgs& a, const Phase& p, const Pair& pair, bool row_exists,
+                                            float (&value)[2], std::uint64_t* words, std::uint32_t tag) {
+  const NormPlacement norm = static_cast<NormPlacement>(p.norm);
+  float terms[kTileSums] = {0.0f, 0.0f, 0.0f};
+  each_of(pair, value, [&](int v, float delta) {
+    if (norm != NormPlacement::kPost) delta *= load_global(a.workspace + p.slopes + pair.cell + v);
+    if (norm == NormPlacement::kNone) return delta;
+    delta *= parameter_or(pair.member, p.gamma, pair.neuron + v, 1.0f);
+    store_global(a.workspace + p.deltas + pair.cell + v, delta);
+    terms[0] += delta;
+    terms[1] = fmadd(delta, load_global(a.workspace + p.values + pair.cell + v), terms[1]);
+    return delta;
+  });
+  if (norm != NormPlacement::kNone) {
+    send_vjp_sums(words + p.vjp_sums, pair, row_exists, terms, tag);
+  } else if (row_exists) {
+    send_pair<Weight>(words + p.target + pair.operands, pair.index, value, tag);
+  }
+}
+
+template <class Weight, int NT>
+__device__ __forceinline__ void finish_product(const SampleArgs& a, Block<Weight, NT>& block, const Phase& p,
+                                               int member, int first_tile, int tiles, int row0, int valid) {
+  const Partials<NT> partials = block.partials(a, block.parity ^ 1);
+  const Result result = static_cast<Result>(p.result);
+  each_pair<8 * NT, Weight>(a, p, member, first_tile, tiles, row0, valid,
+                            [&](const Pair& pair, int r, bool row_exists) {
+                              const int place = (pair.tile - first_tile) * kTile + 2 * pair.index;
+                              float value[2] = {0.0f, 0.0f};
+                              each_of(pair, value, [&](int v, float sum) {
+#pragma unroll
+                                for (int w = 0; w < kWarps; ++w) sum += load_shared(partials.at(w, r, place + v));
+                                return product_value(a, block, p, pair, member, v, sum);
+                              });
+                              if (result == Result::kHidden || result == Result::kCriticTop) {
+                                begin_hidden<Weight>(a, p, pair, row_exists, value, block.words, block.tag);
+                              } else if (result == Result::kDelta) {
+                                begin_delta<Weight>(a, p, pair, row_exists, value, block.words, block.tag);
+                              } else {
+                                each_of(pair, value, [&](int v, float number) {
+                                  if (result == Result::kNumbers) {
+                                    send_number(block.words + p.target + pair.cell + v, number, block.tag);
+                                  } else {
+                                    store_global(a.workspace + p.target + pair.cell + v, number);
+                                  }
+                                  return number;
+                                });
+                              }
+                            });
+}
+
+template <class Weight, int NT>
+__device__ __forceinline__ float* norm_row(const Block<Weight, NT>& block, const Phase& p, int member, int row) {
+  return block.norm_rows + p.first_norm_row + member / p.teams * p.rows + row;
+}
+
+// A tile's s-th sum of a row.
+template <class Weight, int NT>
+__device__ __forceinline__ float receive_sum(Block<Weight, NT>& block, const Phase& p, std::int64_t plane, int member,
+                                             int row, int tile, int s) {
+  const std::int64_t index = (row_index(p, member, row) * p.tiles + tile) * kTileSums + s;
+  return receive_number(block.words + plane + index, block.tag, block.patience);
+}
+
+// LayerNorm of the block's neurons; at the critic's top also its derivative, as far as it goes.
+template <class Weight, int NT>
+__device__ __forceinline__ bool finish_norm(const SampleArgs& a, Block<Weight, NT>& block, const Phase& p) {
+  constexpr int kRows = 8 * NT;
+  const bool pre = static_cast<NormPlacement>(p.norm) == NormPlacement::kPre;
+  return each_group<kRows>(a, p, [&](int member, int first_tile, int tiles, int row0, int valid) {
+    const float width = static_cast<float>(p.out_dim);
+    const int half = block.parity, lane = lane_index();
+    for (int r = warp_index(); r < valid; r += kWarps) {
+      const auto sum_of = [&](int tile, int s) { return receive_sum(block, p, p.sums, member, row0 + r, tile, s); };
+      const auto tile_width = [&](int tile) {
+        return static_cast<float>(p.out_dim - tile * kTile < kTile ? p.out_dim - tile * kTile : kTile);
+      };
+      float sum = 0.0f, squares = 0.0f;
+      for (int tile = lane; tile < p.tiles; tile += kWarpSize) sum = fmadd(tile_width(tile), sum_of(tile, 0), sum);
+      const float mean = warp_sum(sum) / width;
+      for (int tile = lane; tile < p.tiles; tile += kWarpSize) {
+        const float shift = sum_of(tile, 0) - mean;
+        squares += fmadd(tile_width(tile) * shift, shift, sum_of(tile, 1));
+      }
+      squares = warp_sum(squares);
+      if (lane == 0) {
+        const float rstd = reciprocal_std(squares, width, p.layer_norm_eps);
+        store_shared(block.numbers_of_row(half, r), mean);
+        store_shared(block.numbers_of_row(half, r) + 1, rstd);
+        if (p.first_norm_row >= 0) store_shared(norm_row(block, p, member, row0 + r), rstd);
+      }
+    }
+    if (!block.barrier()) return false;
+    each_pair<kRows, Weight>(
+        a, p, member, first_tile, tiles, row0, valid, [&](const Pair& pair, int r, bool row_exists) {
+          float value[2] = {0.0f, 0.0f}, terms[kTileSums] = {0.0f, 0.0f, 0.0f};
+          each_of(pair, value, [&](int v, float) {
+            const int n = pair.neuron + v;
+            float* kept = a.workspace + p.values + pair.cell + v;
+            const float mean = load_shared(block.numbers_of_row(half, r));
+            const float xhat = (load_global(kept) - mean) * load_shared(block.numbers_of_row(half, r) + 1);
+            const float gamma = parameter_or(pair.member, p.gamma, n, 1.0f);
+            float h = layer_norm_affine(xhat, gamma, parameter_or(pair.member, p.beta, n, 0.0f)), slope = 1.0f;
+            store_global(kept, xhat);
+            if (pre) {
+              const ValueSlope<float> activated = activate_any(p.activation, h);
+              h = activated.value;
+              slope = activated.slope;
+              if (p.slopes >= 0) store_global(a.workspace + p.slopes + pair.cell + v, slope);
+            }
+            if (p.at_top) {
+              const float w = output_weight<Weight>(p, pair.member, n), delta = w * slope * gamma;
+              store_global(a.workspace + p.deltas + pair.cell + v, delta);
+              terms[0] += delta;
+              terms[1] = fmadd(delta, xhat, terms[1]);
+              terms[2] = fmadd(w, rounded<Weight>(h), terms[2]);
+            }
+            return h;
+          });
+          if (p.at_top) {
+            send_vjp_sums(block.words + p.vjp_sums, pair, row_exists, terms, block.tag);
+          } else if (row_exists) {
+            send_pair<Weight>(block.words + p.target + pair.operands, pair.index, value, block.tag);
+          }
+        });
+    return true;
+  });
+}
+
+// The derivative of the norm of the block's neurons, which completes d z; at the critic's top also Q.
+template <class Weight, int NT>
+__device__ __forceinline__ bool finish_norm_vjp(const SampleArgs& a, Block<Weight, NT>& block, const Phase& p) {
+  constexpr int kRows = 8 * NT;
+  const NormPlacement norm = static_cast<NormPlacement>(p.norm);
+  return each_group<kRows>(a, p, [&](int member, int first_tile, int tiles, int row0, int valid) {
+    const int half = block.parity, lane = lane_index();
+    const bool sends_q = p.at_top && first_tile == 0;
+    if (norm == NormPlacement::kNone && !sends_q) return true;
+    for (int r = warp_index(); r < valid; r += kWarps) {
+      float sums[kTileSums];
+#pragma unroll
+      for (int s = 0; s < kTileSums; ++s) {
+        sums[s] = 0.0f;
+        if (s < 2 ? norm == NormPlacement::kNone : !sends_q) continue;
+        for (int tile = lane; tile < p.tiles; tile += kWarpSize) {
+          sums[s] += receive_sum(block, p, p.vjp_sums, member, row0 + r, tile, s);
+        }
+        sums[s] = warp_sum(sums[s]);
+      }
+      const bool complete = __any_sync(kAllLanes, !block.patience.alive) == 0;
+      if (lane == 0) {
+        const float width = static_cast<float>(p.out_dim);
+        store_shared(block.numbers_of_row(half, r), sums[0] / width);
+        store_shared(block.numbers_of_row(half, r) + 1, sums[1] / width);
+        if (sends_q && complete) {
+          const float q = sums[2] + parameter_or(a.weights + member * p.member_bytes, p.top_bias, 0, 0.0f);
+          send_number(block.words + a.q_values + row_index(p, member, row0 + r), q, block.tag);
+        }
+      }
+    }
+    if (!block.barrier()) return false;
+    if (norm == NormPlacement::kNone) return true;
+    each_pair<kRows, Weight>(
+        a, p, member, first_tile, tiles, row0, valid, [&](const Pair& pair, int r, bool row_exists) {
+          float value[2] = {0.0f, 0.0f};
+          each_of(pair, value, [&](int v, float) {
+            const float delta = layer_norm_vjp(
+                load_global(a.workspace + p.deltas + pair.cell + v),
+                load_global(a.workspace + p.values + pair.cell + v), load_shared(norm_row(block, p, member, pair.row)),
+                load_shared(block.numbers_of_row(half, r)), load_shared(block.numbers_of_row(half, r) + 1));
+            if (norm != NormPlacement::kPost) return delta;
+            return delta * load_global(a.workspace + p.slopes + pair.cell + v);
+          });
+          if (row_exists) send_pair<Weight>(block.words + p.target + pair.operands, pair.index, value, block.tag);
+        });
+    return true;
+  });
+}
+
+}  // namespace cuda
+}  // namespace qpilots
