@@ -18,7 +18,7 @@ Function = Callable[[Tensor], Tensor]
 
 
 class Activation(NamedTuple):
-    """One row of the table; the kernels' formulas are in csrc/include/qpilots/activation.h and triton/mlp.py."""
+    """One row of the table; the kernels' formulas are in csrc/include/qpilots/activation.h and triton/activation.py."""
 
     function: Function  # as users' modules call it
     value: Function

@@ -52,10 +52,10 @@ class InterpretedGraph(RecordedGraph):
         for name, value in arguments.items():
             if isinstance(value, Tensor) and value.numel():
                 self.ranges.append((value.data_ptr(), value.nbytes, f"{kernel}: {name}"))
-        if kernel == "pack":
+        if kernel in ("pack", "fold"):
             for item in arguments["item_ptr"].tolist():
-                addresses = (item[0], *item[8:11])
-                self.ranges += [(address, 1, f"pack: item {item}") for address in addresses if address]
+                addresses = (item[0], *item[8:11]) if kernel == "pack" else item[:1]
+                self.ranges += [(address, 1, f"{kernel}: item {item}") for address in addresses if address]
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["live", "frozen"])
@@ -65,7 +65,7 @@ def test_replays_are_the_calls(steering, frozen) -> None:
     triton, spec, networks, graph = backend(), spec_of(case), networks_of(case), InterpretedGraph()
     packed = triton.pack(spec, networks) if frozen else None
     captured = triton.capture(spec, networks, len(case.obs), packed, graph)
-    assert len(graph.launches) == triton.footprint(spec, len(case.obs)).launches - frozen
+    assert len(graph.launches) == triton.footprint(spec, len(case.obs)).launches - 2 * frozen
     assert not_held(captured, graph.ranges) == []
     inputs = case.obs, case.noise, case.posterior_noise
     expected = triton.sample(Call(spec, networks, *inputs)).actions

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qpilots_fast.backends import Call
 from qpilots_fast.backends.reference import ReferenceBackend
 from qpilots_fast.backends.triton import LaunchRow, LaunchTable, Tile, TritonBackend, launcher, launches
+from qpilots_fast.backends.triton.counts import num_launches, pack_launches
 from qpilots_fast.spec import BoundNetworks, SamplerSpec
 from qpilots_fast.steering import Steering
 from qpilots_fast.testing import Case, assert_close, make_case
@@ -40,17 +41,16 @@ FLOAT32_ERROR = 2e-5
 
 
 def table(tile: Tile) -> LaunchTable:
-    kernels = ("critic", "step", "network")
     precisions = ("float32", "tf32", "bfloat16", "float16")
-    return LaunchTable(tuple(LaunchRow(kernel, precisions, (0, 0), 999, tile, "test") for kernel in kernels))
+    return LaunchTable(tuple(LaunchRow(kernel, precisions, (0, 0), tile, "test") for kernel in ("layer", "ends")))
 
 
 ONE_TILE = table(Tile(16, 64, 64, 1, 1))  # a layer of up to 64 columns in one product: the fastest here
 MANY_TILES = table(Tile(16, 16, 16, 1, 1))  # several column tiles and depth steps a layer
 
 
-def backend(rows: LaunchTable = ONE_TILE) -> TritonBackend:
-    return TritonBackend(rows, fill=float("nan"))
+def backend(rows: LaunchTable = ONE_TILE, chunk: int | None = None) -> TritonBackend:
+    return TritonBackend(rows, fill=float("nan"), chunk=chunk)
 
 
 U, M = Steering.qpilots_u(), Steering.qpilots_m(num_samples=2)
@@ -78,9 +78,15 @@ def networks_of(case: Case) -> BoundNetworks:
     return BoundNetworks(case.flow.bound(), case.critic.bound(), case.posterior.bound())
 
 
-def check(case: Case, rows: LaunchTable = ONE_TILE, precision: str = "float32", alpha: Tensor | None = None) -> None:
+def check(
+    case: Case,
+    rows: LaunchTable = ONE_TILE,
+    precision: str = "float32",
+    alpha: Tensor | None = None,
+    chunk: int | None = None,
+) -> None:
     spec, networks = spec_of(case, precision), networks_of(case)
-    got = backend(rows).sample(
+    got = backend(rows, chunk).sample(
         Call(spec, networks, case.obs, case.noise, case.posterior_noise, alpha, return_info=True)
     )
     exact = case.double()
@@ -200,7 +206,8 @@ def test_gate_and_strength_of_each_row(steering: Steering) -> None:
 def test_unsteered_steps_between_steered_ones(steering: Steering, weights: tuple[float, ...]) -> None:
     case = small(replace(steering, step_weights=weights), num_steps=6)
     check(case)
-    assert len(backend().plan(spec_of(case), torch.device("cpu")).step_launches()) == 3
+    plan = backend().plan(spec_of(case), torch.device("cpu"))
+    assert num_launches(plan, 3)["combine"] == 2  # the critics are asked where the weight is not 0
 
 
 @pytest.mark.parametrize("steering", [replace(U, clip="masked"), M, GLASS], ids=["u", "m", "glass"])
@@ -210,12 +217,10 @@ def test_bounds_of_each_dimension_and_a_free_time_grid(steering: Steering) -> No
 
 
 @pytest.mark.parametrize("steering", [U, M, GLASS], ids=["u", "m", "glass"])
-def test_more_tiles_than_programs(steering: Steering) -> None:
-    """The scratch then holds another tile's activations, and pull-backs recompute their forward."""
+def test_rows_in_chunks(steering: Steering) -> None:
+    """Two whole chunks of two row blocks, and a last one of a few rows."""
     case = small(steering, batch_size=37, hidden_dims=(9,), num_critics=1, num_steps=3)
-    plan = backend().plan(spec_of(case), torch.device("cpu"))
-    assert plan.grid(37).recompute
-    check(case)
+    check(case, alpha=torch.rand(37), chunk=17)
 
 
 def test_more_draws_than_a_tile_has_rows() -> None:
@@ -307,7 +312,7 @@ class Allocations(TorchDispatchMode):
 
 @pytest.mark.parametrize("steering", [U, M, GLASS, Steering.qgf(0.1)], ids=["u", "m", "glass", "qgf"])
 def test_launches_and_allocations_of_a_call(steering: Steering, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most 2K + 2 launches, weights packed anew included; the second call allocates the result alone."""
+    """As counted, weights packed anew included; the second call allocates the result alone."""
     case = small(steering, hidden_dims=(9,), num_critics=1, num_steps=3, batch_size=2)
     triton, spec, nets = backend(), spec_of(case), networks_of(case)
     args = (spec, nets, case.obs, case.noise, case.posterior_noise)
@@ -316,9 +321,8 @@ def test_launches_and_allocations_of_a_call(steering: Steering, monkeypatch: pyt
     launches.reset()
     with Allocations(monkeypatch) as made:
         second = triton.sample(Call(*args)).actions
-    steered = 3 if steering.steer_first_step else 2
-    assert launches.by_name == {"pack": 1, "critic": steered, "step": steered + 1}
-    assert launches.total <= 2 * case.num_steps + 2
+    plan = triton.plan(spec, torch.device("cpu"))
+    assert launches.by_name == num_launches(plan, 2) + pack_launches(plan)
     assert launches.total == triton.footprint(spec, 2).launches
     assert made.shapes == [list(case.noise.shape)]
     assert [id(w) for w in triton._workspaces.values()] == [id(w) for w in spaces]
@@ -421,5 +425,6 @@ def test_gpu_checks_cover_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(check, name, value)
     launches.reset()
     results = [f for c in (check.check_samplers, check.check_networks) for f in c("triton", "float32", "cpu")]
-    assert set(launches.by_name) == {"pack", "critic", "step", "network"}
+    products = {"layer", "output", "delta", "input_gradient"}
+    assert set(launches.by_name) == {"pack", "fold", "combine", "update", *products}
     assert results and all(result.compared.passed for result in results)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -23,42 +24,44 @@ triton_interpreter.install()
 
 TILE = Tile(16, 16, 16, 1, 1)
 TIMES = (0.0, 0.25, 0.9)
+SUMS = dict(atol=1e-5, rtol=1e-5)  # of up to 70 products in float32
 
 
-def expected_vectors(network: BoundNetwork, layout: NetworkLayout) -> Tensor:
-    """[E, L 3 H_PAD + OUT_ROWS]: bias, LayerNorm weight (1 where there is none) and bias of each layer."""
+def expected(network: BoundNetwork, layout: NetworkLayout) -> tuple[Tensor, Tensor]:
+    """Weights [E, L H_PAD + OUT_PAD, LD] and vectors [E, ...] as layers.py describes them, in float64."""
     spec, width = network.spec, layout.hidden_pad
-    out = torch.zeros(spec.num_members, layout.member_vectors)
-    for index, layer in enumerate(network.layers):
-        for offset, values in enumerate((layer.bias, layer.norm_weight, layer.norm_bias)):
-            start = (3 * index + offset) * width
-            size = spec.layer_dims[index][1]
-            if index < len(spec.hidden_dims) and offset == 1:
-                out[:, start : start + size] = 1
-            for member, value in enumerate(values or ()):
-                out[member, start : start + size] = value.detach().float()
-    return out
-
-
-def expected_weights(network: BoundNetwork, layout: NetworkLayout) -> Tensor:
-    """[E, L H_PAD + OUT_ROWS, LD]."""
-    spec = network.spec
-    out = torch.zeros(spec.num_members, layout.depth * layout.hidden_pad + layout.out_rows, layout.leading_dim)
-    for member in range(spec.num_members):
-        for index, layer in enumerate(network.layers):
-            weight, start = layer.weight[member].detach().float(), index * layout.hidden_pad
-            rows = slice(start, start + weight.shape[0])
-            if index > 0:
-                out[member, rows, : weight.shape[1]] = weight
-                continue
+    weights = torch.zeros(spec.num_members, layout.member_weights // layout.leading_dim, layout.leading_dim).double()
+    vectors = torch.zeros(spec.num_members, layout.member_vectors).double()
+    for member, (index, layer) in product(range(spec.num_members), enumerate(network.layers)):
+        weight, bias = layer.weight[member].detach().double(), layer.bias and layer.bias[member].detach().double()
+        first_row, own, step = index * width, layout.vector_start(index), layout.vector_step(index)
+        rows = slice(first_row, first_row + len(weight))
+        c = torch.zeros(len(weight)).double() if bias is None else bias
+        if index == 0:
             for block, column in layout.columns:
                 part = weight[:, spec.block_slices[block]]
-                out[member, rows, column : column + part.shape[1]] = part
-    return out
+                weights[member, rows, column : column + part.shape[1]] = part
+        else:
+            below = network.layers[index - 1]
+            if spec.layer_norm[index - 1] == "post":
+                gain = below.norm_weight[member].detach().double() if below.norm_weight else 1.0
+                c = c + (weight @ below.norm_bias[member].detach().double() if below.norm_bias else 0.0)
+                vectors[member, own + step : own + step + len(weight)] = (weight * gain).sum(1)
+                weight = weight * gain if layout.fold else weight
+            weights[member, rows, : weight.shape[1]] = weight
+        vectors[member, own : own + len(c)] = c
+        if index < layout.depth:
+            for offset, values in ((2, layer.norm_weight), (3, layer.norm_bias)):
+                place = slice(own + offset * step, own + offset * step + len(weight))
+                vectors[member, place] = values[member].detach().double() if values else float(offset == 2)
+    return weights, vectors
 
 
-def packed(network: BoundNetwork, times: tuple[float, ...], precision: str = "float32") -> PackedNetwork:
-    buffers = PackedBuffers([NetworkLayout(network.spec, TILE, times)], precision, torch.device("cpu"))
+def packed(
+    network: BoundNetwork, times: tuple[float, ...], precision: str = "float32", fold: bool = True
+) -> PackedNetwork:
+    layout = NetworkLayout(network.spec, TILE, TILE, times, fold=fold)
+    buffers = PackedBuffers([layout], precision, torch.device("cpu"))
     buffers.pack([network])
     return buffers.networks[0]
 
@@ -87,12 +90,23 @@ def test_every_parameter_is_in_its_place(kind: str, hidden: tuple[int, ...], dty
         time_embedding="fourier",
     )  # fmt: skip
     network = getattr(case, kind).bound()
-    for given in (network, scattered(network, dtype)):
-        got = packed(given, ())
-        layout = got.layout
-        assert torch.equal(got.weights.view(expected_weights(given, layout).shape), expected_weights(given, layout))
-        vectors = expected_vectors(given, layout)
-        assert torch.equal(got.vectors[: vectors.numel()].view(vectors.shape), vectors)
+    bare = replace(network, layers=tuple(replace(n, bias=None, norm_bias=None) for n in network.layers))
+    for given, fold in product((network, scattered(network, dtype), bare), (True, False)):
+        got = packed(given, (), fold=fold)
+        weights, vectors = expected(given, got.layout)
+        torch.testing.assert_close(got.weights.view(weights.shape).double(), weights, atol=0, rtol=1e-7)
+        torch.testing.assert_close(got.vectors[: vectors.numel()].view(vectors.shape).double(), vectors, **SUMS)
+
+
+def test_packing_again_changes_nothing() -> None:
+    case = make_case(batch_size=1, hidden_dims=(40, 20))
+    network = case.critic.bound()
+    bare = replace(network, layers=tuple(replace(n, bias=None) for n in network.layers))
+    buffers = PackedBuffers([NetworkLayout(network.spec, TILE, TILE)], "float32", torch.device("cpu"))
+    buffers.pack([bare])
+    before = buffers.vectors.clone()
+    buffers.pack([bare])
+    assert torch.equal(buffers.vectors, before)
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -115,6 +129,11 @@ def test_time_columns_are_folded_into_a_bias_for_each_time(biased: bool) -> None
 def test_operands_are_rounded_and_vectors_are_not() -> None:
     network = make_case(batch_size=1, hidden_dims=(40,)).critic.bound()
     got = packed(network, (), "bfloat16")
-    expected = expected_weights(network, got.layout)
-    assert torch.equal(got.weights.view(expected.shape), expected.bfloat16())
+    weights, _ = expected(network, got.layout)
+    # the gain is multiplied in float32, which may round its product to the other side
+    torch.testing.assert_close(got.weights.view(weights.shape).double(), weights, atol=0, rtol=2**-8)
+    of_output = got.layout.vector_start(1)
+    rounded = got.weights.view(weights.shape)[:, got.layout.hidden_pad].double().sum(1)
+    u = got.vectors[: got.layout.spec.num_members * got.layout.member_vectors].view(len(weights), -1)
+    torch.testing.assert_close(u[:, of_output + got.layout.out_pad].double(), rounded, **SUMS)
     assert got.vectors.dtype == torch.float32

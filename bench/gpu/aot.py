@@ -1,4 +1,4 @@
-"""Compiles the shipped launch configurations for a GPU that need not be here."""
+"""Compiles the shipped launches for a GPU that need not be here."""
 
 from __future__ import annotations
 
@@ -8,72 +8,69 @@ from typing import Any
 
 import torch
 
-from qpilots_fast.backends.triton.launch_table import LaunchTable, Tile, dot_mode
+from qpilots_fast.backends.triton.counts import programs
+from qpilots_fast.backends.triton.evaluation import Evaluation, Given, Launch, Scratch, Tape
+from qpilots_fast.backends.triton.launch_table import LaunchTable, dot_mode
 from qpilots_fast.backends.triton.launcher import kernel_of
-from qpilots_fast.backends.triton.packing import NetworkLayout, launch_constants, pack_options
+from qpilots_fast.backends.triton.packing import OPERAND_DTYPES, PackedBuffers, network_layout, pack_options
 from qpilots_fast.backends.triton.plan import SamplerPlan
 from qpilots_fast.spec import NetworkSpec, SamplerSpec
 from qpilots_fast.steering import Steering
 
-_OPERAND = {"float32": "*fp32", "tf32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+_META = torch.device("meta")
 _POINTERS = {
-    "layer_ptr": "*i32", "flow_layer_ptr": "*i32", "posterior_layer_ptr": "*i32", "item_ptr": "*i64",
-    "block_ptr": "*i64", "nonfinite_ptr": "*i8", "gated_ptr": "*i8",
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8", torch.int64: "*i64",
 }  # fmt: skip
-_OPERAND_POINTERS = {"w_ptr", "h_ptr", "z_ptr", "flow_w_ptr", "posterior_w_ptr", "weights_ptr"}
-_INTEGERS = {"num_rows", "num_draws", "num_tiles", "rows_per_tile", "step", "flow_begin", "flow_end", "plain_end"}
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+_PRODUCTS = ("layer", "output", "delta", "input_gradient")
 
 
 @dataclass(frozen=True)
 class KernelCase:
-    """One launch configuration.
+    """One launch to compile.
 
     Args:
-        kernel: "pack", "critic", "step" or "network".
-        label: what runs, for people.
-        precision: of the operands.
-        arguments: constexpr arguments with num_warps and num_stages.
-        quick: whether CI compiles it.
-        multiplies: whether it has matrix products.
+        label: what runs, for people. precision: of the operands. quick: whether CI compiles it.
     """
 
-    kernel: str
+    launch: Launch
     label: str
     precision: str
-    arguments: dict[str, Any]
     quick: bool = False
-    multiplies: bool = True
+
+    @property
+    def kernel(self) -> str:
+        return self.launch.name
 
     @property
     def needs_tensor_cores(self) -> bool:
-        return self.multiplies and self.precision != "float32"
+        return self.kernel in _PRODUCTS and self.precision != "float32" and self.launch.arguments.get("TOP") != "ones"
 
 
-def compile_case(case: KernelCase, sm: int) -> Any:
+def compile_launch(launch: Launch, sm: int) -> Any:
     """The compiled kernel of Triton for compute capability sm (as 10 major + minor); no GPU needed."""
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = kernel_of(case.kernel)
-    options = {k: case.arguments[k] for k in ("num_warps", "num_stages", "maxnreg") if k in case.arguments}
-    constants = {k: v for k, v in case.arguments.items() if k not in options}
-    for key, value in constants.items():
-        if isinstance(value, torch.dtype):
-            constants[key] = getattr(tl, str(value).removeprefix("torch."))
+    kernel = kernel_of(launch.name)
+    options = {name: launch.arguments[name] for name in _OPTIONS if name in launch.arguments}
     signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
+    for index, parameter in enumerate(kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            dtype = isinstance(value, torch.dtype)
+            constants[name] = getattr(tl, str(value).removeprefix("torch.")) if dtype else value
             signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            operand = _OPERAND[case.precision] if name in _OPERAND_POINTERS else "*fp32"
-            signature[name] = _POINTERS.get(name, operand)
-            if not kernel.params[index].do_not_specialize_on_alignment:
+        elif isinstance(value, (torch.Tensor, Given)) and name.endswith("_ptr"):
+            signature[name] = "*fp32" if isinstance(value, Given) else _POINTERS[value.dtype]
+            if not parameter.do_not_specialize_on_alignment:
                 attributes[(index,)] = [["tt.divisibility", 16]]  # the backend's own tensors are aligned
         else:
-            signature[name] = "i32" if name in _INTEGERS else "fp32"
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", sm, 32), options=options
     )
@@ -92,65 +89,81 @@ def _networks(
 
 
 def cases(sm: int, precisions: tuple[str, ...] = ("bfloat16", "float16", "tf32", "float32")) -> Iterator[KernelCase]:
-    """Every kernel with every shipped tile at the paper's sizes and beyond."""
+    """Every kernel that the paper's sizes and some beyond launch, for few rows and for many, each compiled once."""
     paper, wide = _networks(40, 25, 512, 10, "post"), _networks(40, 25, 1024, 10, "post")
     qgf = _networks(28, 5, 512, 2, "pre", ("pre", "pre", "pre", None))
+    mixed = _networks(28, 5, 512, 2, "post", ("post", "pre", "post", None))
     u, m = Steering.qpilots_u(), Steering.qpilots_m()
     glass, gaf = replace(m, estimate="glass"), Steering.gaf()
     samplers = [
-        ("U, paper", paper, u, True),
-        ("M, paper", paper, m, True),
-        ("glass, paper", paper, glass, False),
-        ("GAF, paper", paper, gaf, False),
-        ("QGF, norms mixed", qgf, Steering.qgf(0.1), True),
+        ("U", paper, u, True),
+        ("M", paper, m, True),
+        ("glass", paper, glass, False),
+        ("GAF", paper, gaf, False),
+        ("QGF", qgf, Steering.qgf(0.1), True),
         ("QGF-Jacobian", qgf, Steering.qgf(0.1, jacobian="full"), False),
+        ("norms mixed", mixed, u, False),
         ("U, 4x1024", wide, u, False),
-        ("M, 4x1024", wide, m, False),
         ("U, 32-step chunk", _networks(40, 224, 512, 10, "post"), u, False),
     ]
     for precision in precisions:
         half = precision == "bfloat16"
-        yield KernelCase(
-            "pack",
-            "all parameters",
-            precision,
-            dict(SOURCE=torch.float32, **pack_options()),
-            half,
-            False,
-        )
+        for kernel, scale in (("pack", False), ("fold", True), ("fold", False)):
+            yield KernelCase(_pack_launch(kernel, precision, scale), "all parameters", precision, half)
+        seen: set[Any] = set()
         for label, nets, steering, quick in samplers:
+            if not (half or quick):
+                continue  # the other precisions differ in operands and tiles, not in what surrounds the products
             posterior = nets["posterior"] if steering.estimate == "mfm" else None
-            spec = SamplerSpec(nets["flow"], nets["critic"], posterior, steering, 10, precision)
-            for case in _sampler_cases(spec, sm, label, quick):
-                # the other precisions differ in operands and tiles, not in what surrounds the products
-                if half or case.quick:
-                    yield replace(case, quick=case.quick and half)
-        for vjp in (False, True):
-            yield _network_case(paper["critic"], sm, precision, vjp, half and vjp)
+            spec = SamplerSpec(nets["flow"], nets["critic"], posterior, steering, 3, precision)
+            for rows in dict.fromkeys((64, 4096)):
+                plan = SamplerPlan(spec, _META, LaunchTable(), sm=sm)
+                launches = [launch for _, program in programs(plan, rows) for launch in program]
+                yield from _new(launches, f"{label}, B = {rows}", precision, quick and half, seen)
+        for pull in (False, True):
+            launches = _single(paper["critic"], sm, precision, pull)
+            yield from _new(launches, "one network", precision, False, seen)
 
 
-def _sampler_cases(spec: SamplerSpec, sm: int, label: str, quick: bool) -> Iterator[KernelCase]:
-    plan = SamplerPlan(spec, torch.device("cpu"), LaunchTable(), sms=100, sm=sm)
-    yield KernelCase("critic", label, spec.precision, plan.critic_arguments(), quick)
-    pulls_back = spec.steering.estimate != "noisy" and spec.steering.jacobian == "full"
-    one_estimate = not spec.steering.uses_posterior
-    first, following, *_, last = plan.step_launches()
-    step = {
-        "first": (plan.step_arguments(first, False), quick and one_estimate and pulls_back, True),
-        "next": (plan.step_arguments(following, False), quick, True),
-        "last": (plan.step_arguments(last, False), False, pulls_back),
-    }
-    if pulls_back and spec.steering.estimate != "glass":
-        step["next, many tiles"] = (plan.step_arguments(following, True), quick and one_estimate, True)
-    for when, (arguments, in_ci, multiplies) in step.items():
-        yield KernelCase("step", f"{label}: {when}", spec.precision, arguments, in_ci, multiplies)
+def _new(launches: list[Launch], label: str, precision: str, quick: bool, seen: set[Any]) -> Iterator[KernelCase]:
+    """Those that are compiled anew."""
+    for launch in launches:
+        kernel = kernel_of(launch.name)
+        names = [parameter.name for parameter in kernel.params if parameter.is_constexpr]
+        key = (launch.name, *(launch.arguments.get(name) for name in (*names, *_OPTIONS)))
+        if key not in seen:
+            seen.add(key)
+            yield KernelCase(launch, f"{label}: {_what(launch)}", precision, quick)
 
 
-def _network_case(spec: NetworkSpec, sm: int, precision: str, vjp: bool, quick: bool) -> KernelCase:
-    tile: Tile = LaunchTable().tile("network", precision, sm, 16)
-    layout = NetworkLayout(spec, tile, folded=False)
-    arguments = dict(
-        IN_DIM=spec.input_dim, OUT_DIM=spec.output_dim, OUT_PAD=layout.out_pad, VJP=vjp, LDH=layout.h_width,
-        OUT_ROWS=layout.out_rows, DOT=dot_mode(precision, sm), **tile.options(), **launch_constants(layout),
-    )  # fmt: skip
-    return KernelCase("network", "vjp" if vjp else "forward", precision, arguments, quick)
+def _what(launch: Launch) -> str:
+    args = launch.arguments
+    words = {
+        "layer": ("first " * args.get("FIRST", False), args.get("BELOW_NORM"), " to ", args.get("NORM")),
+        "delta": (args.get("ABOVE_NORM"), " to ", args.get("NORM"), ", top " * (args.get("TOP") != "none")),
+    }.get(launch.name, ("",))
+    return f"{''.join(map(str, words))} {args.get('BLOCK_B')} rows".strip()
+
+
+def _pack_launch(kernel: str, precision: str, scale: bool) -> Launch:
+    table, vectors = torch.empty(1, dtype=torch.int64, device=_META), torch.empty(1, device=_META)
+    weights = torch.empty(1, dtype=OPERAND_DTYPES[precision], device=_META)
+    pointers = dict(item_ptr=table, block_ptr=table, weights_ptr=weights, vectors_ptr=vectors)
+    return Launch(kernel, (1,), {**pointers, **pack_options(kernel, torch.float32, scale)})
+
+
+def _single(spec: NetworkSpec, sm: int, precision: str, pull: bool) -> list[Launch]:
+    """Launches of `forward` or `vjp` of one network on 64 rows."""
+    layout = network_layout(spec, precision, LaunchTable(), sm, split=False)
+    operand = OPERAND_DTYPES[precision]
+    packed = PackedBuffers([layout], precision, _META).networks[0]
+
+    def make(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=_META)
+
+    out = make(spec.num_members, 64, spec.output_dim)
+    tape, scratch = Tape(layout, 64, operand, make), Scratch([layout], [64], operand, make)
+    run = Evaluation(packed, tape, scratch, out, 64, 1, dot_mode(precision, sm))
+    if not pull:
+        return list(run.forward(make(64, spec.input_dim)))
+    return list(run.pull_back(out, make(spec.num_members, 64, spec.input_dim), 0, spec.input_dim, 64))

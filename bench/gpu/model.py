@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qpilots_fast.backends.cuda.counts import count_call_exchanges, counted_program, phase_counts
-from qpilots_fast.backends.triton.counts import call_counts, hbm_bytes, workspace_bytes
+from qpilots_fast.backends.triton.counts import call_counts, hbm_bytes, pack_launches, workspace_bytes
 from qpilots_fast.backends.triton.launch_table import LaunchTable
 from qpilots_fast.backends.triton.plan import SamplerPlan
 from qpilots_fast.spec import SamplerSpec
@@ -93,7 +93,7 @@ def sampler_spec(workload: Workload, precision: str) -> SamplerSpec:
 
 def sampler_plan(workload: Workload, precision: str, device: Device) -> SamplerPlan:
     spec = sampler_spec(workload, precision)
-    return SamplerPlan(spec, torch.device("cpu"), LaunchTable(), sms=device.multiprocessors, sm=max(80, device.sm))
+    return SamplerPlan(spec, torch.device("cpu"), LaunchTable(), sm=max(80, device.sm))
 
 
 def _table(header: str, rows: list[tuple[str, ...]]) -> str:
@@ -109,8 +109,9 @@ def counts_table(names: tuple[str, ...], batches: tuple[int, ...], precision: st
             workload = make_workload(CASES["paper"], name, batch)
             plan = sampler_plan(workload, precision, DEVICES[0])
             ours = call_counts(plan, batch)
-            row = [name, str(batch), str(len(ours) + 1), f"{sum(c.flops for c in ours) / 1e9:.0f}"]
-            row += [f"{sum(c.l2_bytes for c in ours) / 1e9:.2f}", f"{hbm_bytes(plan, batch) / 1e6:.0f}"]
+            launches = sum(c.visits for c in ours) + pack_launches(plan).total()
+            row = [name, str(batch), str(launches), f"{sum(c.visits * c.flops for c in ours) / 1e9:.0f}"]
+            row += [f"{sum(c.visits * c.l2_bytes for c in ours) / 1e9:.2f}", f"{hbm_bytes(plan, batch) / 1e6:.0f}"]
             row += [f"{workspace_bytes(plan, batch) / 2**20:.0f}"]
             if batch <= 256:  # larger ones scale with the batch, and would take minutes here
                 eager = eager_counts(workload, precision)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from qpilots_fast.backends.cuda.counts import count_call_exchanges, phase_counts
 from qpilots_fast.backends.cuda.plan import Program
 from qpilots_fast.backends.triton.counts import call_counts, hbm_bytes
-from qpilots_fast.backends.triton.packing import OPERAND_DTYPES
 from qpilots_fast.backends.triton.plan import SamplerPlan
 
 
@@ -28,7 +27,7 @@ class Device:
     hbm_bytes_per_s: float
     l2_bytes_per_s: float
     l2_bytes: int
-    launch_s: float = 1.5e-6
+    launch_s: float = 1.4e-6
 
 
 DEVICES = (
@@ -48,27 +47,21 @@ DEVICES = (
 
 
 def triton_seconds(plan: SamplerPlan, batch_size: int, device: Device) -> float:
-    """Roofline of the launches one after another: the slowest of flops, L2 and HBM, plus launch gaps.
+    """The launches one after another, each the slowest of flops and L2 bytes, plus the gap between two launches.
 
-    A launch with fewer tiles than multiprocessors gets its share of the flops, and at most 64 bytes a clock from L2
-    for each of its programs. Weights that do not fit L2 cross HBM again at every launch. Latencies and imperfect
-    overlap are left out: a lower bound.
+    A launch with fewer programs than multiprocessors gets their share of the flops, and at most 64 bytes a clock from
+    L2 for each of its programs. Weights that do not fit L2 cross HBM again at every step of the schedule. Latencies and
+    imperfect overlap are left out: a lower bound.
     """
-    precision = plan.spec.precision
-    weights = {
-        "critic": plan.critic_layout.num_weights if plan.critic_layout else 0,
-        "step": sum(n.num_weights for n in plan.step_layouts()),
-    }
-    packed = sum(weights.values()) * OPERAND_DTYPES[precision].itemsize
-    total = 0.0
+    precision, weights = plan.spec.precision, sum(n.num_weights for n in plan.packed_layouts)
+    total = hbm_bytes(plan, batch_size) / device.hbm_bytes_per_s
+    if weights * plan.operand.itemsize > device.l2_bytes:
+        total *= plan.spec.num_steps
     for launch in call_counts(plan, batch_size):
-        share = min(launch.tiles / launch.waves, device.multiprocessors) / device.multiprocessors
-        l2 = min(device.l2_bytes_per_s, 64 * device.clock_hz * min(launch.programs, device.multiprocessors))
-        hbm = weights[launch.name] * OPERAND_DTYPES[precision].itemsize if packed > device.l2_bytes else 0
-        total += device.launch_s + max(
-            launch.flops / (device.flops[precision] * share), launch.l2_bytes / l2, hbm / device.hbm_bytes_per_s
-        )
-    return max(total, hbm_bytes(plan, batch_size) / device.hbm_bytes_per_s)
+        share = min(launch.programs / device.multiprocessors, 1.0)
+        flops, l2 = device.flops[precision] * share, min(device.l2_bytes_per_s, 64 * device.clock_hz * launch.programs)
+        total += launch.visits * (device.launch_s + max(launch.flops / flops, launch.l2_bytes / l2))
+    return total
 
 
 def cuda_seconds(program: Program, device: Device, exchange_s: float, local_s: float) -> float:

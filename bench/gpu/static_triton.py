@@ -136,11 +136,11 @@ def failures(machine: Machine, kernel: Kernel, limits: DeviceLimits) -> list[str
 
 def triton_kernels(sm: int, quick: bool, precisions: tuple[str, ...]) -> Iterator[Kernel]:
     """The Triton backend's kernels."""
-    from .aot import KernelCase, cases, compile_case
+    from .aot import KernelCase, cases, compile_launch
 
     def builder(case: KernelCase) -> Callable[[], tuple[bytes, int, int]]:
         def build() -> tuple[bytes, int, int]:
-            compiled = compile_case(case, sm)
+            compiled = compile_launch(case.launch, sm)
             return compiled.asm["cubin"], compiled.metadata.shared, compiled.metadata.num_warps
 
         return build

@@ -26,10 +26,10 @@ _ROUNDS = 30
 
 
 def candidates(kernel: str, precision: str) -> list[Tile]:
-    """Tiles worth a measurement: every one keeps three stages of operands under 99 KiB."""
-    rows = (64, 128) if kernel == "critic" else (16, 32, 64)
+    """Tiles worth a measurement: every one keeps its stages of operands under 99 KiB."""
+    rows = (64, 128) if kernel == "layer" else (16, 32, 64)
     wide = precision in ("bfloat16", "float16")
-    columns = (128, 256) if wide else (64, 128)
+    columns = (64, 128, 256) if kernel == "layer" else (16,)  # of the ends, the network's own
     depths = (32, 64) if wide else (16, 32)
     found = []
     for block_b, block_n, block_k, warps, stages in product(rows, columns, depths, (4, 8), (2, 3, 4)):
@@ -61,7 +61,7 @@ def measure(
 
 
 def tune(precision: str, batch_size: int, rows: list[LaunchRow]) -> LaunchRow | None:
-    """The fastest critic tile, then the fastest step tile, at the paper's sizes; appends to rows."""
+    """The fastest tile of the hidden layers, then of the ends, at the paper's sizes; appends to rows."""
     device = torch.device("cuda")
     case = make_case(
         Steering.qpilots_u(), batch_size=batch_size, obs_dim=40, action_dim=25, num_critics=10, hidden_dims=(512,) * 4
@@ -70,11 +70,11 @@ def tune(precision: str, batch_size: int, rows: list[LaunchRow]) -> LaunchRow | 
     networks = BoundNetworks(case.flow.bound(), case.critic.bound())
     inputs = (case.obs, case.noise, None)
     sm, chosen = capability(device), None
-    for kernel in ("critic", "step"):
+    for kernel in ("layer", "ends"):
         shipped, wanted = measure(TritonBackend(LaunchTable(tuple(rows))), spec, networks, inputs)
         best, best_tile = shipped, None
         for tile in candidates(kernel, precision):
-            row = LaunchRow(kernel, (precision,), (sm, sm), 64, tile, "candidate")
+            row = LaunchRow(kernel, (precision,), (sm, sm), tile, "candidate")
             try:
                 took, actions = measure(TritonBackend(LaunchTable((row, *rows))), spec, networks, inputs)
             except Exception as error:  # a tile that this Triton or GPU cannot run is simply not chosen
@@ -87,7 +87,7 @@ def tune(precision: str, batch_size: int, rows: list[LaunchRow]) -> LaunchRow | 
         if best_tile is not None:
             name = torch.cuda.get_device_name(device)
             reason = f"measured on {name}: a call at B={batch_size} takes {best:.3f} ms, {shipped:.3f} ms before."
-            chosen = LaunchRow(kernel, (precision,), (sm, sm), 64, best_tile, reason)
+            chosen = LaunchRow(kernel, (precision,), (sm, sm), best_tile, reason)
             rows.insert(0, chosen)
     return chosen
 

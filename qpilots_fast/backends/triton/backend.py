@@ -1,4 +1,4 @@
-"""The Triton backend: 2 launches a steered step, no host synchronisation, no allocation but the result."""
+"""The Triton backend: one launch a layer, no host synchronisation, no allocation but the result."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from ..base import Backend, Call, Footprint, Graph, Slots
 from ..caches import Cache
 from ..captured import CapturedSampler, CudaGraph, capturing, refuse_while_capturing
 from ..quick import QuickDeviceCall
+from .evaluation import Evaluation, Scratch, Tape
 from .launch_table import MAX_ACTION_PAD, LaunchTable, default_table, dot_mode
 from .launcher import launch
-from .packing import OPERAND_DTYPES, NetworkLayout, PackedBuffers, launch_constants, padded_width, parameter_addresses
-from .plan import SamplerPlan, Workspace, capability, multiprocessors
+from .packing import OPERAND_DTYPES, PackedBuffers, network_layout, padded_width, parameter_addresses, round_up
+from .plan import SamplerPlan, Workspace, capability, network_chunk
 
 OLDEST_TRITON = (3, 2)
 _NOT_READY = "this sampler has not run at this batch size yet, or not since its last capture"
@@ -59,6 +60,7 @@ class TritonBackend(Backend):
     Args:
         table: launch rows that precede the built-in ones; None takes those that `tune` wrote, if any.
         fill: value that fresh workspaces are filled with (tests pass NaN).
+        chunk: rows that go through a call's steps together; None: as many as plan.PLANE_BYTES allows.
     """
 
     name = "triton"
@@ -66,8 +68,8 @@ class TritonBackend(Backend):
     quick_by_batch_size = True
     keeps = f"the workspaces and plans of the {_KEPT} latest (sampler, batch size) pairs"
 
-    def __init__(self, table: LaunchTable | None = None, fill: float | None = None) -> None:
-        self._table, self._fill = table, fill
+    def __init__(self, table: LaunchTable | None = None, fill: float | None = None, chunk: int | None = None) -> None:
+        self._table, self._fill, self._chunk = table, fill, chunk
         self._lock = threading.RLock()  # launches of two threads on one stream must not interleave in a workspace
         self._plans, self._workspaces, self._live, self._single = (Cache(_KEPT) for _ in range(4))
         self._captured: list[Any] = []  # owned by someone's CUDA graph: never reused, never freed
@@ -100,7 +102,7 @@ class TritonBackend(Backend):
             return f"precision {spec.precision!r} is not one of {', '.join(self.precisions)}"
         steering = spec.steering
         if steering.steers and steering.q_scale == "batch_std":
-            return "q_scale='batch_std' couples all rows, which two launches a step without a grid barrier cannot do"
+            return "q_scale='batch_std' couples all rows, which a call does in chunks"
         if padded_width(spec.flow.action_dim) > MAX_ACTION_PAD:
             return f"action_dim is {spec.flow.action_dim}; expected at most {MAX_ACTION_PAD}"
         if not all(n.hidden_dims for n in spec.networks.values()):
@@ -124,7 +126,7 @@ class TritonBackend(Backend):
     def plan(self, spec: SamplerSpec, device: torch.device) -> SamplerPlan:
         def make() -> SamplerPlan:
             refuse_while_capturing(device, _NOT_READY)
-            return SamplerPlan(spec, device, self.table)
+            return SamplerPlan(spec, device, self.table, chunk=self._chunk)
 
         return self._plans.obtain((spec, device), make)
 
@@ -132,7 +134,7 @@ class TritonBackend(Backend):
         bound = spec.taking_part(networks)
         device = networks.flow.device
         with _on(device):
-            buffers = PackedBuffers(self.plan(spec, device).layouts, spec.precision, device)
+            buffers = PackedBuffers(self.plan(spec, device).packed_layouts, spec.precision, device)
             buffers.pack(bound)
         return PackedSampler(spec, buffers)
 
@@ -148,7 +150,9 @@ class TritonBackend(Backend):
             if call.packed is None:
                 bound = spec.taking_part(call.networks)
                 key = (device, spec, parameter_addresses(bound))
-                buffers = self._obtain(self._live, key, lambda: PackedBuffers(plan.layouts, spec.precision, device))
+                buffers = self._obtain(
+                    self._live, key, lambda: PackedBuffers(plan.packed_layouts, spec.precision, device)
+                )
                 buffers.pack(bound)
             else:
                 buffers = call.packed.buffers
@@ -196,7 +200,7 @@ class TritonBackend(Backend):
             plan = self.plan(spec, device)
             plan.check_size(batch_size)
             workspace = plan.workspace(batch_size, self._fill)
-            buffers = PackedBuffers(plan.layouts, spec.precision, device) if packed is None else packed.buffers
+            buffers = PackedBuffers(plan.packed_layouts, spec.precision, device) if packed is None else packed.buffers
 
         def enqueue(call: Call) -> tuple[Tensor, Any]:
             if packed is None:
@@ -210,10 +214,18 @@ class TritonBackend(Backend):
     # ------------------------------------------------------------ single networks
 
     def prepare(self, network: BoundNetwork, precision: str) -> PreparedNetwork:
-        weight = network.layers[0].weight[0]
-        with _on(weight.device):
-            layout = self._single_layout(network, precision, weight.device)
-            buffers = PackedBuffers([layout], precision, weight.device)
+        device = network.device
+        reason = self._device_refusal(device)
+        if reason is None and precision not in self.precisions:
+            reason = f"precision {precision!r} is not one of {', '.join(self.precisions)}"
+        spec = network.spec
+        if reason is None and (padded_width(spec.output_dim) > MAX_ACTION_PAD or not spec.hidden_dims):
+            reason = f"output_dim is {spec.output_dim} with {len(spec.hidden_dims)} hidden layers"
+        if reason is not None:
+            raise BackendUnavailable(f"backend 'triton' cannot run this network: {reason}.")
+        with _on(device):
+            layout = network_layout(spec, precision, self.table, capability(device), split=False)
+            buffers = PackedBuffers([layout], precision, device)
             buffers.pack([network])
         return PreparedNetwork(network, precision, buffers)
 
@@ -223,52 +235,49 @@ class TritonBackend(Backend):
     def vjp(self, network: Any, blocks: Sequence[Tensor], cotangent: Tensor, precision: str) -> Tensor:
         return self._run_network(network, blocks, cotangent, precision).sum(0)
 
-    def _single_layout(self, network: BoundNetwork, precision: str, device: torch.device) -> NetworkLayout:
-        reason = self._device_refusal(device)
-        pad = padded_width(network.spec.output_dim)
-        if reason is None and precision not in self.precisions:
-            reason = f"precision {precision!r} is not one of {', '.join(self.precisions)}"
-        if reason is None and (pad > MAX_ACTION_PAD or not network.spec.hidden_dims):
-            reason = f"output_dim is {network.spec.output_dim} with {len(network.spec.hidden_dims)} hidden layers"
-        if reason is not None:
-            raise BackendUnavailable(f"backend 'triton' cannot run this network: {reason}.")
-        tile = self.table.tile("network", precision, capability(device), pad)
-        return NetworkLayout(network.spec, tile.narrowed(max(network.spec.hidden_dims)), folded=False)
-
     @torch.no_grad()
     def _run_network(self, network: Any, blocks: Sequence[Tensor], cotangent: Tensor | None, precision: str) -> Tensor:
         prepared = network if isinstance(network, PreparedNetwork) else self.prepare(network, precision)
         packed = prepared.buffers.networks[0]
-        layout, spec, tile = packed.layout, packed.layout.spec, packed.layout.tile
+        layout, spec, operand = packed.layout, packed.layout.spec, OPERAND_DTYPES[prepared.precision]
         inputs = torch.cat([block.to(torch.float32) for block in blocks], -1).contiguous()
         device, batch_size = inputs.device, len(inputs)
-        width = spec.output_dim if cotangent is None else spec.input_dim
-        out = inputs.new_empty(spec.num_members, batch_size, width)
+        out = inputs.new_empty(spec.num_members, batch_size, spec.output_dim)
+        d_in = inputs.new_empty(0 if cotangent is None else spec.num_members, batch_size, spec.input_dim)
         if batch_size == 0:
-            return out
-        tiles = spec.num_members * -(-batch_size // tile.block_b)
-        programs = min(tiles, multiprocessors(device) * tile.programs_per_sm)
-        operand = OPERAND_DTYPES[prepared.precision]
+            return out if cotangent is None else d_in
+        chunk = network_chunk(layout, operand) if self._chunk is None else self._chunk
+        if cotangent is not None:
+            cotangent = cotangent.to(torch.float32).contiguous()
+
+        def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            made = torch.empty(shape, dtype=dtype, device=device)
+            return made if self._fill is None else made.fill_(self._fill)
+
+        def scratch() -> tuple[Tape, Scratch]:
+            capacity = round_up(min(batch_size, chunk), max(layout.tile.most_rows, layout.ends.block_b))
+            return Tape(layout, capacity, operand, make), Scratch([layout], [capacity], operand, make)
+
         with self._lock, _on(device):
-            key = (device, layout, operand)
-
-            def scratch() -> tuple[Tensor, Tensor, Tensor]:
-                limit = multiprocessors(device) * tile.programs_per_sm
-                sizes = ((tile.block_b * layout.h_width, operand), (layout.z_size, operand), (layout.stat_size, None))
-                made = [torch.empty(limit, n, dtype=d or torch.float32, device=device) for n, d in sizes]
-                return tuple(t if self._fill is None else t.fill_(self._fill) for t in made)  # type: ignore[return-value]
-
-            h, z, stat = self._obtain(self._single, key, scratch)
-            launch(
-                "network", (programs,), in_ptr=inputs,
-                cotangent_ptr=inputs if cotangent is None else cotangent.to(torch.float32).contiguous(), out_ptr=out,
-                w_ptr=packed.weights, vec_ptr=packed.vectors, layer_ptr=packed.layers, h_ptr=h, z_ptr=z, stat_ptr=stat,
-                num_rows=batch_size, num_tiles=tiles, norm_eps=float(spec.layer_norm_eps),
-                IN_DIM=spec.input_dim, OUT_DIM=spec.output_dim, OUT_PAD=layout.out_pad, VJP=cotangent is not None,
-                LDH=layout.h_width, OUT_ROWS=layout.out_rows, DOT=dot_mode(prepared.precision, capability(device)),
-                **tile.options(), **launch_constants(layout),
-            )  # fmt: skip
-        return out
+            tape, space = self._obtain(self._single, (device, layout, operand, min(batch_size, chunk)), scratch)
+            for start in range(0, batch_size, chunk):
+                part = slice(start, start + chunk)
+                rows = len(inputs[part])
+                whole = rows == batch_size
+                target = out if whole else make(*out.shape[:1], rows, out.shape[2])
+                run = Evaluation(packed, tape, space, target, rows, 1, dot_mode(prepared.precision, capability(device)))
+                launches = list(run.forward(inputs[part]))
+                if cotangent is not None:
+                    of_part = cotangent[:, part].contiguous()
+                    gradient = d_in if whole else make(len(d_in), rows, spec.input_dim)
+                    launches += run.pull_back(of_part, gradient, 0, spec.input_dim, 64)
+                for item in launches:
+                    launch(item.name, item.grid, **item.arguments)
+                if not whole:
+                    out[:, part] = target
+                    if cotangent is not None:
+                        d_in[:, part] = gradient
+        return out if cotangent is None else d_in
 
     # ------------------------------------------------------------ counts
 

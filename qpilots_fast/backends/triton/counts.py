@@ -1,13 +1,21 @@
-"""Exact counts of one call on a GPU, from the launch plan."""
+"""Exact counts of one call on a GPU, from the launches themselves."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from ..base import Footprint
 from ..counts import count_flops, count_weights
-from .packing import OPERAND_DTYPES, NetworkLayout
-from .plan import SamplerPlan, scratch_sizes
+from .evaluation import Launch
+from .packing import OPERAND_DTYPES, PackedBuffers, round_up
+from .plan import SamplerPlan
+
+_META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -15,132 +23,149 @@ class KernelCounts:
     """Of one launch, padding included.
 
     Args:
-        programs: that run side by side. tiles: work items. waves: tiles the busiest program takes.
+        visits: equal launches a call. flops: of the products. l2_bytes: that programs load and store, in and out of L2.
+        programs, warps: of each program. steps: of a product's loop over depth, BLOCK_K each.
     """
 
     name: str
+    visits: int
     flops: int
     l2_bytes: int
-    tiles: int
     programs: int
-
-    @property
-    def waves(self) -> int:
-        return -(-self.tiles // max(self.programs, 1))
+    warps: int
+    steps: int
 
 
-def _pass_counts(layout: NetworkLayout, element: int, backward: bool) -> tuple[int, int]:
-    """(flops, bytes through L2) of a forward or a backward of one tile, padding included."""
-    tile, hidden, depth = layout.tile, layout.hidden_pad, layout.depth
-    rows = tile.block_b
-    widths = [hidden] * depth
-    ins = [layout.input_pad, *widths[:-1]]
-    if backward:
-        # (depth, columns) of each product: cotangent, hidden layers downwards, action columns
-        last = 0 if layout.folded and layout.spec.kind == "critic" else layout.out_rows
-        products = [(last, hidden), *[(hidden, hidden)] * (depth - 1), (hidden, layout.action_pad)]
-    else:
-        products = [*zip(ins, widths), (hidden, layout.out_pad)]
-    flops = sum(2 * rows * k * n for k, n in products)
-    # weights once a tile; the rows' operands once per column tile
-    moved = sum(element * (k * n + rows * k * -(-n // tile.block_n)) for k, n in products)
-    # per layer and element, in operands: forward z out, in (twice through a LayerNorm), h out;
-    # backward d_hidden out, d_hidden and z in (twice through a LayerNorm), delta out
-    norms = sum(placement is not None for placement in layout.spec.layer_norm)
-    passes = (4 * depth + 2 * norms) if backward else (3 * depth + norms)
-    return flops, moved + element * rows * hidden * passes
-
-
-def critic_counts(plan: SamplerPlan, batch_size: int) -> KernelCounts:
-    """One critic launch: forward and input gradient of every member at every estimate."""
-    layout, grid = plan.critic_layout, plan.grid(batch_size)
-    assert layout is not None
-    element = OPERAND_DTYPES[plan.spec.precision].itemsize
-    parts = [_pass_counts(layout, element, backward) for backward in (False, True)]
-    flops, moved = (sum(part[i] for part in parts) for i in (0, 1))
-    outputs = 4 * batch_size * plan.num_draws * (plan.spec.flow.action_dim + 1) * layout.spec.num_members
+def launch_counts(launch: Launch, element: int, visits: int = 1) -> KernelCounts:
+    """Of one launch whose operands have so many bytes an element."""
+    arguments, programs = launch.arguments, 1
+    for axis in launch.grid:
+        programs *= axis
+    flops, moved, steps = _COUNTS.get(launch.name, _rowwise)(arguments, element)
     return KernelCounts(
-        "critic",
-        flops * grid.critic_tiles,
-        moved * grid.critic_tiles + outputs,
-        grid.critic_tiles,
-        grid.critic_programs,
+        launch.name, visits, programs * flops, programs * moved, programs, arguments["num_warps"], steps
     )
 
 
-def step_counts(plan: SamplerPlan, batch_size: int, steer: bool, propose: bool, flows: int) -> KernelCounts:
-    """One step launch."""
-    steering, grid = plan.spec.steering, plan.grid(batch_size)
-    element = OPERAND_DTYPES[plan.spec.precision].itemsize
-    forward = _pass_counts(plan.flow_layout, element, False)
-    backward = _pass_counts(plan.flow_layout, element, True)
-    chunks = -(-grid.rows_per_tile * plan.num_draws // plan.step_tile.block_b)
-    work: list[tuple[int, tuple[int, int]]] = [(flows, forward)]
-    if steering.draws_posterior:
-        inner = steering.glass_steps if steering.estimate == "glass" else 1
-        network = plan.posterior_layout or plan.flow_layout
-        ahead, back = (_pass_counts(network, element, direction) for direction in (False, True))
-        again = steering.estimate == "glass" or grid.recompute
-        work += [(chunks * inner * (propose + (steer and again)), ahead), (chunks * inner * steer, back)]
-    elif steer and steering.pulls_flow:
-        work += [(int(grid.recompute), forward), (1, backward)]
-    flops, moved = (sum(times * part[i] for times, part in work) for i in (0, 1))
-    draws = batch_size * plan.num_draws
-    members = 0 if plan.critic_layout is None else plan.critic_layout.spec.num_members
-    combined = 4 * draws * members * (plan.spec.flow.action_dim + 4) if steer else 0
-    state = 4 * batch_size * plan.spec.flow.action_dim * 6
-    return KernelCounts(
-        "step", flops * grid.step_tiles, moved * grid.step_tiles + combined + state, grid.step_tiles, grid.step_programs
-    )
+def _product(args: dict[str, Any], element: int, depth: int) -> tuple[int, int, int]:
+    """(flops, bytes of both operands, steps) of a program."""
+    rows, columns = args["BLOCK_B"], args["BLOCK_N"]
+    return 2 * rows * columns * depth, element * depth * (rows + columns), -(-depth // args["BLOCK_K"])
+
+
+def _tables(args: dict[str, Any], width: int, times: int) -> int:
+    """Bytes of reading tables of column tiles for a program's rows."""
+    return 8 * args["BLOCK_B"] * -(-width // args["STAT_N"]) * times
+
+
+def _layer(args: dict[str, Any], element: int) -> tuple[int, int, int]:
+    rows, columns, depth = args["BLOCK_B"], args["BLOCK_N"], args["depth"]
+    if args["FIRST"]:
+        depth = round_up(args["OBS_DIM"], args["BLOCK_K"]) + args["BLOCKS"] * args["A_PAD"]
+    flops, moved, steps = _product(args, element, depth)
+    if args["FIRST"]:
+        moved += rows * (4 * (args["OBS_DIM"] + args["BLOCKS"] * args["ACTION_DIM"]) - element * depth)
+    moved += element * rows * columns * (1 if args["NORM"] == "pre" else 2)  # z, y
+    moved += 8 * rows * (args["NORM"] != "none") + _tables(args, args["below_width"], args["BELOW_NORM"] != "none")
+    return flops, moved, steps
+
+
+def _output(args: dict[str, Any], element: int) -> tuple[int, int, int]:
+    flops, moved, steps = _product(args, element, args["depth"])
+    moved += 4 * args["BLOCK_B"] * args["OUT_DIM"] * (3 if args["ADD"] else 1)
+    return flops, moved + _tables(args, args["width"], args["BELOW_NORM"] != "none"), steps
+
+
+def _delta(args: dict[str, Any], element: int) -> tuple[int, int, int]:
+    rows, columns, top, norm = (args[name] for name in ("BLOCK_B", "BLOCK_N", "TOP", "NORM"))
+    depth = {"none": args["depth"], "rows": args["OUT_PAD"], "ones": 0}[top]
+    flops, moved, steps = _product(args, element, depth)
+    known = norm in ("post", "fold")
+    if top == "rows":
+        moved += rows * (4 * args["OUT_DIM"] * (2 + known) - element * depth)
+    above = top == "none" and args["ABOVE_NORM"] == "pre"
+    moved += element * rows * (2 * columns + depth * above)  # z in, d out; z of the layer above
+    sums = norm == "pre" or args["BELOW_NORM"] in ("post", "fold")
+    moved += 8 * rows * sums + _tables(args, args["width"], norm != "none")
+    return flops, moved + _tables(args, args["above_width"], 2 * above + (top == "none" and known and not above)), steps
+
+
+def _input_gradient(args: dict[str, Any], element: int) -> tuple[int, int, int]:
+    rows, columns, pre = args["BLOCK_B"], args["BLOCK_N"], args["NORM"] == "pre"
+    flops, moved, steps = _product(args, element, args["depth"])
+    moved += 4 * rows * (min(columns, args["COLUMNS"]) + args["OUT_DIM"] * args["RESCALE"])
+    return flops, moved + pre * element * rows * args["depth"] + _tables(args, args["width"], 2 * pre), steps
+
+
+def _rowwise(args: dict[str, Any], element: int) -> tuple[int, int, int]:
+    """Rows of actions in float32: every tensor of rows once."""
+    rows = args["BLOCK_B"]
+    wide = sum(name in args for name in ("x_ptr", "v_ptr", "out_ptr", "from_ptr", "to_ptr", "star_ptr", "d_x_ptr"))
+    wide += args.get("num_draws", 1) * args.get("STEER", False) + args.get("E", 0) + 1
+    return 0, 4 * rows * (wide * args["ACTION_DIM"] + 3 * args.get("E", 0)), 0
+
+
+_COUNTS = {"layer": _layer, "output": _output, "delta": _delta, "input_gradient": _input_gradient}
+
+
+def programs(plan: SamplerPlan, batch_size: int) -> Iterator[tuple[int, list[Launch]]]:
+    """(times, launches) of each size of chunk of a call with packed weights; nothing is allocated."""
+    space = plan.workspace(batch_size, device=_META)
+    packed = PackedBuffers(plan.packed_layouts, plan.spec.precision, _META)
+    whole, rest = divmod(batch_size, plan.chunk)
+    for times, rows in ((whole, plan.chunk), (int(rest > 0), rest)):
+        if times:
+            yield times, list(plan.program(space, packed, rows))
 
 
 def call_counts(plan: SamplerPlan, batch_size: int) -> list[KernelCounts]:
-    """Every launch of one call with packed weights, in order."""
-    found = []
-    for step in plan.step_launches():
-        found += [critic_counts(plan, batch_size)] if step.steer else []
-        found.append(step_counts(plan, batch_size, step.steer, step.propose, step.num_flows))
-    return found
+    """Every launch of one call with packed weights, equal ones together."""
+    element = plan.operand.itemsize
+    found: Counter[KernelCounts] = Counter()
+    for times, launches in programs(plan, batch_size):
+        for launch in launches:
+            found[launch_counts(launch, element)] += times
+    return [KernelCounts(**{**vars(counts), "visits": visits}) for counts, visits in found.items()]
+
+
+def num_launches(plan: SamplerPlan, batch_size: int) -> Counter[str]:
+    """Launches of a call with packed weights, by kernel."""
+    names: Counter[str] = Counter()
+    for times, launches in programs(plan, batch_size):
+        for launch in launches:
+            names[launch.name] += times
+    return names
+
+
+def pack_launches(plan: SamplerPlan) -> Counter[str]:
+    """Launches that pack live weights of one dtype."""
+    norms = [layout.norm(layer) for layout in plan.packed_layouts for layer in range(layout.depth)]
+    return Counter({"pack": 1, **({"fold": 1} if {"post", "fold"} & set(norms) else {})})
 
 
 def workspace_bytes(plan: SamplerPlan, batch_size: int) -> int:
     """Of SamplerPlan.workspace, without allocating it."""
-    steering, a, grid = plan.spec.steering, plan.spec.flow.action_dim, plan.grid(batch_size)
-    element = OPERAND_DTYPES[plan.spec.precision].itemsize
-    draws = batch_size * plan.num_draws
-    floats, total = 2 * batch_size * a, batch_size * (4 + 10 * plan.spec.num_steps)
-    parts = [(plan.step_layouts(), plan.step_tile, grid.step_programs)]
-    if plan.critic_layout is not None:
-        members = plan.critic_layout.spec.num_members
-        floats += draws * a + members * draws * (a + 1)
-        if steering.uses_posterior:
-            inner = steering.glass_steps if steering.estimate == "glass" else 0
-            floats += draws * (2 + a + inner * a)
-        parts.append(([plan.critic_layout], plan.critic_tile, grid.critic_programs))
-    for layouts, tile, programs in parts:
-        h, z, stat = scratch_sizes(layouts, tile)
-        total += programs * ((h + z) * element + 4 * stat)
-    return total + 4 * floats
+    return plan.workspace(batch_size, device=_META).nbytes
 
 
 def hbm_bytes(plan: SamplerPlan, batch_size: int) -> int:
     """Bytes that cross HBM at least once a call: packed weights, inputs, result; noises of every draw."""
     spec = plan.spec
-    weights = sum(n.num_weights for n in plan.layouts) * OPERAND_DTYPES[spec.precision].itemsize
-    eps = spec.num_steps * batch_size * plan.num_draws * spec.flow.action_dim if spec.steering.uses_posterior else 0
+    weights = sum(n.num_weights for n in plan.packed_layouts) * OPERAND_DTYPES[spec.precision].itemsize
+    eps = spec.num_steps * batch_size * plan.num_draws * spec.flow.action_dim if spec.steering.draws_posterior else 0
     return weights + 4 * (batch_size * (spec.flow.obs_dim + 2 * spec.flow.action_dim) + eps)
 
 
 def footprint(plan: SamplerPlan, batch_size: int) -> Footprint:
-    """Counts of a call with live weights (one launch packs them)."""
-    spec = plan.spec
+    """Counts of a call with live weights, all of one dtype."""
+    spec, packing = plan.spec, pack_launches(plan)
     calls = call_counts(plan, batch_size)
     return Footprint(
-        launches=len(calls) + 1,
+        launches=sum(c.visits for c in calls) + packing.total(),
         flops=count_flops(spec, batch_size),
         weight_bytes=count_weights(spec) * OPERAND_DTYPES[spec.precision].itemsize,
-        traffic_bytes=sum(c.l2_bytes for c in calls),
+        traffic_bytes=sum(c.visits * c.l2_bytes for c in calls),
         workspace_bytes=workspace_bytes(plan, batch_size),
         floor_s=None,
-        notes=("one launch packs live weights; a frozen sampler saves it",),
+        notes=(f"{packing.total()} launches pack live weights; a frozen sampler saves them",),
     )

@@ -1,8 +1,8 @@
 """Which tile each kernel runs with: a short table with reasons instead of autotuning at the first call.
 
-A tile depends on the kernel, the precision, the GPU and the network, never on the batch size: a row then has one
-summation order whatever batch it comes in. `python -m bench.gpu.tune` measures alternatives on a
-GPU and writes the rows of a JSON file that takes precedence over this table.
+A tile depends on the kernel, the precision, the GPU and the network. The batch size decides only how many rows a
+program takes, with as many more warps: each warp's work, and so a row's order of sums, stays the same.
+`python -m bench.gpu.tune` measures alternatives on a GPU and writes the rows of a JSON file that takes precedence.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 _DOT = {"float32": "ieee", "tf32": "tf32", "bfloat16": "ieee", "float16": "ieee"}
+MAX_ACTION_PAD = 256  # outputs of a network, padded: one column tile holds them
 
 
 def dot_mode(precision: str, capability: int) -> str:
@@ -26,10 +27,9 @@ class Tile:
     """Block sizes and compile options of one kernel.
 
     Args:
-        block_b: rows of a program. block_n: hidden columns of an accumulator tile. block_k: depth of one product step.
+        block_b: rows of a program. block_n: columns of its accumulator. block_k: depth of one product step.
         num_warps, num_stages: Triton's compile options.
-        programs_per_sm: resident programs that the persistent grid asks for.
-        max_registers: per thread; stated because ptxas otherwise spills to fit two blocks on a multiprocessor.
+        tall_from: rows from which a program takes twice the rows with twice the warps; 0: never.
     """
 
     block_b: int
@@ -37,13 +37,27 @@ class Tile:
     block_k: int
     num_warps: int
     num_stages: int
-    programs_per_sm: int = 1
-    max_registers: int = 255
+    tall_from: int = 0
 
     def narrowed(self, hidden_dim: int) -> Tile:
         """This tile for layers of at most hidden_dim columns: no wider than their power of two."""
         width = max(16, 1 << (hidden_dim - 1).bit_length())
         return replace(self, block_n=min(self.block_n, width))
+
+    def for_rows(self, rows: int) -> Tile:
+        """This tile for a launch over so many rows."""
+        if not self.tall_from or rows < self.tall_from:
+            return self
+        return replace(self, block_b=2 * self.block_b, num_warps=2 * self.num_warps)
+
+    def with_columns(self, columns: int) -> Tile:
+        """This tile with so many columns."""
+        return replace(self, block_n=columns)
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of a program, at most."""
+        return self.block_b * (2 if self.tall_from else 1)
 
     def options(self) -> dict[str, int]:
         """Block sizes and compile options as launch arguments."""
@@ -53,7 +67,8 @@ class Tile:
             "BLOCK_K": self.block_k,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
-            "maxnreg": self.max_registers,
+            # what they can have at most; left alone, ptxas spills to fit more blocks on a multiprocessor
+            "maxnreg": min(255, 65536 // (32 * self.num_warps)),
         }
 
 
@@ -62,10 +77,10 @@ class LaunchRow:
     """One line of the table: the first row whose bounds hold is taken.
 
     Args:
-        kernel: "critic", "step" or "network".
+        kernel: "layer" (hidden layers, forward and backward) or "ends" (outputs and input gradients, whose columns are
+            the network's).
         precisions: those it is for.
         capabilities: (lowest, highest) compute capability as 10 major + minor, inclusive.
-        max_action_pad: largest padded action width whose tiles this row can hold in registers.
         tile: what to launch.
         reason: why.
     """
@@ -73,7 +88,6 @@ class LaunchRow:
     kernel: str
     precisions: tuple[str, ...]
     capabilities: tuple[int, int]
-    max_action_pad: int
     tile: Tile
     reason: str
 
@@ -83,39 +97,36 @@ _ANY = (80, 999)
 
 TABLE: tuple[LaunchRow, ...] = (
     LaunchRow(
-        "critic", _HALF, _ANY, 64, Tile(64, 256, 32, 8, 4),
-        "64 rows are one warpgroup's MMA height on sm_90 and up, and halve the weight bytes of 32; 256 columns read "
-        "a row's operands twice a layer instead of 8 times with 64 (L2 is the bound, docs/gpu.md), where 512 spill; "
-        "80 KiB of shared memory in 4 stages fits the 99 KiB of sm_86 and sm_120.",
+        "layer",
+        _HALF,
+        _ANY,
+        Tile(64, 128, 64, 8, 3),
+        "64 rows are one warpgroup's MMA height on sm_90 and up; 128 columns cut a layer of ten 512-wide members into "
+        "40 programs at 64 rows, and the epilogue of the backward, with two sums of the row, then fits 180 registers "
+        "at 8 warps (4 warps spill); 72 KiB in 3 stages fits the 99 KiB of sm_86 and sm_120.",
     ),
+    LaunchRow("layer", ("tf32",), _ANY, Tile(64, 128, 32, 8, 3), "As for half precision, with 4-byte operands."),
     LaunchRow(
-        "critic", ("tf32",), _ANY, 64, Tile(64, 128, 32, 8, 3),
-        "4-byte operands: half the columns keep 3 stages at 72 KiB.",
-    ),
-    LaunchRow(
-        "critic", ("float32",), _ANY, 64, Tile(32, 64, 16, 8, 2),
+        "layer",
+        ("float32",),
+        _ANY,
+        Tile(32, 64, 16, 4, 2),
         "No tensor cores in IEEE float32: the tile is bounded by registers of the FMA loop, not by shared memory.",
     ),
     LaunchRow(
-        "step", _HALF, _ANY, 64, Tile(32, 256, 32, 8, 4),
-        "One flow against E critics: fewer rows a program spread a batch of 256 over 8 multiprocessors, and leave "
-        "registers for the [rows, action] tiles of the combination.",
+        "ends",
+        _HALF,
+        _ANY,
+        Tile(32, 16, 64, 4, 3),
+        "Few columns: fewer rows a program spread a batch of 256 over 8 multiprocessors a member, and 256 columns of "
+        "a long chunk still fit the registers.",
     ),
-    LaunchRow("step", ("tf32",), _ANY, 64, Tile(32, 128, 32, 8, 3), "As for half precision, with 4-byte operands."),
-    LaunchRow("step", ("float32",), _ANY, 64, Tile(16, 64, 16, 8, 2), "As for the critics, fewer rows as above."),
-    LaunchRow("critic", (*_HALF, "tf32"), _ANY, 256, Tile(32, 64, 32, 8, 3), "Wide actions: d_a stays in registers."),
-    LaunchRow("critic", ("float32",), _ANY, 256, Tile(16, 64, 16, 8, 2), "Wide actions, as above."),
-    LaunchRow("step", (*_HALF, "tf32"), _ANY, 256, Tile(16, 64, 32, 8, 3), "Wide actions: six such tiles at once."),
-    LaunchRow("step", ("float32",), _ANY, 256, Tile(16, 64, 16, 8, 2), "Wide actions, as above."),
-    LaunchRow("network", _HALF, _ANY, 256, Tile(32, 64, 32, 8, 4), "Single forward and vjp calls only."),
-    LaunchRow("network", ("tf32",), _ANY, 256, Tile(32, 64, 32, 8, 3), "Single forward and vjp calls only."),
-    LaunchRow("network", ("float32",), _ANY, 256, Tile(16, 64, 16, 8, 2), "Single forward and vjp calls only."),
-)  # fmt: skip
-
-MAX_ACTION_PAD = max(row.max_action_pad for row in TABLE)
+    LaunchRow("ends", ("tf32",), _ANY, Tile(32, 16, 32, 4, 3), "As for half precision, with 4-byte operands."),
+    LaunchRow("ends", ("float32",), _ANY, Tile(16, 16, 16, 4, 2), "As above, by the FMA loop."),
+)
 
 # the interpreter runs every operation as a numpy call: few, large tiles are fastest; shapes in tests are tiny
-INTERPRETER_TILE = Tile(16, 32, 32, 1, 1, 1)
+INTERPRETER_TILE = Tile(16, 32, 32, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -124,7 +135,7 @@ class LaunchTable:
 
     rows: tuple[LaunchRow, ...] = ()
 
-    def tile(self, kernel: str, precision: str, capability: int, action_pad: int) -> Tile:
+    def tile(self, kernel: str, precision: str, capability: int) -> Tile:
         """The tile of a kernel; capability 0 stands for the interpreter.
 
         Raises:
@@ -133,13 +144,11 @@ class LaunchTable:
         for row in (*self.rows, *TABLE):
             low, high = row.capabilities
             fits = low <= capability <= high or (capability == 0 and row in self.rows)
-            if row.kernel == kernel and precision in row.precisions and fits and action_pad <= row.max_action_pad:
+            if row.kernel == kernel and precision in row.precisions and fits:
                 return row.tile
         if capability == 0:
             return INTERPRETER_TILE
-        raise ValueError(
-            f"no launch row for kernel {kernel!r}, precision {precision!r}, sm_{capability}, action width {action_pad}."
-        )
+        raise ValueError(f"no launch row for kernel {kernel!r}, precision {precision!r}, sm_{capability}.")
 
     def to_json(self) -> str:
         return json.dumps([asdict(row) for row in self.rows], indent=2)
@@ -156,7 +165,7 @@ class LaunchTable:
 
 def tuned_path() -> Path:
     """Where `tune` writes: QPILOTS_TRITON_TABLE, else the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qpilots_fast" / "triton_table.json"
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qpilots_fast" / "triton_layers.json"
     return Path(os.environ.get("QPILOTS_TRITON_TABLE", default))
 
 

@@ -37,10 +37,10 @@ launches = LaunchCounter()
 
 
 def kernel_of(name: str) -> Any:
-    """The jitted kernel "pack", "critic", "step" or "network"; imports Triton."""
-    from . import kernels
+    """The jitted kernel of this name; imports Triton."""
+    from . import layers, pack, rows
 
-    return getattr(kernels, f"_{name}_kernel")
+    return next(kernel for module in (layers, rows, pack) if (kernel := getattr(module, f"_{name}_kernel", None)))
 
 
 def launch(name: str, grid: tuple[int, ...], **arguments: Any) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -15,7 +15,7 @@ from ...errors import BackendUnavailable
 from ...spec import NetworkSpec, SamplerSpec
 from ..base import BoundNetwork
 from ..captured import refuse_while_capturing
-from .launch_table import Tile
+from .launch_table import LaunchTable, Tile
 from .launcher import launch
 
 OPERAND_DTYPES = {
@@ -27,6 +27,7 @@ OPERAND_DTYPES = {
 _PLACEMENTS = {None: 0, "pre": 1, "post": 2}
 _MOVING = {"flow": ("noisy_actions",), "critic": ("actions",), "meta_flow_map": ("noisy_actions", "xbar")}
 PACK_TILE = 32  # rows and columns that one program of the pack kernel copies
+FOLD_ROWS = 16  # rows that one program of the fold kernel sums
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -40,24 +41,28 @@ def padded_width(dim: int) -> int:
 
 @dataclass(frozen=True)
 class NetworkLayout:
-    """The packed form of one network (see mlp.py for the order of the blocks).
+    """The packed form of one network: weights and vectors of each member, layer by layer (see layers.py).
 
     Args:
         spec: the network.
-        tile: of the kernel that runs it.
+        tile: of its hidden layers. ends: of its outputs and input gradients.
         times: flow times whose columns are folded into the first bias, one bias row each; empty to keep the input
             columns as they are, all of them (`forward` and `vjp` of a single network).
+        split: whether the actions' columns stand apart from the obs' and time's are left out.
+        fold: whether the gain of a "post" LayerNorm goes into the weights above it.
     """
 
     spec: NetworkSpec
     tile: Tile
+    ends: Tile
     times: tuple[float, ...] = ()
-    folded: bool = True
+    split: bool = True
+    fold: bool = True
 
     @property
     def columns(self) -> tuple[tuple[str, int], ...]:
-        """(block, first packed column) of the inputs that are columns of h."""
-        if not self.folded:
+        """(block, first packed column) of the inputs that have columns."""
+        if not self.split:
             return tuple((block, part.start) for block, part in self.spec.block_slices.items())
         start, places = self.first_action_column, [("obs", 0)]
         for block in _MOVING[self.spec.kind]:
@@ -66,8 +71,13 @@ class NetworkLayout:
         return tuple(places)
 
     @property
+    def action_blocks(self) -> int:
+        """Blocks of action columns beside the observation's."""
+        return len(_MOVING[self.spec.kind]) if self.split else 0
+
+    @property
     def first_action_column(self) -> int:
-        return round_up(self.spec.obs_dim, 16)
+        return round_up(self.spec.obs_dim, self.tile.block_k)
 
     @property
     def action_pad(self) -> int:
@@ -75,26 +85,23 @@ class NetworkLayout:
 
     @property
     def out_pad(self) -> int:
+        """Padded outputs: rows of the last weight."""
         return padded_width(self.spec.output_dim)
-
-    @property
-    def out_rows(self) -> int:
-        """Rows of the last weight; the cotangent's product runs over them in steps of block_k."""
-        if self.folded and self.spec.kind == "critic":
-            return self.out_pad
-        return max(self.out_pad, self.tile.block_k)
 
     @cached_property
     def input_pad(self) -> int:
-        """K0: padded inputs."""
-        width = self.spec.input_dim
-        if self.folded:
-            width = self.first_action_column + self.action_pad * len(_MOVING[self.spec.kind])
-        return round_up(width, self.tile.block_k)
+        """Padded inputs of the first layer."""
+        if not self.split:
+            return round_up(self.spec.input_dim, self.tile.block_k)
+        return self.first_action_column + self.action_pad * self.action_blocks
+
+    def padded(self, width: int) -> int:
+        """Columns of a hidden layer that products read."""
+        return round_up(width, max(self.tile.block_n, self.tile.block_k))
 
     @cached_property
     def hidden_pad(self) -> int:
-        return round_up(max(self.spec.hidden_dims), max(self.tile.block_n, self.tile.block_k))
+        return self.padded(max(self.spec.hidden_dims))
 
     @property
     def leading_dim(self) -> int:
@@ -104,34 +111,20 @@ class NetworkLayout:
     def depth(self) -> int:
         return len(self.spec.hidden_dims)
 
-    @property
-    def h_width(self) -> int:
-        """Columns of the scratch h that this network needs."""
-        return max(self.input_pad, self.hidden_pad, self.out_rows)
-
-    @property
-    def z_size(self) -> int:
-        """Elements of the scratch z per program."""
-        return (self.depth + 1) * self.tile.block_b * self.hidden_pad
-
-    @property
-    def stat_size(self) -> int:
-        return 2 * self.depth * self.tile.block_b
-
-    @property
-    def norm(self) -> str:
-        placements = set(self.spec.layer_norm)
-        if placements == {None}:
+    def norm(self, layer: int) -> str:
+        """ "none", "pre", "post" or "fold" of a hidden layer; "none" of what is no hidden layer."""
+        if not 0 <= layer < self.depth:
             return "none"
-        return next(iter(placements)) or "none" if len(placements) == 1 else "mixed"
+        placement = self.spec.layer_norm[layer] or "none"
+        return "fold" if placement == "post" and self.fold else placement
 
     @property
     def member_weights(self) -> int:
-        return (self.depth * self.hidden_pad + self.out_rows) * self.leading_dim
+        return (self.depth * self.hidden_pad + self.out_pad) * self.leading_dim
 
     @property
     def member_vectors(self) -> int:
-        return self.depth * 3 * self.hidden_pad + self.out_rows
+        return round_up(self.depth * 4 * self.hidden_pad + 2 * self.out_pad, 16)
 
     @property
     def num_weights(self) -> int:
@@ -139,19 +132,23 @@ class NetworkLayout:
 
     @property
     def num_vectors(self) -> int:
-        return round_up(self.spec.num_members * self.member_vectors, 16) + len(self.times) * self.hidden_pad
+        return self.time_bias_start + len(self.times) * self.hidden_pad
 
     @property
     def time_bias_start(self) -> int:
-        return round_up(self.spec.num_members * self.member_vectors, 16)
+        return self.spec.num_members * self.member_vectors
 
-    def layer_table(self) -> list[list[int]]:
-        """[L + 1, 4]: true width, norm placement, depths of the forward and backward products (see mlp.py)."""
-        padded = [round_up(w, max(self.tile.block_n, self.tile.block_k)) for w in self.spec.hidden_dims]
-        last = 0 if self.folded and self.spec.kind == "critic" else self.out_rows
-        placements = [_PLACEMENTS[n] for n in self.spec.layer_norm]
-        rows = zip(self.spec.hidden_dims, placements, [self.input_pad, *padded], [*padded[1:], last])
-        return [*map(list, rows), [self.spec.output_dim, 0, padded[-1], 0]]
+    def weight_start(self, layer: int) -> int:
+        """Of a layer among a member's weights; the output is layer `depth`."""
+        return layer * self.hidden_pad * self.leading_dim
+
+    def vector_start(self, layer: int) -> int:
+        """Of a layer's c among a member's vectors."""
+        return layer * 4 * self.hidden_pad
+
+    def vector_step(self, layer: int) -> int:
+        """From one of a layer's vectors to the next."""
+        return self.hidden_pad if layer < self.depth else self.out_pad
 
     def time_columns(self) -> list[int]:
         parts = [self.spec.block_slices[block] for block in self.spec.time_rows(())]
@@ -170,7 +167,6 @@ class PackedNetwork:
     weights: Tensor
     vectors: Tensor
     time_bias: Tensor
-    layers: Tensor  # [L + 1, 4] int32
 
 
 @dataclass
@@ -178,7 +174,8 @@ class PackTable:
     """What one launch of the pack kernel needs; rebuilt when a parameter's storage moves."""
 
     addresses: tuple[int, ...]
-    groups: list[tuple[torch.dtype, Tensor, Tensor]] = field(default_factory=list)  # dtype, items, blocks
+    # kernel, dtype, whether it scales, items, blocks; copies first
+    groups: list[tuple[str, torch.dtype, bool, Tensor, Tensor]] = field(default_factory=list)
     keep: list[Tensor] = field(default_factory=list)  # tensors whose addresses the items hold
 
 
@@ -195,9 +192,8 @@ class PackedBuffers:
         w, vec = 0, 0
         for layout, size in zip(self.layouts, sizes):
             vectors = self.vectors[vec : vec + size]
-            layers = torch.tensor(layout.layer_table(), dtype=torch.int32, device=device)
             weights = self.weights[w : w + layout.num_weights]
-            self.networks.append(PackedNetwork(layout, weights, vectors, vectors[layout.time_bias_start :], layers))
+            self.networks.append(PackedNetwork(layout, weights, vectors, vectors[layout.time_bias_start :]))
             w += layout.num_weights
             vec += size
             self._set_unit_gains(layout, vectors)
@@ -211,48 +207,57 @@ class PackedBuffers:
         """LayerNorm weights are 1 where there are none, 0 in the padding."""
         for member in range(layout.spec.num_members):
             for layer, width in enumerate(layout.spec.hidden_dims):
-                start = member * layout.member_vectors + (layer * 3 + 1) * layout.hidden_pad
+                start = member * layout.member_vectors + layout.vector_start(layer) + 2 * layout.hidden_pad
                 vectors[start : start + width] = 1.0
 
     def pack(self, bound: Sequence[BoundNetwork]) -> None:
-        """Copies the current parameters in: one launch per parameter dtype, no allocation once the table stands."""
+        """Copies the current parameters in; no allocation once the table stands."""
         addresses = parameter_addresses(bound)
         if self._table is None or self._table.addresses != addresses:
             self._table = self._build_table(bound, addresses)
-        for dtype, items, blocks in self._table.groups:
+        for kernel, dtype, scale, items, blocks in self._table.groups:
             launch(
-                "pack", (len(blocks),), item_ptr=items, block_ptr=blocks, weights_ptr=self.weights,
-                vectors_ptr=self.vectors, SOURCE=dtype, **pack_options(),
+                kernel, (len(blocks),), item_ptr=items, block_ptr=blocks, weights_ptr=self.weights,
+                vectors_ptr=self.vectors, **pack_options(kernel, dtype, scale),
             )  # fmt: skip
 
     def _build_table(self, bound: Sequence[BoundNetwork], addresses: tuple[int, ...]) -> PackTable:
         device = self.weights.device
         refuse_while_capturing(device, "a parameter's storage moved since the last call")
         table = PackTable(addresses)
-        by_dtype: dict[torch.dtype, list[list[int]]] = {}
+        groups: dict[tuple[str, torch.dtype, bool], list[list[int]]] = {}
         w, vec = 0, 0
         for network, layout in zip(bound, self.layouts):
-            for dtype, item in _items(network, layout, w, vec, table.keep, device):
-                by_dtype.setdefault(dtype, []).append(item)
+            for kernel, dtype, item in _items(network, layout, w, vec, table.keep, device):
+                scale = kernel == "fold" and layout.fold
+                groups.setdefault((kernel, dtype, scale), []).append(item)
             w += layout.num_weights
             vec += round_up(layout.num_vectors, 16)
-        for dtype, items in by_dtype.items():
-            blocks = [
-                [i, *start] for i, item in enumerate(items) for start in _tiles(columns=item[3], elements=item[4])
-            ]
+        for (kernel, dtype, scale), items in sorted(groups.items(), key=lambda group: group[0][0] == "fold"):
+            blocks = [[i, *start] for i, item in enumerate(items) for start in _BLOCKS[kernel](item)]
             tensors = (torch.tensor(v, dtype=torch.int64, device="cpu").to(device) for v in (items, blocks))
-            table.groups.append((dtype, *tensors))  # type: ignore[arg-type]
+            table.groups.append((kernel, dtype, scale, *tensors))  # type: ignore[arg-type]
         return table
 
 
-def pack_options() -> dict[str, int]:
-    """Tile and compile options of the pack kernel, as launch arguments."""
-    return {"ROWS": PACK_TILE, "COLUMNS": PACK_TILE, "num_warps": 4, "num_stages": 1}
+def pack_options(kernel: str, dtype: torch.dtype, scale: bool) -> dict[str, Any]:
+    """Constexpr arguments and compile options of the kernels "pack" and "fold"."""
+    if kernel == "pack":
+        return {"SOURCE": dtype, "ROWS": PACK_TILE, "COLUMNS": PACK_TILE, "num_warps": 4, "num_stages": 1}
+    return {"SOURCE": dtype, "SCALE": scale, "ROWS": FOLD_ROWS, "COLUMNS": 64, "num_warps": 4, "num_stages": 1}
 
 
-def _tiles(columns: int, elements: int) -> Iterator[tuple[int, int]]:
+def _tiles(item: list[int]) -> Iterator[tuple[int, ...]]:
     """First row and column of every tile of a matrix whose last row may be short."""
+    columns, elements = item[3:5]
     return product(range(0, -(-elements // columns), PACK_TILE), range(0, columns, PACK_TILE))
+
+
+# where each program of a kernel begins in an item of its table
+_BLOCKS: dict[str, Callable[[list[int]], Iterable[tuple[int, ...]]]] = {
+    "pack": _tiles,
+    "fold": lambda item: ((row,) for row in range(0, item[3], FOLD_ROWS)),
+}
 
 
 def parameter_addresses(bound: Sequence[BoundNetwork]) -> tuple[int, ...]:
@@ -262,36 +267,41 @@ def parameter_addresses(bound: Sequence[BoundNetwork]) -> tuple[int, ...]:
 
 def _items(
     network: BoundNetwork, layout: NetworkLayout, w: int, vec: int, keep: list[Tensor], device: torch.device
-) -> list[tuple[torch.dtype, list[int]]]:
-    """Rows of the pack kernel's table for one network whose buffers start at w and vec."""
+) -> list[tuple[str, torch.dtype, list[int]]]:
+    """(kernel, dtype of the source, row of the kernel's table) of one network whose buffers start at w and vec."""
     spec, items = layout.spec, []
 
     def add(p: Tensor, target: int, rows: int, columns: int, strides: tuple[int, int], ld: int, kind: int, *more: int):
         row = [p.data_ptr(), *strides, columns, rows * columns, target, ld, kind, *(more or (0, 0, 0, 0))]
-        items.append((p.dtype, row))
+        items.append(("pack", p.dtype, row))
 
     def add_vector(p: Tensor, target: int) -> None:
         """In rows of a tile's width: as one long row it would leave most of each tile idle."""
         (size,), (stride,) = p.shape, p.stride()
         row = [p.data_ptr(), PACK_TILE * stride, stride, PACK_TILE, size, target, PACK_TILE, 1, 0, 0, 0, 0]
-        items.append((p.dtype, row))
+        items.append(("pack", p.dtype, row))
 
     for member in range(spec.num_members):
         for index, (layer, (fan_in, fan_out)) in enumerate(zip(network.layers, spec.layer_dims)):
             weight = layer.weight[member]
-            target = w + member * layout.member_weights + index * layout.hidden_pad * layout.leading_dim
+            target = w + member * layout.member_weights + layout.weight_start(index)
             strides = (weight.stride(0), weight.stride(1))
+            vectors = vec + member * layout.member_vectors
+            own, step = vectors + layout.vector_start(index), layout.vector_step(index)
             if index == 0:
                 for block, column in layout.columns:
                     part = weight[:, spec.block_slices[block]]
                     add(part, target + column, fan_out, part.shape[1], strides, layout.leading_dim, 0)
+            elif layout.norm(index - 1) in ("post", "fold"):
+                gain = vectors + layout.vector_start(index - 1) + 2 * layout.hidden_pad
+                places = (own, own + step, gain, gain + layout.hidden_pad, int(layer.bias is not None))
+                row = [weight.data_ptr(), *strides, fan_out, fan_in, target, layout.leading_dim, *places]
+                items.append(("fold", weight.dtype, row))
             else:
                 add(weight, target, fan_out, fan_in, strides, layout.leading_dim, 0)
-            target = vec + member * layout.member_vectors + index * 3 * layout.hidden_pad
-            vectors = (layer.bias, layer.norm_weight, layer.norm_bias)
-            for offset, values in enumerate(v[member] if v else None for v in vectors):
+            for offset, values in ((0, layer.bias), (2, layer.norm_weight), (3, layer.norm_bias)):
                 if values is not None:
-                    add_vector(values, target + offset * layout.hidden_pad)
+                    add_vector(values[member], own + offset * step)
     if layout.times:
         first = network.layers[0]
         weight, bias = first.weight[0], first.bias[0] if first.bias else None
@@ -308,23 +318,20 @@ def _items(
     return items
 
 
-def sampler_layouts(spec: SamplerSpec, critic_tile: Tile, step_tile: Tile) -> list[NetworkLayout]:
-    """Layouts of the flow, then (where the sampler asks them) the critic and the posterior."""
-    layouts = [NetworkLayout(spec.flow, step_tile, spec.flow_times)]
-    if spec.critic is not None:
-        layouts.append(NetworkLayout(spec.critic, critic_tile))
-    if spec.posterior is not None:
-        layouts.append(NetworkLayout(spec.posterior, step_tile, spec.times))
-    return layouts
-
-
-def launch_constants(layout: NetworkLayout, prefix: str = "") -> dict[str, Any]:
-    """The constexpr arguments that describe a packed network."""
+def sampler_layouts(spec: SamplerSpec, table: LaunchTable, capability: int) -> dict[str, NetworkLayout]:
+    """Layouts of the networks that take part, by name."""
+    times = {"flow": spec.flow_times, "critic": (), "posterior": spec.times}
     return {
-        f"{prefix}L": layout.depth,
-        f"{prefix}K0": layout.input_pad,
-        f"{prefix}H" if prefix else "H_PAD": layout.hidden_pad,
-        f"{prefix}LD": layout.leading_dim,
-        f"{prefix}ACT": layout.spec.activation,
-        f"{prefix}NORM": layout.norm,
+        name: network_layout(network, spec.precision, table, capability, times=times[name])
+        for name, network in spec.networks.items()
     }
+
+
+def network_layout(
+    spec: NetworkSpec, precision: str, table: LaunchTable, capability: int, **settings: Any
+) -> NetworkLayout:
+    """The layout of one network with the table's tiles; settings: of NetworkLayout."""
+    tile, ends = (table.tile(kernel, precision, capability) for kernel in ("layer", "ends"))
+    tile = tile.narrowed(max(spec.hidden_dims))
+    depth = max(tile.block_n, tile.block_k)  # what a layer's width is padded to
+    return NetworkLayout(spec, tile, replace(ends, block_k=min(ends.block_k, depth)), **settings)

@@ -1,27 +1,27 @@
-"""How one sampler becomes launches: tiles, constants, workspace, and the order of the kernels."""
+"""How one sampler becomes launches: layouts, constants, workspace, and the order of the kernels."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from itertools import pairwise
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...spec import SamplerSpec
-from .launch_table import LaunchTable, Tile, dot_mode
+from ...spec import SamplerSpec, Step
+from ..caches import Cache
+from .evaluation import Evaluation, Given, Launch, Scratch, Tape
+from .launch_table import LaunchTable, dot_mode
 from .launcher import launch
-from .packing import OPERAND_DTYPES, PackedBuffers, PackedNetwork, launch_constants, padded_width, sampler_layouts
+from .packing import OPERAND_DTYPES, NetworkLayout, PackedBuffers, padded_width, round_up, sampler_layouts
 
-_INTERPRETER_SMS = 2
-
-
-def multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _INTERPRETER_SMS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+# The rows of a call go through its K steps in chunks whose planes are at most this large. Larger ones leave L2 (50 MB
+# on an H100; the backward reads the planes in the opposite order, and finds the later part still there); smaller ones
+# pay the boundaries between launches more often. Counted, not measured.
+PLANE_BYTES = 64 << 20
+_KEPT = 8  # programs kept per workspace: one for full chunks and one for the last, of each set of packed weights
 
 
 def capability(device: torch.device) -> int:
@@ -32,265 +32,266 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def plane_bytes(layout: NetworkLayout, operand: torch.dtype) -> int:
+    """Of one row."""
+    return layout.spec.num_members * layout.hidden_pad * operand.itemsize
+
+
+def _rows_of_chunk(bytes_a_row: int) -> int:
+    return max(64, PLANE_BYTES // bytes_a_row // 64 * 64)
+
+
+def network_chunk(layout: NetworkLayout, operand: torch.dtype) -> int:
+    """Rows of a chunk that asks one network."""
+    return _rows_of_chunk((layout.depth + 2) * plane_bytes(layout, operand))
+
+
 @dataclass
 class Workspace:
-    """Everything a call writes beside its result. Reused by every call of its batch size and stream."""
+    """Everything a call writes beside its result, for C rows of a chunk and their R = C N draws."""
 
-    x: Tensor  # [B, A]
-    v: Tensor  # [B, A]
-    estimates: Tensor  # [R, A]
+    x: Tensor  # [C, A]
+    v: Tensor  # [C, A]
+    estimates: Tensor  # [R, A]; of GLASS draws, xbar until then
     q: Tensor  # [E, R]
     dq: Tensor  # [E, R, A]
-    q_bar: Tensor  # [R]
+    d_a: Tensor  # [R, A]
     q_std: Tensor  # [R]
-    gx: Tensor  # [R, A]
-    xbar: Tensor  # [glass_steps, R, A]
-    alpha: Tensor  # [B], the steering's
+    d_x: Tensor  # [R, A]: the gradient through the flow or the map
+    drawn: Tensor  # [R, A]: the map's output
+    glass: Tensor  # [4, R, A]: x*, v*, its cotangent, d x*
+    alpha: Tensor  # [C], the steering's
     report: tuple[Tensor, Tensor, Tensor, Tensor]  # StepReport, [K, B] each; flags are int8
-    step_h: Tensor
-    step_z: Tensor
-    step_stat: Tensor
-    critic_h: Tensor
-    critic_z: Tensor
-    critic_stat: Tensor
+    scratch: Scratch
+    tapes: dict[str, list[Tape]]  # of each network: one, or one for each inner step of GLASS draws
+    programs: Cache = field(default_factory=lambda: Cache(_KEPT))
 
     @property
     def nbytes(self) -> int:
-        parts = [getattr(self, f.name) for f in fields(self) if f.name != "report"]
-        return sum(part.nbytes for part in (*parts, *self.report))
-
-
-@dataclass(frozen=True)
-class StepLaunch:
-    """One launch of the step kernel.
-
-    Args:
-        steered: the step that it finishes from the critics' answers; -1: none.
-        plain_end: the unsteered steps up to here are taken.
-        flow_end: the flow runs at the steps up to here: one more where it proposes for the next steered step.
-        propose: whether it writes the estimates that the critics see next; else it writes the actions.
-    """
-
-    steered: int
-    plain_end: int
-    flow_end: int
-    propose: bool
-
-    @property
-    def steer(self) -> bool:
-        return self.steered >= 0
-
-    @property
-    def num_flows(self) -> int:
-        return self.flow_end - self.steered - 1
-
-
-@dataclass(frozen=True)
-class Grid:
-    """How a batch is cut: tiles over persistent programs."""
-
-    rows_per_tile: int
-    step_tiles: int
-    step_programs: int
-    critic_tiles: int
-    critic_programs: int
-    recompute: bool  # whether another tile overwrites a tile's activations before its pull-back
-
-
-def scratch_sizes(layouts: Any, tile: Tile) -> tuple[int, int, int]:
-    """Elements a program needs of h, z and stat to run any of the networks."""
-    width = max(n.h_width for n in layouts)
-    return tile.block_b * width, max(n.z_size for n in layouts), max(n.stat_size for n in layouts)
+        parts = [value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)]
+        parts += [*self.report, self.scratch.planes, self.scratch.sums]
+        parts += [part for tapes in self.tapes.values() for tape in tapes for part in (tape.z, tape.stat)]
+        return sum(part.nbytes for part in parts)
 
 
 class SamplerPlan:
-    """One sampler on one kind of device. Holds constants, no per-call state."""
+    """One sampler on one kind of device. Holds constants, no per-call state.
+
+    Args:
+        sm: compute capability as 10 major + minor; None: the device's. chunk: rows of a chunk; None: by PLANE_BYTES.
+    """
 
     def __init__(
-        self, spec: SamplerSpec, device: torch.device, table: LaunchTable, sms: int | None = None, sm: int | None = None
+        self,
+        spec: SamplerSpec,
+        device: torch.device,
+        table: LaunchTable,
+        sm: int | None = None,
+        chunk: int | None = None,
     ) -> None:
         self.spec, self.device = spec, device
-        steering = spec.steering
-        self.sms = multiprocessors(device) if sms is None else sms
         self.capability = capability(device) if sm is None else sm
-        action_pad = padded_width(spec.flow.action_dim)
-        widest = [max(n.hidden_dims) for name, n in spec.networks.items() if name != "critic"]
-        self.step_tile = table.tile("step", spec.precision, self.capability, action_pad).narrowed(max(widest))
-        self.critic_tile = table.tile("critic", spec.precision, self.capability, action_pad)
-        if spec.critic is not None:
-            self.critic_tile = self.critic_tile.narrowed(max(spec.critic.hidden_dims))
-        self.layouts = sampler_layouts(spec, self.critic_tile, self.step_tile)
-        self.flow_layout = self.layouts[0]
-        self.critic_layout = self.layouts[1] if len(self.layouts) > 1 else None
-        self.posterior_layout = self.layouts[2] if len(self.layouts) > 2 else None
+        self.layouts = sampler_layouts(spec, table, self.capability)
         self.num_draws = spec.num_draws
         self.operand = OPERAND_DTYPES[spec.precision]
-        mask = torch.zeros(action_pad, dtype=torch.float32, device="cpu")
+        self.chunk = self._chunk_rows() if chunk is None else chunk
+        self.action_pad = padded_width(spec.flow.action_dim)
+        mask = torch.zeros(self.action_pad, dtype=torch.float32, device="cpu")
         mask[: spec.flow.action_dim] = 1.0
-        if steering.steered_dims is not None:
-            mask.zero_()[list(steering.steered_dims)] = 1.0
-        self.dims = mask.to(device)
-        bounds = torch.zeros(2, action_pad, dtype=torch.float32, device="cpu")
+        if spec.steering.steered_dims is not None:
+            mask.zero_()[list(spec.steering.steered_dims)] = 1.0
+        bounds = torch.zeros(2, self.action_pad, dtype=torch.float32, device="cpu")
         bounds[:, : spec.flow.action_dim] = torch.tensor(spec.box)
-        self.bounds = bounds.to(device)
         rows = [[1 - step.t, step.dt, step.weight] for step in spec.schedule]
+        m = spec.steering.glass_steps
+        glass = [[c.p_x, c.p_xbar, c.c_x / m, c.c_xbar / m, c.c_v / m] for row in spec.glass_table for c in row]
+        self.dims, self.bounds = mask.to(device), bounds.to(device)
+        # schedule [K, 3]: 1 - t, dt, weight; glass [K m, 5]: p_x, p_xbar, and c_x, c_xbar, c_v over m
         self.schedule = torch.tensor(rows, dtype=torch.float32, device="cpu").to(device)
-        self.glass = torch.tensor(self._glass_table(), dtype=torch.float32, device="cpu").to(device)
+        self.glass = torch.tensor(glass or [[0.0] * 5], dtype=torch.float32, device="cpu").to(device)
 
-    def _glass_table(self) -> list[list[list[float]]]:
-        """[K, glass_steps, 5]: p_x, p_xbar, c_x / m, c_xbar / m, c_v / m."""
-        m = self.spec.steering.glass_steps
-        table = [[[c.p_x, c.p_xbar, c.c_x / m, c.c_xbar / m, c.c_v / m] for c in row] for row in self.spec.glass_table]
-        return table or [[[0.0]]]
+    @property
+    def packed_layouts(self) -> list[NetworkLayout]:
+        """In the order in which the networks are packed."""
+        return list(self.layouts.values())
 
-    def step_layouts(self) -> list[Any]:
-        return [n for n in (self.flow_layout, self.posterior_layout) if n is not None]
+    # ------------------------------------------------------------ memory
 
-    def grid(self, batch_size: int) -> Grid:
-        """Tiles and programs for a batch. Which rows share a tile does not change any row's arithmetic."""
-        block_b, draws = self.step_tile.block_b, self.num_draws
-        programs = self.sms * self.step_tile.programs_per_sm
-        rows = block_b
-        if draws > 1 and -(-batch_size // block_b) < programs:
-            rows = max(1, block_b // draws)  # few rows: the draws of a row side by side rather than one after another
-        tiles = -(-batch_size // rows)
-        step_programs = min(tiles, programs)
-        critic_tiles = critic_programs = 0
-        if self.critic_layout is not None:
-            row_blocks = -(-batch_size * draws // self.critic_tile.block_b)
-            critic_tiles = row_blocks * self.critic_layout.spec.num_members
-            critic_programs = min(critic_tiles, self.sms * self.critic_tile.programs_per_sm)
-        recompute = tiles > step_programs or rows * draws > block_b
-        return Grid(rows, tiles, step_programs, critic_tiles, critic_programs, recompute)
+    def evaluations(self) -> dict[str, tuple[int, int]]:
+        """(tapes, rows for each row of the batch) of each network."""
+        found = dict.fromkeys(self.layouts, (1, self.num_draws))
+        glass = bool(self.spec.glass_table)
+        return {
+            **found,
+            "flow": (1, 1),
+            **({"glass": (self.spec.steering.glass_steps, self.num_draws)} if glass else {}),
+        }
 
-    def workspace(self, batch_size: int, fill: float | None = None) -> Workspace:
+    def _layout_of(self, name: str) -> NetworkLayout:
+        return self.layouts["flow" if name == "glass" else name]
+
+    def _chunk_rows(self) -> int:
+        kept = widest = 0
+        for name, (tapes, rows) in self.evaluations().items():
+            layout = self._layout_of(name)
+            plane = rows * plane_bytes(layout, self.operand)
+            kept += tapes * layout.depth * plane
+            widest = max(widest, plane)
+        return _rows_of_chunk(kept + 2 * widest)
+
+    def workspace(self, batch_size: int, fill: float | None = None, device: torch.device | None = None) -> Workspace:
         """Allocates; fill overwrites what nothing promises to be initialised (tests pass NaN)."""
-        steering, a, grid = self.spec.steering, self.spec.flow.action_dim, self.grid(batch_size)
-        draws = batch_size * self.num_draws
-        members = 0 if self.critic_layout is None else self.critic_layout.spec.num_members
-        steers = self.critic_layout is not None
-        virtual = draws if steering.draws_posterior else 0
-        inner = steering.glass_steps if self.spec.glass_table else 0
+        spec, a, place = self.spec, self.spec.flow.action_dim, self.device if device is None else device
+        rows = min(batch_size, self.chunk)
+        draws = rows * self.num_draws
+        critic = self.layouts.get("critic")
+        members, steers = (0, 0) if critic is None else (critic.spec.num_members, draws)
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            tensor = torch.empty(shape, dtype=dtype, device=self.device)
+            tensor = torch.empty(shape, dtype=dtype, device=place)
             return tensor if fill is None else tensor.fill_(fill)
 
-        def scratch(layouts: list[Any], tile: Tile, programs: int) -> list[Tensor]:
-            if not layouts or not programs:
-                return [empty(0, dtype=self.operand), empty(0, dtype=self.operand), empty(0)]
-            h, z, stat = scratch_sizes(layouts, tile)
-            return [
-                empty(programs, h, dtype=self.operand),
-                empty(programs, z, dtype=self.operand),
-                empty(programs, stat),
-            ]
-
-        step = scratch(self.step_layouts(), self.step_tile, grid.step_programs)
-        critic = scratch([self.critic_layout] if self.critic_layout else [], self.critic_tile, grid.critic_programs)
-        zeros = torch.zeros(2, self.spec.num_steps, batch_size, device=self.device)
+        tapes, layouts, capacities = {}, [], []
+        for name, (count, times) in self.evaluations().items():
+            layout = self._layout_of(name)
+            capacity = round_up(rows * times, max(layout.tile.most_rows, layout.ends.block_b))
+            tapes[name] = [Tape(layout, capacity, self.operand, empty) for _ in range(count)]
+            layouts.append(layout)
+            capacities.append(capacity)
+        zeros = torch.zeros(2, spec.num_steps, batch_size, device=place)
         flags = torch.zeros_like(zeros, dtype=torch.int8)
-        alpha = torch.full((batch_size,), steering.alpha, device=self.device)
         return Workspace(
-            empty(batch_size, a), empty(batch_size, a), empty(draws if steers else 0, a), empty(members, draws),
-            empty(members, draws, a), empty(virtual), empty(virtual), empty(virtual, a), empty(inner, virtual, a),
-            alpha, (zeros[0], flags[0], zeros[1], flags[1]), *step, *critic,
+            x=empty(rows, a), v=empty(rows, a), estimates=empty(steers, a), q=empty(members, draws),
+            dq=empty(members, draws, a), d_a=empty(steers, a), q_std=empty(steers), d_x=empty(steers, a),
+            drawn=empty(draws if "posterior" in tapes else 0, a), glass=empty(4, draws if "glass" in tapes else 0, a),
+            alpha=torch.full((rows,), spec.steering.alpha, device=place),
+            report=(zeros[0], flags[0], zeros[1], flags[1]),
+            scratch=Scratch(layouts, capacities, self.operand, empty), tapes=tapes,
         )  # fmt: skip
 
-    def check_size(self, batch_size: int) -> None:
-        members = 1 if self.critic_layout is None else self.critic_layout.spec.num_members
-        elements = batch_size * self.num_draws * self.spec.flow.action_dim * members
-        if elements >= 2**31:
-            raise ValueError(
-                f"batch size {batch_size} makes {elements} critic gradients; expected fewer than 2^31. Split the batch."
-            )
-
-    # ------------------------------------------------------------ launching
-
-    def step_launches(self) -> list[StepLaunch]:
-        """The launches of the step kernel of one call; the critics are asked before each that steers."""
-        steps = self.spec.num_steps
-        return [
-            StepLaunch(before, k, min(k + 1, steps), k < steps)
-            for before, k in pairwise((-1, *self.spec.steered_steps, steps))
-        ]
+    # ------------------------------------------------------------ the program
 
     def run(
         self, ws: Workspace, packed: PackedBuffers, obs: Tensor, noise: Tensor, eps: Tensor | None, actions: Tensor,
         alpha: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Enqueues the whole call on the current stream; actions [B, A] receives the result; alpha [B]: of each row."""
-        grid = self.grid(len(noise))
-        for step in self.step_launches():
-            if step.steer:
-                self._critic(ws, packed, grid, obs)
-            x_in, x_out = ws.x if step.steer else noise, ws.x if step.propose else actions
-            self._step(ws, packed, grid, obs, x_in, x_out, eps, alpha, step)
+        batch_size = len(noise)
+        given = {"obs": obs, "noise": noise, "eps": noise if eps is None else eps, "actions": actions}
+        for start in range(0, batch_size, self.chunk):
+            rows = min(self.chunk, batch_size - start)
+            program = ws.programs.obtain((packed, rows), lambda: list(self.program(ws, packed, rows)))  # noqa: B023
+            views = {"alpha": ws.alpha if alpha is None else alpha[start : start + rows]}
+            views |= {name: value[..., start : start + rows, :] for name, value in given.items() if name != "eps"}
+            for item in program:
+                arguments = dict(item.arguments)
+                for name, value in item.arguments.items():
+                    if isinstance(value, Given):
+                        if value.name == "report_at":
+                            arguments[name] = (value.step or 0) * batch_size + start
+                        elif value.step is not None:
+                            arguments[name] = given[value.name][value.step, start : start + rows]
+                        else:
+                            arguments[name] = views[value.name]
+                launch(item.name, item.grid, **arguments)
 
-    def critic_arguments(self) -> dict[str, Any]:
-        """Constexpr arguments and options of the critic kernel."""
-        layout, tile = self.critic_layout, self.critic_tile
-        assert layout is not None
-        return dict(
-            OBS_DIM=layout.spec.obs_dim, ACTION_DIM=layout.spec.action_dim, COLUMN=layout.first_action_column,
-            A_PAD=layout.action_pad, LDH=layout.h_width, OUT_ROWS=layout.out_rows,
-            CLIP=self.spec.steering.clip != "none", DOT=dot_mode(self.spec.precision, self.capability),
-            **tile.options(), **launch_constants(layout),
+    def program(self, ws: Workspace, packed: PackedBuffers, rows: int) -> Iterator[Launch]:
+        """The launches of a chunk of so many rows."""
+        spec, dot = self.spec, dot_mode(self.spec.precision, self.capability)
+        nets = dict(zip(self.layouts, packed.networks))
+        steered = set(spec.steered_steps)
+        flow = Evaluation(nets["flow"], ws.tapes["flow"][0], ws.scratch, ws.v, rows, 1, dot)
+        obs, last = Given("obs"), spec.num_steps - 1
+        x: Any = Given("noise")
+        for k, step in enumerate(spec.schedule):
+            tweedie = k in steered and spec.steering.estimate == "tweedie"
+            yield from flow.forward(obs, x, time=k, add=(x, 1 - step.t, ws.estimates) if tweedie else None)
+            if k in steered:
+                yield from self._gradient(ws, nets, flow, k, x, dot)
+            yield self._update(ws, rows, k, step, k in steered, x, Given("actions") if k == last else ws.x)
+            x = ws.x
+
+    def _gradient(
+        self, ws: Workspace, nets: dict[str, Any], flow: Evaluation, k: int, x: Any, dot: str
+    ) -> Iterator[Launch]:
+        """The critics' gradient at step k pulled back to x; its sum over the draws of a row is for the update."""
+        spec, steering, draws = self.spec, self.spec.steering, self.num_draws
+        rows, a, obs = flow.rows * draws, spec.flow.action_dim, Given("obs")
+        estimates = x if steering.estimate == "noisy" else ws.estimates
+        inner: list[Evaluation] = []
+        if steering.estimate == "mfm":
+            inner = [Evaluation(nets["posterior"], ws.tapes["posterior"][0], ws.scratch, ws.drawn, rows, draws, dot)]
+            eps = Given("eps", k)
+            yield from inner[0].forward(obs, x, eps, time=k, add=(eps, 1.0, ws.estimates))
+        elif steering.estimate == "glass":
+            star, v_star, _, _ = ws.glass
+            m = steering.glass_steps
+            inner = [Evaluation(nets["flow"], tape, ws.scratch, v_star, rows, draws, dot) for tape in ws.tapes["glass"]]
+            for i in range(m + 1):
+                yield self._rowwise(
+                    "glass_draw", rows, x_ptr=x, from_ptr=Given("eps", k) if i <= 1 else ws.estimates, v_ptr=v_star,
+                    to_ptr=ws.estimates, star_ptr=star, glass_ptr=self.glass, num_draws=draws, index=k * m + i,
+                    MOVE=i > 0, ASK=i < m,
+                )  # fmt: skip
+                if i < m:
+                    yield from inner[i].forward(obs, star, time=spec.num_steps + k * m + i)
+        critic = Evaluation(nets["critic"], ws.tapes["critic"][0], ws.scratch, ws.q, rows, draws, dot)
+        yield from critic.forward(obs, estimates, bounds=self.bounds if steering.clip != "none" else None)
+        yield from critic.pull_back(None, ws.dq, critic.net.layout.first_action_column, a)
+        yield self._rowwise(
+            "combine", rows, q_ptr=ws.q, dq_ptr=ws.dq, a_ptr=estimates, bounds_ptr=self.bounds, d_a_ptr=ws.d_a,
+            std_ptr=ws.q_std, num_draws=draws, rho=float(steering.rho), tilt=self._tilt,
+            DRAWS=steering.draws_posterior, E=critic.net.layout.spec.num_members, AGG=steering.aggregation,
+            MASKED=steering.clip == "masked" and steering.jacobian == "full",
         )  # fmt: skip
+        if steering.estimate == "mfm":
+            yield from inner[0].pull_back(ws.d_a, ws.d_x, inner[0].net.layout.first_action_column, a)
+        elif steering.estimate == "glass":
+            _, _, cotangent, d_star = ws.glass
+            for i in reversed(range(-1, m)):
+                yield self._rowwise(
+                    "glass_pull", rows, d_xbar_ptr=ws.d_a, d_star_ptr=d_star, d_x_ptr=ws.d_x, cotangent_ptr=cotangent,
+                    glass_ptr=self.glass, index=k * m + i, MOVE=i < m - 1, ASK=i >= 0,
+                )  # fmt: skip
+                if i >= 0:
+                    yield from inner[i].pull_back(cotangent, d_star, inner[i].net.layout.first_action_column, a)
+        elif spec.pulls_flow:
+            yield from flow.pull_back(ws.d_a, ws.d_x, flow.net.layout.first_action_column, a)
 
-    def step_arguments(self, step: StepLaunch, recompute: bool) -> dict[str, Any]:
-        """Constexpr arguments and options of the step kernel."""
-        steering, tile, flow = self.spec.steering, self.step_tile, self.flow_layout
-        posterior = self.posterior_layout or flow
-        _, z_size, stat_size = scratch_sizes(self.step_layouts(), tile)
-        return dict(
-            STEER=step.steer, PROPOSE=step.propose, FLOW=step.num_flows > 0, RECOMPUTE=recompute and step.steer,
-            ESTIMATE=steering.estimate,
-            FULL=steering.jacobian == "full", MASKED=steering.clip == "masked" and steering.jacobian == "full",
-            AGG=steering.aggregation, SCALE=steering.scale,
-            E=1 if self.critic_layout is None else self.critic_layout.spec.num_members,
-            GLASS_STEPS=steering.glass_steps, NUM_STEPS=self.spec.num_steps,
-            OBS_DIM=flow.spec.obs_dim, ACTION_DIM=flow.spec.action_dim, COLUMN=flow.first_action_column,
-            A_PAD=flow.action_pad, LDH=max(n.h_width for n in self.step_layouts()), Z_SIZE=z_size, STAT_SIZE=stat_size,
-            **launch_constants(flow, "FLOW_"), **launch_constants(posterior, "POSTERIOR_"),
-            OUT_ROWS=flow.out_rows, DOT=dot_mode(self.spec.precision, self.capability),
-            **tile.options(),
-        )  # fmt: skip
+    @property
+    def _tilt(self) -> float:
+        steering = self.spec.steering
+        return float(steering.tau / (steering.q_scale if isinstance(steering.q_scale, (int, float)) else 1.0))
 
-    def _critic(self, ws: Workspace, packed: PackedBuffers, grid: Grid, obs: Tensor) -> None:
-        net = packed.networks[1]
-        launch(
-            "critic", (grid.critic_programs,), obs_ptr=obs, a_ptr=ws.estimates, q_ptr=ws.q, dq_ptr=ws.dq,
-            w_ptr=net.weights, vec_ptr=net.vectors, layer_ptr=net.layers,
-            h_ptr=ws.critic_h, z_ptr=ws.critic_z, stat_ptr=ws.critic_stat,
-            num_rows=len(ws.estimates), num_draws=self.num_draws, num_tiles=grid.critic_tiles,
-            bounds_ptr=self.bounds, norm_eps=float(net.layout.spec.layer_norm_eps), **self.critic_arguments(),
-        )  # fmt: skip
-
-    def _step(
-        self, ws: Workspace, packed: PackedBuffers, grid: Grid, obs: Tensor, x_in: Tensor, x_out: Tensor,
-        eps: Tensor | None, alpha: Tensor | None, step: StepLaunch,
-    ) -> None:  # fmt: skip
-        steering, net = self.spec.steering, packed.networks[0]
-        posterior: PackedNetwork = packed.networks[2] if self.posterior_layout is not None else net
-        tilt = steering.tau / (steering.q_scale if isinstance(steering.q_scale, (int, float)) else 1.0)
-        launch(
-            "step", (grid.step_programs,), x_in_ptr=x_in, x_out_ptr=x_out, v_ptr=ws.v, a_ptr=ws.estimates, q_ptr=ws.q,
-            dq_ptr=ws.dq, q_bar_ptr=ws.q_bar, q_std_ptr=ws.q_std, gx_ptr=ws.gx, xbar_ptr=ws.xbar, obs_ptr=obs,
-            eps_ptr=x_in if eps is None else eps,
-            flow_w_ptr=net.weights, flow_vec_ptr=net.vectors, flow_bias_ptr=net.time_bias, flow_layer_ptr=net.layers,
-            posterior_w_ptr=posterior.weights, posterior_vec_ptr=posterior.vectors,
-            posterior_bias_ptr=posterior.time_bias,
-            posterior_layer_ptr=posterior.layers, h_ptr=ws.step_h, z_ptr=ws.step_z, stat_ptr=ws.step_stat,
-            schedule_ptr=self.schedule, glass_ptr=self.glass, dims_ptr=self.dims, bounds_ptr=self.bounds,
-            alpha_ptr=ws.alpha if alpha is None else alpha, norm_ptr=ws.report[0], nonfinite_ptr=ws.report[1],
-            row_std_ptr=ws.report[2], gated_ptr=ws.report[3],
-            num_rows=len(obs), num_draws=self.num_draws, rows_per_tile=grid.rows_per_tile, num_tiles=grid.step_tiles,
-            step=max(step.steered, 0), flow_begin=step.steered + 1, flow_end=step.flow_end, plain_end=step.plain_end,
-            gain=1.0 / steering.gaf_beta, rho=float(steering.rho), tilt=float(tilt), floor=float(steering.eps),
+    def _update(
+        self, ws: Workspace, rows: int, k: int, step: Step, steer: bool, x: Any, target: Any
+    ) -> Launch:  # fmt: skip
+        steering = self.spec.steering
+        draws = steering.draws_posterior
+        return self._rowwise(
+            "update", rows, x_ptr=x, v_ptr=ws.v, g_ptr=ws.d_x if draws else ws.d_a, through_ptr=ws.d_x,
+            std_ptr=ws.q_std,
+            out_ptr=target, schedule_ptr=self.schedule, dims_ptr=self.dims, bounds_ptr=self.bounds,
+            alpha_ptr=Given("alpha"), norm_ptr=ws.report[0], nonfinite_ptr=ws.report[1], row_std_ptr=ws.report[2],
+            gated_ptr=ws.report[3], num_draws=self.num_draws, step=k, report_at=Given("report_at", k),
+            gain=1.0 / steering.gaf_beta, tilt=self._tilt, floor=float(steering.eps),
             max_grad_norm=float(steering.max_grad_norm), gaf_decay=float(steering.gaf_decay),
             gaf_min=float(steering.gaf_min),
             max_disagreement=math.inf if steering.max_disagreement is None else float(steering.max_disagreement),
-            flow_norm_eps=float(net.layout.spec.layer_norm_eps),
-            posterior_norm_eps=float(posterior.layout.spec.layer_norm_eps), **self.step_arguments(step, grid.recompute),
+            STEER=steer, THROUGH=steer and not draws and self.spec.pulls_flow, LAST=k == self.spec.num_steps - 1,
+            SCALE=steering.scale,
         )  # fmt: skip
+
+    def _rowwise(self, name: str, rows: int, **arguments: Any) -> Launch:
+        """A launch over rows of actions: a warp takes 4 values a lane, so that few rows spread over many programs."""
+        block = 16 if self.capability == 0 else max(1, 128 // self.action_pad)
+        arguments |= dict(num_rows=rows, ACTION_DIM=self.spec.flow.action_dim, A_PAD=self.action_pad, BLOCK_B=block)
+        return Launch(name, (-(-rows // block),), {**arguments, "num_warps": 1})
+
+    def check_size(self, batch_size: int) -> None:
+        elements = batch_size * self.num_draws * self.spec.flow.action_dim
+        if elements >= 2**31:
+            raise ValueError(
+                f"batch size {batch_size} makes {elements} elements of estimates; expected fewer than 2^31. "
+                "Split the batch."
+            )

@@ -1,0 +1,58 @@
+"""Activations and their derivatives, elementwise."""
+# No `from __future__ import annotations` here: the interpreter recognises constexpr parameters by their evaluated type.
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _activation(z, ACT: tl.constexpr):
+    if ACT == "gelu_tanh":
+        # 0.5 z (1 + tanh(u)) = z sigmoid(2u): no cancellation
+        h = z * tl.sigmoid(1.5957691216057308 * z * (1.0 + 0.044715 * z * z))
+    elif ACT == "gelu":
+        h = 0.5 * z * (1.0 + tl.erf(0.7071067811865476 * z))
+    elif ACT == "relu":
+        h = tl.where(z <= 0, 0.0, z)  # keeps NaN
+    elif ACT == "silu":
+        h = z * tl.sigmoid(z)
+    elif ACT == "mish":
+        # tanh(softplus(z)) = n / (n + 2), n = e^z (e^z + 2)
+        e = tl.exp(tl.minimum(z, 20.0))
+        n = e * (e + 2.0)
+        h = z * (n / (n + 2.0))
+    elif ACT == "elu":
+        c = tl.where(z > 0, 0.0, z)  # keeps NaN
+        # e^c - 1 by its series near 0, where the difference cancels
+        near = c * (1.0 + c * (0.5 + c * (1 / 6 + c * (1 / 24 + c * (1 / 120 + c * (1 / 720))))))
+        h = tl.where(z > 0, z, tl.where(c < -0.34, tl.exp(c) - 1.0, near))
+    else:
+        tl.static_assert(ACT == "tanh")
+        h = 2.0 * tl.sigmoid(2.0 * z) - 1.0
+    return h
+
+
+@triton.jit
+def _activation_derivative(z, ACT: tl.constexpr):
+    if ACT == "gelu_tanh":
+        s = tl.sigmoid(1.5957691216057308 * z * (1.0 + 0.044715 * z * z))
+        d = s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+    elif ACT == "gelu":
+        d = 0.5 * (1.0 + tl.erf(0.7071067811865476 * z)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    elif ACT == "relu":
+        d = tl.where(z > 0, 1.0, 0.0)
+    elif ACT == "silu":
+        s = tl.sigmoid(z)
+        d = s + z * s * (1.0 - s)
+    elif ACT == "mish":
+        e = tl.exp(tl.minimum(z, 20.0))
+        n = e * (e + 2.0)
+        r = n / (n + 2.0)
+        d = r + z * (1.0 - r * r) * tl.sigmoid(z)
+    elif ACT == "elu":
+        d = tl.exp(tl.where(z > 0, 0.0, z))
+    else:
+        tl.static_assert(ACT == "tanh")
+        s = 2.0 * tl.sigmoid(2.0 * z) - 1.0
+        d = 1.0 - s * s
+    return d

@@ -1,0 +1,199 @@
+"""The launches that evaluate one packed network and pull a cotangent back through it: data, no kernel runs here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .packing import NetworkLayout, PackedNetwork, padded_width
+
+
+@dataclass(frozen=True)
+class Given:
+    """A tensor of the call in a launch's arguments: its rows of the present chunk.
+
+    Args:
+        step: of tensors that have one axis of steps before the rows.
+    """
+
+    name: str
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch.
+
+    Args:
+        name: of the kernel. arguments: by name; tensors, numbers, options, and Given.
+    """
+
+    name: str
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+
+Make = Callable[..., Tensor]  # (*shape, dtype) -> an uninitialised tensor
+
+
+class Tape:
+    """What a pull-back needs of a forward: z [L, E, capacity, H_PAD] and stat [L, E, tiles, 2, capacity]."""
+
+    def __init__(self, layout: NetworkLayout, capacity: int, operand: torch.dtype, make: Make) -> None:
+        members, hidden = layout.spec.num_members, layout.hidden_pad
+        self.z = make(layout.depth, members, capacity, hidden, dtype=operand)
+        self.stat = make(layout.depth, members, hidden // layout.tile.block_n, 2, capacity)
+
+
+class Scratch:
+    """What passes from one launch to the next, in two halves that take turns; networks share it one after another."""
+
+    def __init__(self, layouts: list[NetworkLayout], capacities: list[int], operand: torch.dtype, make: Make) -> None:
+        sizes = [(n.spec.num_members * rows * n.hidden_pad, n) for n, rows in zip(layouts, capacities)]
+        self.planes = make(2, max((size for size, _ in sizes), default=0), dtype=operand)
+        self.sums = make(2, max((2 * size // n.tile.block_n for size, n in sizes), default=0))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One network on rows of a chunk.
+
+    Args:
+        net: packed. tape: written by `forward`, read by `pull_back`. out: [E, rows, out], the network's output.
+        rows: evaluated. draws: rows that share a row of obs. dot: input_precision of the products.
+    """
+
+    net: PackedNetwork
+    tape: Tape
+    scratch: Scratch
+    out: Tensor
+    rows: int
+    draws: int
+    dot: str
+
+    @property
+    def _layout(self) -> NetworkLayout:
+        return self.net.layout
+
+    @property
+    def capacity(self) -> int:
+        return self.tape.z.shape[2]
+
+    def _weights(self, layer: int, column: int = 0) -> Tensor:
+        return self.net.weights[self._layout.weight_start(layer) + column :]
+
+    def _vectors(self, layer: int) -> Tensor:
+        return self.net.vectors[self._layout.vector_start(layer) :]
+
+    def _width(self, layer: int) -> int:
+        return self._layout.spec.hidden_dims[layer]
+
+    def _common(self) -> dict[str, Any]:
+        layout = self._layout
+        return dict(
+            num_rows=self.rows, capacity=self.capacity, norm_eps=float(layout.spec.layer_norm_eps),
+            W_STRIDE=layout.member_weights, H_PAD=layout.hidden_pad, LD=layout.leading_dim, DOT=self.dot,
+            STAT_N=layout.tile.block_n,
+        )  # fmt: skip
+
+    def forward(
+        self, obs: Any, x: Any = None, xbar: Any = None, bounds: Tensor | None = None, time: int | None = None,
+        add: tuple[Any, float, Tensor] | None = None,
+    ) -> Iterator[Launch]:  # fmt: skip
+        """Output into `out`.
+
+        Args:
+            obs: [*, OBS_DIM], one row for each of `draws`; of a network whose inputs are not split, all its inputs.
+            x, xbar: action blocks, as _layer_kernel takes them. bounds: x is clipped into them.
+            time: index of the first bias among those of the layout's times.
+            add: (a, scale, sum): a + scale output, [E, rows, out], is written into sum.
+        """
+        layout, spec = self._layout, self._layout.spec
+        tile, unused = layout.tile.for_rows(self.rows), self.net.vectors
+        split = layout.action_blocks > 0
+        bias = self._vectors(0) if time is None else self.net.time_bias[time * layout.hidden_pad :]
+        for layer, width in enumerate(spec.hidden_dims):
+            first, below, norm = layer == 0, layout.norm(layer - 1), layout.norm(layer)
+            source = self.tape.z[layer - 1] if below == "pre" else self.scratch.planes[(layer - 1) % 2]
+            columns = layout.padded(width) // tile.block_n
+            yield Launch(
+                "layer", (columns, -(-self.rows // tile.block_b), spec.num_members),
+                dict(
+                    obs_ptr=obs if first else unused, x_ptr=x if first and split else unused,
+                    xbar_ptr=xbar if first and xbar is not None else unused,
+                    bounds_ptr=unused if bounds is None else bounds,
+                    below_ptr=self.tape.z if first else source, below_stat_ptr=self.tape.stat[max(layer - 1, 0)],
+                    w_ptr=self._weights(layer), vec_ptr=self._vectors(layer), bias_ptr=bias,
+                    z_ptr=self.tape.z[layer], y_ptr=self.scratch.planes[layer % 2], stat_ptr=self.tape.stat[layer],
+                    num_draws=self.draws, depth=0 if first else layout.padded(self._width(layer - 1)),
+                    below_width=0 if first else self._width(layer - 1), width=width,
+                    FIRST=first, OBS_DIM=spec.obs_dim if split else spec.input_dim, ACTION_DIM=spec.action_dim,
+                    COLUMN=layout.first_action_column, A_PAD=layout.action_pad, BLOCKS=layout.action_blocks,
+                    CLIP=first and bounds is not None, BIAS_STRIDE=layout.member_vectors if time is None else 0,
+                    VEC_STRIDE=layout.member_vectors, BELOW_NORM=below, NORM=norm, ACT=spec.activation,
+                    **self._common(), **tile.options(),
+                ),
+            )  # fmt: skip
+        last = layout.depth - 1
+        ends = layout.ends
+        yield Launch(
+            "output", (-(-self.rows // ends.block_b), spec.num_members),
+            dict(
+                below_ptr=self.tape.z[last] if layout.norm(last) == "pre" else self.scratch.planes[last % 2],
+                stat_ptr=self.tape.stat[last], w_ptr=self._weights(layout.depth), vec_ptr=self._vectors(layout.depth),
+                add_ptr=unused if add is None else add[0], out_ptr=self.out,
+                sum_ptr=self.out if add is None else add[2],
+                depth=layout.padded(self._width(last)), width=self._width(last), scale=1.0 if add is None else add[1],
+                OUT_DIM=spec.output_dim, OUT_ROWS=layout.out_pad, ADD=add is not None,
+                VEC_STRIDE=layout.member_vectors, BELOW_NORM=layout.norm(last), ACT=spec.activation,
+                **self._common(), **ends.with_columns(layout.out_pad).options(),
+            ),
+        )  # fmt: skip
+
+    def pull_back(
+        self, cotangent: Any, target: Tensor, column: int, columns: int, through: int | None = None
+    ) -> Iterator[Launch]:
+        """Into target [E, rows, columns]: the cotangent [E, rows, out] pulled back to inputs, after `forward`.
+
+        Args:
+            cotangent: None for 1 (of a critic).
+            column: first packed input column. through: columns of a tile; None: all of them in one.
+        """
+        layout, spec, depth = self._layout, self._layout.spec, self._layout.depth
+        tile, unused = layout.tile.for_rows(self.rows), self.net.vectors
+        for layer in reversed(range(depth)):
+            top = "none" if layer < depth - 1 else "ones" if cotangent is None else "rows"
+            above = min(layer + 1, depth - 1)
+            yield Launch(
+                "delta", (layout.padded(self._width(layer)) // tile.block_n, -(-self.rows // tile.block_b),
+                          spec.num_members),
+                dict(
+                    cotangent_ptr=cotangent if top == "rows" else unused, out_ptr=self.out,
+                    above_ptr=self.scratch.planes[(layer + 1) % 2], above_z_ptr=self.tape.z[above],
+                    above_stat_ptr=self.tape.stat[above], above_sum_ptr=self.scratch.sums[(layer + 1) % 2],
+                    w_ptr=self._weights(layer + 1), above_vec_ptr=self._vectors(layer + 1),
+                    vec_ptr=self._vectors(layer),
+                    z_ptr=self.tape.z[layer], stat_ptr=self.tape.stat[layer], d_ptr=self.scratch.planes[layer % 2],
+                    sum_ptr=self.scratch.sums[layer % 2],
+                    depth=layout.padded(self._width(above)), above_width=self._width(above), width=self._width(layer),
+                    TOP=top, OUT_DIM=spec.output_dim, OUT_PAD=layout.out_pad, OUT_ROWS=layout.out_pad,
+                    VEC_STRIDE=layout.member_vectors, ABOVE_NORM=layout.norm(layer + 1), NORM=layout.norm(layer),
+                    BELOW_NORM=layout.norm(layer - 1), ACT=spec.activation, **self._common(), **tile.options(),
+                ),
+            )  # fmt: skip
+        ends = layout.ends.with_columns(through or padded_width(columns))
+        yield Launch(
+            "input_gradient", (-(-columns // ends.block_n), -(-self.rows // ends.block_b), spec.num_members),
+            dict(
+                cotangent_ptr=unused if cotangent is None else cotangent, d_ptr=self.scratch.planes[0],
+                z_ptr=self.tape.z[0], stat_ptr=self.tape.stat[0], sum_ptr=self.scratch.sums[0],
+                w_ptr=self._weights(0, column), out_ptr=target,
+                depth=layout.padded(self._width(0)), width=self._width(0), RESCALE=cotangent is not None,
+                OUT_DIM=spec.output_dim, OUT_PAD=layout.out_pad, COLUMNS=columns, NORM=layout.norm(0),
+                **self._common(), **ends.options(),
+            ),
+        )  # fmt: skip
