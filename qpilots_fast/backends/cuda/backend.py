@@ -7,7 +7,7 @@ The kernels (csrc/cuda) are a shared library of their own, with a C ABI over raw
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from ..captured import CapturedSampler, CudaGraph, capturing
 from ..counts import count_flops
 from ..quick import QuickDeviceCall
 from .counts import count_call_exchanges, count_traffic, counted_program
-from .launcher import KEPT_PROGRAMS, Launcher
+from .launcher import KEPT_PROGRAMS, DeviceProgram, Launcher
 from .layout import presence
 from .library import Library, Loader, float32_rows, pointer
 from .rows import CudaRows
@@ -40,6 +40,16 @@ class PackedWeights:
 
     weights: Tensor  # [bytes] uint8
     key: Hashable  # of the program it was made for, batch size apart
+
+
+@dataclass(frozen=True)
+class ReadyCall:
+    """All of a call at one batch size but its own tensors."""
+
+    loaded: DeviceProgram
+    table: Any  # PackTable of live weights
+    packed: PackedWeights | None
+    args: SampleArgs
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,7 @@ class CudaBackend(Backend):
 
     def pack(self, spec: SamplerSpec, networks: BoundNetworks) -> PackedWeights:
         program = self._launcher.sample_program(spec, networks, 1)
-        weights, _ = self._launcher.packed(program, spec.taking_part(networks))
+        weights = self._launcher.pack(self._launcher.pack_table(program, spec.taking_part(networks)))
         return PackedWeights(weights, _pack_key(spec, networks))
 
     def sample(self, call: Call) -> RawSample:
@@ -122,15 +132,37 @@ class CudaBackend(Backend):
     def quick_call(
         self, spec: SamplerSpec, networks: BoundNetworks, packed: Any, slots: Slots, batch_size: int
     ) -> QuickDeviceCall:
-        def enqueue(obs: Tensor, noise: Tensor, posterior_noise: Tensor | None, alpha: Tensor | None) -> Tensor:
-            return self._enqueue(Call(spec, networks, obs, noise, posterior_noise, alpha, packed))[0].actions
+        device = networks.flow.device
+        ready = self._prepare_call(spec, networks, packed, batch_size, device)
 
-        return QuickDeviceCall(spec, networks.flow.device, batch_size, slots, enqueue)
+        def enqueue(obs: Tensor, noise: Tensor, posterior_noise: Tensor | None, alpha: Tensor | None) -> Tensor:
+            call = Call(spec, networks, obs, noise, posterior_noise, alpha, packed)
+            return self._queue(call, ready)[0].actions
+
+        return QuickDeviceCall(spec, device, batch_size, slots, enqueue)
 
     def _enqueue(self, call: Call) -> tuple[RawSample, Any]:
         """The call, queued, and what its kernels read and write besides the call's own tensors and the result."""
-        spec, networks, noise, packed, batch = call.spec, call.networks, call.noise, call.packed, call.batch_size
-        reason = self.refusal(spec, noise.device)
+        device = call.noise.device
+        ready = self._prepare_call(call.spec, call.networks, call.packed, call.batch_size, device)
+        plain = replace(
+            call,
+            obs=float32_rows(call.obs),
+            noise=float32_rows(call.noise),
+            posterior_noise=None if call.posterior_noise is None else float32_rows(call.posterior_noise),
+            alpha=None if call.alpha is None else float32_rows(call.alpha),
+        )
+        return self._queue(plain, ready)
+
+    def _prepare_call(
+        self, spec: SamplerSpec, networks: BoundNetworks, packed: Any, batch: int, device: torch.device
+    ) -> ReadyCall:
+        """What calls at this batch size need while no parameter's memory moves.
+
+        Raises:
+            BackendUnavailable: where they cannot run. ValueError: where packed belongs to another sampler.
+        """
+        reason = self.refusal(spec, device)
         if reason is None and batch > MAX_BATCH_SIZE:
             reason = (
                 f"it is for batches up to {MAX_BATCH_SIZE} (candidates counted), this one has {batch}; "
@@ -139,27 +171,30 @@ class CudaBackend(Backend):
         if reason is not None:
             raise BackendUnavailable(f"backend 'cuda' cannot run this call: {reason}.")
         loaded = self._launcher.sample_program(spec, networks, batch)
-        args = SampleArgs.from_buffer_copy(loaded.program.args)
-        table = None
         if packed is None:
-            weights, table = self._launcher.packed(loaded, spec.taking_part(networks))
+            table = self._launcher.pack_table(loaded, spec.taking_part(networks))
         elif packed.key != _pack_key(spec, networks):
             raise ValueError("packed was made for another sampler; expected what pack(spec, networks) returned.")
         else:
-            weights = packed.weights
-        inputs = {"obs": float32_rows(call.obs), **loaded.time_tables}
-        noise = float32_rows(noise)
-        eps = None if call.posterior_noise is None else float32_rows(call.posterior_noise)
+            table = None
+        args = SampleArgs.from_buffer_copy(loaded.program.args)
+        args.schedule, args.steered, args.bounds = map(pointer, (loaded.schedule, loaded.steered, loaded.bounds))
+        return ReadyCall(loaded, table, packed, args)
+
+    def _queue(self, call: Call, ready: ReadyCall) -> tuple[RawSample, Any]:
+        """A call of contiguous float32 tensors."""
+        loaded, noise, eps, alpha = ready.loaded, call.noise, call.posterior_noise, call.alpha
+        weights = self._launcher.pack(ready.table) if ready.packed is None else ready.packed.weights
+        inputs = {"obs": call.obs, **loaded.time_tables}
         actions = torch.empty_like(noise)
-        alpha = None if call.alpha is None else float32_rows(call.alpha)
         report: StepReport | None = None
         if call.return_info:
-            values = noise.new_empty(2, spec.num_steps, batch)
-            flags = torch.empty(2, spec.num_steps, batch, dtype=torch.bool, device=noise.device)
+            values = noise.new_empty(2, call.spec.num_steps, call.batch_size)
+            flags = torch.empty(2, call.spec.num_steps, call.batch_size, dtype=torch.bool, device=noise.device)
             report = StepReport(values[0], flags[0], values[1], flags[1])
-        args.noise, args.posterior_noise = noise.data_ptr(), pointer(eps)
-        args.schedule, args.steered = pointer(loaded.schedule), pointer(loaded.steered)
-        args.alpha, args.bounds, args.actions = pointer(alpha), pointer(loaded.bounds), actions.data_ptr()
+        args = SampleArgs.from_buffer_copy(ready.args)
+        args.noise, args.posterior_noise, args.alpha = noise.data_ptr(), pointer(eps), pointer(alpha)
+        args.actions = actions.data_ptr()
         reported: dict[str, Tensor | None] = {} if report is None else report._asdict()
         for name, value in reported.items():
             setattr(args, name, pointer(value))
@@ -167,7 +202,7 @@ class CudaBackend(Backend):
         others |= {"alpha": alpha, "bounds": loaded.bounds}
         outputs = {"actions": actions, **reported}
         exchange, failure = self._launcher.launch(loaded, args, weights, inputs, others, outputs)
-        return RawSample(actions, report), ((loaded, table, packed), (weights, exchange, failure))
+        return RawSample(actions, report), (ready, weights, exchange, failure)
 
     def capture(
         self,
@@ -191,7 +226,7 @@ class CudaBackend(Backend):
 
     def prepare(self, network: BoundNetwork, precision: str) -> PreparedNetwork:
         program = self._launcher.network_program(network, 1, precision, network.device, differentiable=True)
-        return PreparedNetwork(network, precision, self._launcher.packed(program, [network])[0])
+        return PreparedNetwork(network, precision, self._launcher.pack(self._launcher.pack_table(program, [network])))
 
     def forward(self, network: BoundNetwork | PreparedNetwork, blocks: Sequence[Tensor], precision: str) -> Tensor:
         return self._run_network(network, blocks, None, precision)
@@ -227,7 +262,7 @@ class CudaBackend(Backend):
                 raise ValueError(f"precision is {precision!r}; the network was prepared for {network.precision!r}.")
             weights = network.weights
         else:
-            weights, _ = self._launcher.packed(loaded, [bound])
+            weights = self._launcher.pack(self._launcher.pack_table(loaded, [bound]))
         inputs = {"columns": columns} if cotangents is None else {"columns": columns, "cotangent": cotangents}
         exchange, _ = self._launcher.launch(loaded, args, weights, inputs, {}, {})
         region = loaded.program.output

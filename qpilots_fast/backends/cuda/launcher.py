@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class DeviceProgram:
     schedule: Tensor | None
     steered: Tensor | None
     bounds: Tensor | None
+    token: object = field(default_factory=object, compare=False)  # stands for it in keys; its own hash is long
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,17 @@ class Exchange:
     words: Tensor  # int64 [2][slot_words], zero when made
     tags: Tensor  # int64 [1 + num_blocks], likewise
     workspace: Tensor  # float32
+
+
+@dataclass(frozen=True)
+class PackTable:
+    """The addresses that the pack kernel reads from; networks: views, which keep that memory."""
+
+    items: Tensor  # uint8
+    num_items: int
+    num_tiles: int
+    program: Program
+    networks: tuple[BoundNetwork, ...]
 
 
 KEPT_PROGRAMS = 64
@@ -56,7 +69,7 @@ class Launcher:
         self._loader, self._max_blocks, self._spin_limit = loader, max_blocks, spin_limit
         self._lock = threading.Lock()
         self._programs, self._pack_tables, self._exchanges = Cache(KEPT_PROGRAMS), Cache(32), Cache(KEPT_PROGRAMS)
-        self._failure_words: dict[torch.device, Tensor] = {}
+        self._failure_words: dict[torch.device, tuple[Tensor, Any]] = {}  # and its number, read without torch
 
     def sample_program(self, spec: SamplerSpec, networks: BoundNetworks, batch: int) -> DeviceProgram:
         present = tuple(presence(network) for network in spec.taking_part(networks))
@@ -87,34 +100,44 @@ class Launcher:
 
         return self._programs.obtain(key, make)
 
-    def packed(self, loaded: DeviceProgram, networks: Sequence[BoundNetwork]) -> tuple[Tensor, Tensor]:
-        """The live weights in the kernels' layout, by one kernel, and the table of pointers that it reads."""
+    def pack_table(self, loaded: DeviceProgram, networks: Sequence[BoundNetwork]) -> PackTable:
+        """Where these parameters lie, for `pack`.
+
+        Raises:
+            ValueError: where one is on another device.
+        """
         layouts = loaded.program.layouts
         device = loaded.phases.device
         key = tuple((t.data_ptr(), t.stride(), t.dtype, t.device) for network in networks for t in network.parameters())
         wrong = next((d for *_, d in key if d != device), None)
         if wrong is not None:
             raise ValueError(f"a parameter is on {wrong}; expected every parameter on {device}.")
-        table, num_items, num_tiles = self._pack_tables.obtain(
+        items, num_items, num_tiles = self._pack_tables.obtain(
             (loaded.key, key), lambda: _device_pack_table(layouts, networks, device)
         )
-        weights = torch.empty(loaded.program.weights_bytes, dtype=torch.uint8, device=device)
+        return PackTable(items, num_items, num_tiles, loaded.program, tuple(networks))
+
+    def pack(self, table: PackTable) -> Tensor:
+        """The parameters' values now in the kernels' layout, by one kernel."""
+        items, device = table.items, table.items.device
+        weights = torch.empty(table.program.weights_bytes, dtype=torch.uint8, device=device)
         library = self._loader.get()
 
         def memory() -> list[MemoryRange]:
-            named = {f"parameter {i}": t for i, t in enumerate(t for n in networks for t in n.parameters())}
-            return memory_map({"pack table": table, **named}, {}) + weight_regions(layouts, weights, False)
+            named = {f"parameter {i}": t for i, t in enumerate(t for n in table.networks for t in n.parameters())}
+            written = weight_regions(table.program.layouts, weights, False)
+            return memory_map({"pack table": items, **named}, {}) + written
 
         library.call(
             "pack",
-            ctypes.c_void_p(table.data_ptr()),
-            num_items,
-            num_tiles,
+            ctypes.c_void_p(items.data_ptr()),
+            table.num_items,
+            table.num_tiles,
             ctypes.c_void_p(weights.data_ptr()),
             *place(library, device),
             memory=memory,
         )
-        return weights, table
+        return weights
 
     def check_failure(self, device: torch.device) -> Tensor:
         """The word that kernels of this device write to when they give up.
@@ -122,11 +145,15 @@ class Launcher:
         Raises:
             RuntimeError: where one did, in an earlier call or replay; once.
         """
-        with self._lock:
-            if device not in self._failure_words:
-                self._failure_words[device] = self._loader.get().failure_word()
-            failure = self._failure_words[device]
-        if failure.item() != 0:
+        known = self._failure_words.get(device)
+        if known is None:
+            with self._lock:
+                if device not in self._failure_words:
+                    word = self._loader.get().failure_word()
+                    self._failure_words[device] = (word, word.numpy())
+                known = self._failure_words[device]
+        failure, value = known
+        if value[0] != 0:
             failure.zero_()
             raise RuntimeError(
                 "backend 'cuda': an earlier call gave up waiting for another block, its actions are NaN; "
@@ -140,7 +167,7 @@ class Launcher:
         A graph takes over one that was made before, and goes on counting its tags; where there is none, it makes one,
         and clears it at each replay.
         """
-        key = (loaded.key, stream)
+        key = (loaded.token, stream)
 
         def make() -> Exchange:
             program = loaded.program
@@ -152,7 +179,7 @@ class Launcher:
 
         if not capturing(device):
             return self._exchanges.obtain(key, make)
-        found = self._exchanges.take(lambda other: other[0] == loaded.key)
+        found = self._exchanges.take(lambda other: other[0] is loaded.token)
         return make() if found is None else found
 
     def launch(
