@@ -13,7 +13,7 @@ from .inputs import reader_of
 from .integers import as_int
 from .trees import common_rows, with_rows
 
-_CALLS = 2  # the first makes plans, packs and workspaces, the second the quick way
+_CALLS = 3  # the first makes plans, packs and workspaces; the second goes the quick way; a GPU's third records a graph
 
 
 def warm_up(sampler: Any, batch_sizes: Sequence[int], obs: Any) -> None:

@@ -15,9 +15,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from torch import Tensor
 
-from qpilots_fast import BackendUnavailable
+from qpilots_fast import BackendUnavailable, SteeredSampler, backends
 from qpilots_fast.backends import Call
-from qpilots_fast.backends.triton import launcher
+from qpilots_fast.backends.triton import TritonBackend, launcher
 from tests.recorded_graph import Record, RecordedGraph, not_held
 from tests.test_triton_kernels import GLASS, M, U, backend, networks_of, small, spec_of
 
@@ -97,3 +97,50 @@ def test_inside_a_capture_of_others_what_it_reads_is_kept(monkeypatch: pytest.Mo
     monkeypatch.undo()
     assert torch.equal(triton.sample(call).actions, expected)
     assert triton._workspaces.values()[0] is not workspace and triton._live.values()[0] is not buffers
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["live", "frozen"])
+def test_plain_calls_are_recorded_at_the_third_and_replayed(frozen, monkeypatch) -> None:
+    graphs: list[InterpretedGraph] = []
+
+    def new_graph(device: torch.device) -> InterpretedGraph:
+        graphs.append(InterpretedGraph())
+        return graphs[-1]
+
+    triton = TritonBackend(fill=float("nan"), new_graph=new_graph)
+    monkeypatch.setattr(backends, "choose", lambda request: backends.Choice(triton, {}))
+    case = small(U, hidden_dims=(9,))
+    sampler = SteeredSampler(case.flow, case.critic, U, num_steps=case.num_steps, backend="triton")
+    if frozen:
+        sampler.freeze()
+    inputs = case.obs, case.noise
+    first = sampler(*inputs)
+    assert torch.equal(sampler(*inputs), first) and not graphs
+    assert torch.equal(sampler(*inputs), first) and len(graphs) == 1
+    launcher.launches.reset()
+    assert torch.equal(sampler(*inputs), first) and launcher.launches.total == 0  # a replay
+    with torch.no_grad():
+        for parameter in case.flow.parameters():
+            parameter.mul_(1.1)
+    assert torch.equal(sampler(*inputs), first) == frozen
+    strengths = torch.full((len(case.obs),), 0.3)
+    sampler(*inputs, alpha=strengths)
+    assert launcher.launches.total > 0 and len(graphs) == 1  # launch by launch
+    case.flow.output.weight.data = case.flow.output.weight.data.clone()  # what the graph reads, another memory
+    expected = SteeredSampler(case.flow, case.critic, U, num_steps=case.num_steps, backend="reference")(*inputs)
+    if not frozen:
+        assert (sampler(*inputs) - expected).abs().max() < 1e-5
+
+
+def test_what_cannot_be_recorded_is_launched(monkeypatch, caplog) -> None:
+    def new_graph(device: torch.device) -> InterpretedGraph:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    triton = TritonBackend(fill=float("nan"), new_graph=new_graph)
+    monkeypatch.setattr(backends, "choose", lambda request: backends.Choice(triton, {}))
+    case = small(U, hidden_dims=(9,))
+    sampler = SteeredSampler(case.flow, case.critic, U, num_steps=case.num_steps, backend="triton")
+    first = sampler(case.obs, case.noise)
+    for _ in range(4):
+        assert torch.equal(sampler(case.obs, case.noise), first)
+    assert len([record for record in caplog.records if "no CUDA graph" in record.message]) == 1

@@ -70,7 +70,7 @@ def cuda_backend(clock: Clock) -> Backend:
 
 
 def triton_backend(clock: Clock) -> Backend:
-    """On CPU tensors, its launches stubs."""
+    """On CPU tensors, its launches and the graphs that plain calls are recorded in stubs."""
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: CPU tensors are then taken
     from qpilots_fast.backends.triton import TritonBackend, launcher
 
@@ -78,8 +78,15 @@ def triton_backend(clock: Clock) -> Backend:
         def __getitem__(self, grid: Any) -> Callable[..., None]:
             return clock.launched
 
+    class Graph:
+        def record(self, enqueue: Callable[[], Any]) -> Any:
+            return enqueue()
+
+        def replay(self) -> None:
+            clock.launched()
+
     launcher.kernel_of = lambda name: Stub()  # type: ignore[assignment]
-    return TritonBackend()
+    return TritonBackend(new_graph=lambda device: Graph())
 
 
 def host_times(call: Callable[[], Any], clock: Clock, seconds: float) -> tuple[float, float]:

@@ -50,6 +50,11 @@ class Cache:
                     dropped.append(self._entries.popitem(last=False))
         return found[1]
 
+    def find(self, key: Hashable, owner: object | None = None) -> Any | None:
+        """The value of a key; None where there is none (any more)."""
+        found = self._find((key, None if owner is None else id(owner)), owner)
+        return None if found is None else found[1]
+
     def take(self, wanted: Callable[[Any], bool]) -> Any | None:
         """Gives away the value of one wanted key: the cache makes another when next asked. None where there is none."""
         with self._lock:

@@ -35,7 +35,8 @@ class CudaGraph:
             with torch.cuda.stream(side):
                 enqueue()  # what may not happen while a stream is captured: kernels compile, tables are uploaded
             torch.cuda.current_stream(device).wait_stream(side)
-            with torch.cuda.graph(self._graph):
+            # of this thread alone: others may allocate meanwhile
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 return enqueue()
 
     def replay(self) -> None:

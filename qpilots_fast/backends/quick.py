@@ -6,6 +6,8 @@ it can have changed. `QuickCall`s answer None where it can, upon which the calle
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -15,8 +17,11 @@ from torch import Tensor
 from ..networks import Slots, slots_hold
 from ..spec import SamplerSpec
 from .base import QuickCall
-from .captured import capturing
+from .caches import Cache
+from .captured import CapturedSampler, capturing
 from .native import import_failure, load_module
+
+_log = logging.getLogger(__name__)
 
 # (obs, noise, posterior noise, alpha), contiguous float32 -> actions
 Enqueue = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
@@ -93,6 +98,42 @@ class QuickDeviceCall:
             and value.device == self._device
             and value.is_contiguous()
         )
+
+
+class GraphedEnqueue:
+    """`Enqueue` that records itself at its second call and then replays: hundreds of launches cost the host one.
+
+    Args:
+        plain: queues launch by launch: the first call, one that gives alpha, one on another stream than the recorded
+            (two replays at once would share memory), and all of them where nothing can be recorded or `kept` has
+            dropped the graph.
+        capture: makes the graph. stream: tells the current one. kept: of the graphs of a backend.
+    """
+
+    def __init__(
+        self, plain: Enqueue, capture: Callable[[], CapturedSampler], stream: Callable[[], int], kept: Cache
+    ) -> None:
+        self._plain, self._capture, self._current, self._kept = plain, capture, stream, kept
+        self._lock, self._calls, self._stream = threading.Lock(), 0, -1
+
+    def __call__(self, obs: Tensor, noise: Tensor, posterior_noise: Tensor | None, alpha: Tensor | None) -> Tensor:
+        with self._lock:
+            self._calls += alpha is None
+            if self._calls == 2 and alpha is None:
+                self._record()
+        graph = None if alpha is not None else self._kept.find("graph", self)
+        if graph is None or self._current() != self._stream:
+            return self._plain(obs, noise, posterior_noise, alpha)
+        return graph(obs, noise, posterior_noise)
+
+    def _record(self) -> None:
+        try:
+            self._kept.obtain("graph", self._capture, owner=self)
+            self._stream = self._current()
+        except Exception as error:  # of CUDA, of another thread: the plain way needs no graph
+            _log.warning(
+                "qpilots_fast launches kernel by kernel; no CUDA graph of the call could be recorded: %s", error
+            )
 
 
 class ByBatchSize:

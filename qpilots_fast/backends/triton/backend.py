@@ -17,7 +17,7 @@ from ...spec import BoundNetwork, BoundNetworks, RawSample, SamplerSpec, StepRep
 from ..base import Backend, Call, Footprint, Graph, Slots
 from ..caches import Cache
 from ..captured import CapturedSampler, CudaGraph, capturing, refuse_while_capturing
-from ..quick import QuickDeviceCall
+from ..quick import GraphedEnqueue, QuickDeviceCall
 from .evaluation import Evaluation, Scratch, Tape
 from .launch_table import MAX_ACTION_PAD, LaunchTable, default_table, dot_mode
 from .launcher import launch
@@ -27,6 +27,7 @@ from .plan import SamplerPlan, Workspace, capability, network_chunk
 OLDEST_TRITON = (3, 2)
 _NOT_READY = "this sampler has not run at this batch size yet, or not since its last capture"
 _KEPT = 16  # workspaces, packed buffers and plans kept per backend; the least recently used goes first
+_KEPT_GRAPHS = 8  # each has a workspace and weights of its own
 
 
 def interpreting() -> bool:
@@ -61,15 +62,26 @@ class TritonBackend(Backend):
         table: launch rows that precede the built-in ones; None takes those that `tune` wrote, if any.
         fill: value that fresh workspaces are filled with (tests pass NaN).
         chunk: rows that go through a call's steps together; None: as many as plan.PLANE_BYTES allows.
+        new_graph: what plain calls are recorded in, from the third of a batch size on; None: they are not.
     """
 
     name = "triton"
     precisions = ("float32", "tf32", "bfloat16", "float16")
     quick_by_batch_size = True
-    keeps = f"the workspaces and plans of the {_KEPT} latest (sampler, batch size) pairs"
+    keeps = (
+        f"the workspaces and plans of the {_KEPT} latest (sampler, batch size) pairs, and CUDA graphs of "
+        f"{_KEPT_GRAPHS}, recorded at the third call"
+    )
 
-    def __init__(self, table: LaunchTable | None = None, fill: float | None = None, chunk: int | None = None) -> None:
-        self._table, self._fill, self._chunk = table, fill, chunk
+    def __init__(
+        self,
+        table: LaunchTable | None = None,
+        fill: float | None = None,
+        chunk: int | None = None,
+        new_graph: Callable[[torch.device], Graph] | None = CudaGraph,
+    ) -> None:
+        self._table, self._fill, self._chunk, self._new_graph = table, fill, chunk, new_graph
+        self._graphs = Cache(_KEPT_GRAPHS)
         self._lock = threading.RLock()  # launches of two threads on one stream must not interleave in a workspace
         self._plans, self._workspaces, self._live, self._single = (Cache(_KEPT) for _ in range(4))
         self._captured: list[Any] = []  # owned by someone's CUDA graph: never reused, never freed
@@ -171,14 +183,22 @@ class TritonBackend(Backend):
         def enqueue(obs: Tensor, noise: Tensor, posterior_noise: Tensor | None, alpha: Tensor | None) -> Tensor:
             return self.sample(Call(spec, networks, obs, noise, posterior_noise, alpha, packed)).actions
 
-        return QuickDeviceCall(spec, networks.flow.device, batch_size, slots, enqueue)
+        device = networks.flow.device
+        if self._new_graph is None or (device.type != "cuda" and self._new_graph is CudaGraph):
+            return QuickDeviceCall(spec, device, batch_size, slots, enqueue)
+        new_graph = self._new_graph
+
+        def capture() -> CapturedSampler:
+            return self.capture(spec, networks, batch_size, packed, new_graph(device))
+
+        graphed = GraphedEnqueue(enqueue, capture, lambda: _stream(device), self._graphs)
+        return QuickDeviceCall(spec, device, batch_size, slots, graphed)
 
     def _obtain(self, cache: Cache, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """The entry of the current stream. A CUDA graph under capture takes an entry over for good."""
         device = key[0]
         if not capturing(device):
-            stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-            return cache.obtain((key, stream), make)
+            return cache.obtain((key, _stream(device)), make)
         taken = cache.take(lambda kept: kept[0] == key)
         if taken is None:
             refuse_while_capturing(device, _NOT_READY)
@@ -286,6 +306,10 @@ class TritonBackend(Backend):
 
         device = torch.device("cuda" if torch.cuda.is_available() and not interpreting() else "cpu")
         return footprint(self.plan(spec, device), batch_size)
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _on(device: torch.device) -> Any:
