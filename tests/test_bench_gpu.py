@@ -284,3 +284,22 @@ def test_the_prices_compile(target: int, tmp_path: Path) -> None:
     assert sources is not None
     command = prices.compile_command(str(find_nvcc()), sources, [target], tmp_path / "prices.o")
     subprocess.run(command, check=True)
+
+
+def test_tiles_to_try_fit_the_card_and_the_likely_ones_come_first() -> None:
+    pytest.importorskip("triton")
+    from bench.gpu import tune
+
+    small, large = (tune.candidates("layer", "bfloat16", kib << 10) for kib in (99, 227))
+    assert set(small) < set(large)
+    for tile in small:
+        assert (tile.block_b + tile.block_n) * tile.block_k * tile.num_stages * 2 <= 99 << 10
+    assert {tile.num_stages for tile in large[:4]} == {3} and large[0].num_warps == 8
+
+
+def test_tuning_says_that_it_needs_a_card(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    from bench.gpu import tune
+
+    assert torch.cuda.is_available() or tune.main(["--minutes", "1"]) == 2
+    assert "cannot tune here" in capsys.readouterr().out or torch.cuda.is_available()
