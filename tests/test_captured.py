@@ -264,9 +264,9 @@ def test_inside_a_capture_of_others_tables_are_kept_and_nothing_is_uploaded(libr
     for module in ("backend", "launcher"):
         monkeypatch.setattr(f"qpilots_fast.backends.cuda.{module}.capturing", lambda device: True)
     assert torch.equal(cuda.sample(call).actions, expected)
-    (((loaded, table, packed), _),) = cuda._captured
-    assert loaded is cuda._launcher.sample_program(spec, networks, 2) and packed is None
-    assert any(table is kept[0] for kept in cuda._launcher._pack_tables.values())
+    ((ready, *_),) = cuda._captured
+    assert ready.loaded is cuda._launcher.sample_program(spec, networks, 2) and ready.packed is None
+    assert any(ready.table.items is kept for kept in cuda._launcher._pack_tables.values())
     with pytest.raises(BackendUnavailable, match="has not run at this batch size yet; call the sampler once"):
         cuda.sample(Call(spec, networks, case.obs[:1], case.noise[:1]))
     moved = make_case(U, batch_size=2, num_steps=2, seed=1)

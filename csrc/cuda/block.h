@@ -12,7 +12,7 @@ constexpr int kRowNumbers = 2;  // scalars of a row that a norm needs at once
 
 // Byte offsets into dynamic shared memory; as many bytes as shared_bytes in backends/cuda/plan.py counts.
 struct SharedLayout {
-  std::int64_t program, weights, partials, row_numbers, norm_rows, flags;
+  std::int64_t program, weights, partials, row_parts, row_numbers, norm_rows, flags;
   std::int64_t x, velocity, g, posterior_output, estimate_vjp, gradients, q_values, member_weights, q_bar, q_std,
       draw_weights, q_scale;
   std::int64_t total;
@@ -32,9 +32,10 @@ QPILOTS_HD SharedLayout shared_layout(const SampleArgs& a, int nt) {
   SharedLayout s{};
   s.weights = align16((a.num_once + a.num_step_phases) * static_cast<std::int64_t>(sizeof(Phase)));
   s.partials = s.weights + a.buffers * weight_buffer_bytes<Weight>(a);
-  s.row_numbers = s.partials + 2 * kWarps * rows * partials_stride(a) * 4;
+  s.row_parts = s.partials + 2 * kWarps * rows * partials_stride(a) * 4;
+  s.row_numbers = s.row_parts + 2 * kWarps * rows * kRowNumbers * 4;
   s.norm_rows = s.row_numbers + 2 * rows * kRowNumbers * 4;
-  s.flags = s.norm_rows + a.num_norm_rows * 4;
+  s.flags = s.norm_rows + a.num_norm_rows * 2 * 4;
   s.x = s.flags + 2 * kWarps * 4;
   s.velocity = s.x + state * 4;
   s.g = s.velocity + state * 4;
@@ -58,8 +59,9 @@ struct Block {
   Phase* program;
   WeightStream<Weight> stream;
   float* partial_sums;      // [2][kWarps][kRows][partials_stride]
+  float* row_parts;         // [2][kWarps][kRows][kRowNumbers] of a product's operand, by the warps' columns
   float* row_numbers;       // [2][kRows][kRowNumbers]
-  float* norm_rows;         // [num_norm_rows] 1 / std of the rows of each hidden layer
+  float* norm_rows;         // [num_norm_rows][2] mean and 1 / std of the rows of each hidden layer
   std::uint32_t* flags;     // [2][kWarps]
   float* x;                 // [B][A]
   float* velocity;          // [B][A]
@@ -87,6 +89,7 @@ struct Block {
     program = reinterpret_cast<Phase*>(base);
     stream = {base + s.weights, weight_buffer_bytes<Weight>(a), Position{-1, 0, 0, 0, 0}, true, 0, 0};
     partial_sums = floats(s.partials);
+    row_parts = floats(s.row_parts);
     row_numbers = floats(s.row_numbers);
     norm_rows = floats(s.norm_rows);
     flags = reinterpret_cast<std::uint32_t*>(base + s.flags);
@@ -137,6 +140,9 @@ struct Block {
   __device__ __forceinline__ Partials<NT> partials(const SampleArgs& a, int half) const {
     const int stride = partials_stride(a);
     return {partial_sums + half * kWarps * kRows * stride, stride};
+  }
+  __device__ __forceinline__ float* parts_of_row(int half, int warp, int row) const {
+    return row_parts + ((half * kWarps + warp) * kRows + row) * kRowNumbers;
   }
   __device__ __forceinline__ float* numbers_of_row(int half, int row) const {
     return row_numbers + (half * kRows + row) * kRowNumbers;

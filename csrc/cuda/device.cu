@@ -26,11 +26,13 @@ QPILOTS_EXPORT const char* qpilots_cuda_last_error() { return qpilots::cuda::las
 
 QPILOTS_EXPORT int qpilots_cuda_device_count(int* count) { return qpilots::cuda::device_count(count); }
 
-// sizeof of Phase, SampleArgs, PackItem, SteerStepArgs: a mismatch with the Python side is refused at loading.
+// sizeof of Phase, SampleArgs, PackItem, FoldItem, SteerStepArgs: a mismatch with the Python side is refused at
+// loading.
 QPILOTS_EXPORT int qpilots_cuda_struct_bytes(int which) {
   using namespace qpilots::cuda;
-  constexpr int bytes[] = {sizeof(Phase), sizeof(SampleArgs), sizeof(PackItem), sizeof(SteerStepArgs)};
-  return which >= 0 && which < 4 ? bytes[which] : -1;
+  constexpr int bytes[] = {sizeof(Phase), sizeof(SampleArgs), sizeof(PackItem), sizeof(FoldItem),
+                           sizeof(SteerStepArgs)};
+  return which >= 0 && which < 5 ? bytes[which] : -1;
 }
 
 // What Python compares with its own: the lists of qpilots/types.h, and those of phase.h.

@@ -6,9 +6,8 @@
 // Eight lanes hold the 16 neurons of a tile, two each, so a tile's sum is three shuffles.
 #pragma once
 
-#include "block.h"
+#include "fold.h"
 #include "qpilots/activation.h"
-#include "qpilots/layer_norm.h"
 
 namespace qpilots {
 namespace cuda {
@@ -32,13 +31,6 @@ __device__ __forceinline__ float parameter_or(const unsigned char* member, std::
 template <class Weight>
 __device__ __forceinline__ float output_weight(const Phase& p, const unsigned char* member, int n) {
   return to_float(load_constant(reinterpret_cast<const Weight*>(member + p.top_weight) + n));
-}
-
-// Sum over the eight lanes of a tile.
-__device__ __forceinline__ float tile_sum(float x) {
-#pragma unroll
-  for (int offset = 4; offset > 0; offset >>= 1) x += __shfl_xor_sync(kAllLanes, x, offset);
-  return x;
 }
 
 // Two neurons of one row: what a thread works on after a product.
@@ -111,6 +103,28 @@ __device__ __forceinline__ void send_vjp_sums(std::uint64_t* sums, const Pair& p
   }
 }
 
+template <class Weight, int NT>
+__device__ __forceinline__ float* norm_row(const Block<Weight, NT>& block, const Phase& p, int first, int member,
+                                           int row) {
+  return block.norm_rows + 2 * (first + member / p.teams * p.rows + row);
+}
+
+// Sends d z of a pair, complete, and its tile's sums for the norm below where that is folded.
+template <class Weight>
+__device__ __forceinline__ void send_delta(const SampleArgs& a, const Phase& p, const Pair& pair, bool row_exists,
+                                           float (&value)[2], std::uint64_t* words, std::uint32_t tag) {
+  if (row_exists) send_pair<Weight>(words + p.target + pair.operands, pair.index, value, tag);
+  if (p.delta_sums < 0) return;
+  float terms[kTileSums] = {0.0f, 0.0f, 0.0f};
+  each_of(pair, value, [&](int v, float delta) {
+    delta = rounded<Weight>(delta);
+    terms[0] = fmadd(delta, parameter_or(pair.member, p.fold_sums, pair.neuron + v, 0.0f), terms[0]);
+    terms[1] = fmadd(delta, load_global(a.workspace + p.linear + pair.cell + v), terms[1]);
+    return delta;
+  });
+  send_vjp_sums(words + p.delta_sums, pair, row_exists, terms, tag);
+}
+
 // The value that a product, its biases and addends come to.
 template <class Weight, int NT>
 __device__ __forceinline__ float product_value(const SampleArgs& a, const Block<Weight, NT>& block, const Phase& p,
@@ -148,25 +162,35 @@ __device__ __forceinline__ void begin_hidden(const SampleArgs& a, const Phase& p
         store_global(a.workspace + p.slopes + pair.cell + v, activated.slope);
       }
     }
-    if (norm != NormPlacement::kNone) store_global(a.workspace + p.values + pair.cell + v, z);
+    if (p.folded) z = rounded<Weight>(z);
+    if (p.values >= 0) store_global(a.workspace + p.values + pair.cell + v, z);
     return z;
   });
-  if (norm != NormPlacement::kNone) {
+  if (norm != NormPlacement::kNone && !p.folded) {
     send_moments(words + p.sums, pair, row_exists, p.out_dim, value, tag);
-  } else {
+  } else if (!top) {
     if (row_exists) send_pair<Weight>(words + p.target + pair.operands, pair.index, value, tag);
-    if (top) send_vjp_sums(words + p.vjp_sums, pair, row_exists, {0.0f, 0.0f, q}, tag);
+  } else {
+    send_delta<Weight>(a, p, pair, row_exists, value, words, tag);
+    send_vjp_sums(words + p.vjp_sums, pair, row_exists, {0.0f, 0.0f, q}, tag);
   }
 }
 
-// d z of a hidden layer from d h, as far as it goes without its norm.
+// d z of a hidden layer from d h, as far as it goes without its norm. sums, moments: of a folded norm (fold.h).
 template <class Weight>
 __device__ __forceinline__ void begin_delta(const SampleArgs& a, const Phase& p, const Pair& pair, bool row_exists,
-                                            float (&value)[2], std::uint64_t* words, std::uint32_t tag) {
+                                            const RowNumbers& sums, const RowNumbers& moments, float (&value)[2],
+                                            std::uint64_t* words, std::uint32_t tag) {
   const NormPlacement norm = static_cast<NormPlacement>(p.norm);
   float terms[kTileSums] = {0.0f, 0.0f, 0.0f};
   each_of(pair, value, [&](int v, float delta) {
-    if (norm != NormPlacement::kPost) delta *= load_global(a.workspace + p.slopes + pair.cell + v);
+    const float slope = load_global(a.workspace + p.slopes + pair.cell + v);
+    if (p.folded) {
+      const float xhat = (load_global(a.workspace + p.values + pair.cell + v) - moments.first) * moments.second;
+      const float width = static_cast<float>(p.out_dim);
+      return slope * layer_norm_vjp(delta, xhat, moments.second, sums.first / width, sums.second / width);
+    }
+    if (norm != NormPlacement::kPost) delta *= slope;
     if (norm == NormPlacement::kNone) return delta;
     delta *= parameter_or(pair.member, p.gamma, pair.neuron + v, 1.0f);
     store_global(a.workspace + p.deltas + pair.cell + v, delta);
@@ -174,47 +198,65 @@ __device__ __forceinline__ void begin_delta(const SampleArgs& a, const Phase& p,
     terms[1] = fmadd(delta, load_global(a.workspace + p.values + pair.cell + v), terms[1]);
     return delta;
   });
-  if (norm != NormPlacement::kNone) {
+  if (norm != NormPlacement::kNone && !p.folded) {
     send_vjp_sums(words + p.vjp_sums, pair, row_exists, terms, tag);
-  } else if (row_exists) {
-    send_pair<Weight>(words + p.target + pair.operands, pair.index, value, tag);
+  } else {
+    send_delta<Weight>(a, p, pair, row_exists, value, words, tag);
   }
 }
 
 template <class Weight, int NT>
 __device__ __forceinline__ void finish_product(const SampleArgs& a, Block<Weight, NT>& block, const Phase& p,
                                                int member, int first_tile, int tiles, int row0, int valid) {
-  const Partials<NT> partials = block.partials(a, block.parity ^ 1);
+  const int half = block.parity ^ 1;
+  const Partials<NT> partials = block.partials(a, half);
   const Result result = static_cast<Result>(p.result);
-  each_pair<8 * NT, Weight>(a, p, member, first_tile, tiles, row0, valid,
-                            [&](const Pair& pair, int r, bool row_exists) {
-                              const int place = (pair.tile - first_tile) * kTile + 2 * pair.index;
-                              float value[2] = {0.0f, 0.0f};
-                              each_of(pair, value, [&](int v, float sum) {
+  const RowWork work = row_work(p);
+  each_pair<8 * NT, Weight>(
+      a, p, member, first_tile, tiles, row0, valid, [&](const Pair& pair, int r, bool row_exists) {
+        const int place = (pair.tile - first_tile) * kTile + 2 * pair.index;
+        RowNumbers numbers{0.0f, 0.0f}, moments{0.0f, 1.0f};
+        const float* part = block.parts_of_row(half, pair.index, r);  // of the warp that the lane stands for
+        if (work == RowWork::kMoments) {
+          moments = merge_moments(p, pair.index, load_shared(part), load_shared(part + 1));
+          if (row_exists && p.source_norm_row >= 0 && pair.index == 0 && pair.tile == p.tile_begin) {
+            float* kept = norm_row(block, p, p.source_norm_row, member, pair.row);
+            store_shared(kept, moments.first);
+            store_shared(kept + 1, moments.second);
+          }
+        } else if (work == RowWork::kSums) {
+          numbers = {tile_sum(load_shared(part)), tile_sum(load_shared(part + 1))};
+          if (row_exists) {
+            const float* kept = norm_row(block, p, p.first_norm_row, member, pair.row);
+            moments = {load_shared(kept), load_shared(kept + 1)};
+          }
+        }
+        float value[2] = {0.0f, 0.0f};
+        each_of(pair, value, [&](int v, float sum) {
 #pragma unroll
-                                for (int w = 0; w < kWarps; ++w) sum += load_shared(partials.at(w, r, place + v));
-                                return product_value(a, block, p, pair, member, v, sum);
-                              });
-                              if (result == Result::kHidden || result == Result::kCriticTop) {
-                                begin_hidden<Weight>(a, p, pair, row_exists, value, block.words, block.tag);
-                              } else if (result == Result::kDelta) {
-                                begin_delta<Weight>(a, p, pair, row_exists, value, block.words, block.tag);
-                              } else {
-                                each_of(pair, value, [&](int v, float number) {
-                                  if (result == Result::kNumbers) {
-                                    send_number(block.words + p.target + pair.cell + v, number, block.tag);
-                                  } else {
-                                    store_global(a.workspace + p.target + pair.cell + v, number);
-                                  }
-                                  return number;
-                                });
-                              }
-                            });
-}
-
-template <class Weight, int NT>
-__device__ __forceinline__ float* norm_row(const Block<Weight, NT>& block, const Phase& p, int member, int row) {
-  return block.norm_rows + p.first_norm_row + member / p.teams * p.rows + row;
+          for (int w = 0; w < kWarps; ++w) sum += load_shared(partials.at(w, r, place + v));
+          if (work == RowWork::kMoments) {
+            sum = moments.second *
+                  fmadd(-moments.first, parameter_or(pair.member, p.fold_sums, pair.neuron + v, 0.0f), sum);
+            if (p.linear >= 0) store_global(a.workspace + p.linear + pair.cell + v, sum);
+          }
+          return product_value(a, block, p, pair, member, v, sum);
+        });
+        if (result == Result::kHidden || result == Result::kCriticTop) {
+          begin_hidden<Weight>(a, p, pair, row_exists, value, block.words, block.tag);
+        } else if (result == Result::kDelta) {
+          begin_delta<Weight>(a, p, pair, row_exists, numbers, moments, value, block.words, block.tag);
+        } else {
+          each_of(pair, value, [&](int v, float number) {
+            if (result == Result::kNumbers) {
+              send_number(block.words + p.target + pair.cell + v, number, block.tag);
+            } else {
+              store_global(a.workspace + p.target + pair.cell + v, number);
+            }
+            return number;
+          });
+        }
+      });
 }
 
 // A tile's s-th sum of a row.
@@ -250,7 +292,7 @@ __device__ __forceinline__ bool finish_norm(const SampleArgs& a, Block<Weight, N
         const float rstd = reciprocal_std(squares, width, p.layer_norm_eps);
         store_shared(block.numbers_of_row(half, r), mean);
         store_shared(block.numbers_of_row(half, r) + 1, rstd);
-        if (p.first_norm_row >= 0) store_shared(norm_row(block, p, member, row0 + r), rstd);
+        if (p.first_norm_row >= 0) store_shared(norm_row(block, p, p.first_norm_row, member, row0 + r) + 1, rstd);
       }
     }
     if (!block.barrier()) return false;
@@ -327,14 +369,15 @@ __device__ __forceinline__ bool finish_norm_vjp(const SampleArgs& a, Block<Weigh
         a, p, member, first_tile, tiles, row0, valid, [&](const Pair& pair, int r, bool row_exists) {
           float value[2] = {0.0f, 0.0f};
           each_of(pair, value, [&](int v, float) {
-            const float delta = layer_norm_vjp(
-                load_global(a.workspace + p.deltas + pair.cell + v),
-                load_global(a.workspace + p.values + pair.cell + v), load_shared(norm_row(block, p, member, pair.row)),
-                load_shared(block.numbers_of_row(half, r)), load_shared(block.numbers_of_row(half, r) + 1));
+            const float delta = layer_norm_vjp(load_global(a.workspace + p.deltas + pair.cell + v),
+                                               load_global(a.workspace + p.values + pair.cell + v),
+                                               load_shared(norm_row(block, p, p.first_norm_row, member, pair.row) + 1),
+                                               load_shared(block.numbers_of_row(half, r)),
+                                               load_shared(block.numbers_of_row(half, r) + 1));
             if (norm != NormPlacement::kPost) return delta;
             return delta * load_global(a.workspace + p.slopes + pair.cell + v);
           });
-          if (row_exists) send_pair<Weight>(block.words + p.target + pair.operands, pair.index, value, block.tag);
+          send_delta<Weight>(a, p, pair, row_exists, value, block.words, block.tag);
         });
     return true;
   });

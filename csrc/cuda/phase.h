@@ -75,13 +75,15 @@ struct Phase {
   std::int32_t copy_shift;  // log2 of the lanes that copy one weight row's slice together
   std::int32_t input;       // kInput: Input; kCollect: Collected
   std::int32_t rows_per_addend;
-  std::int32_t at_top;          // kNorm, kNormVjp: the cotangent is the critic's output row
-  std::int32_t steered_only;    // steps without steering skip it
-  std::int32_t first_block;     // teams * team_blocks blocks from here share the members and tiles
-  std::int32_t teams;           // each takes every teams-th member
-  std::int32_t team_blocks;     // that share a member's tiles
-  std::int32_t first_norm_row;  // of the norm's scalars that the block keeps
-  float layer_norm_eps;         // of the target
+  std::int32_t at_top;           // kNorm, kNormVjp: the cotangent is the critic's output row
+  std::int32_t folded;           // the target's norm, "post", is made by the next product (fold.h)
+  std::int32_t steered_only;     // steps without steering skip it
+  std::int32_t first_block;      // teams * team_blocks blocks from here share the members and tiles
+  std::int32_t teams;            // each takes every teams-th member
+  std::int32_t team_blocks;      // that share a member's tiles
+  std::int32_t first_norm_row;   // of the scalars of the target's norm that the block keeps
+  std::int32_t source_norm_row;  // of those of the source's, which is folded
+  float layer_norm_eps;          // of the target
   // filled in by the block: its share
   std::int32_t first_member;
   std::int32_t tile_begin;
@@ -91,13 +93,17 @@ struct Phase {
   std::int64_t target;                // words, kColumns and kOutput: floats [members][rows][out_dim]
   std::int64_t sums;                  // words [members][rows][tiles][kTileSums], which a product sends for its norm
   std::int64_t vjp_sums;              // likewise, for the norm's derivative: sent by kNorm at the top
+  std::int64_t source_sums;           // likewise, of a source d z, for the target's folded norm
+  std::int64_t delta_sums;            // likewise, of the target d z, for the folded norm below
   std::int64_t values;                // floats [members][rows][out_dim], kept by the block: xhat
   std::int64_t slopes;                // floats, act'
   std::int64_t deltas;                // floats, d xhat
+  std::int64_t linear;                // floats: z of the target without its bias, where the norm below is folded
   std::int64_t row_addend;            // floats, [members][rows / rows_per_addend][out_dim]
   std::int64_t step_addend;           // floats, [num_steps][out_dim]
   std::int64_t weight;                // bytes
   std::int64_t bias;                  // bytes, float32
+  std::int64_t fold_sums;             // bytes, float32: row sums of the weight into the target, whose source is folded
   std::int64_t gamma;                 // bytes, float32: affine of the target's norm
   std::int64_t beta;
   std::int64_t top_weight;  // bytes: the critic's output row
@@ -144,17 +150,28 @@ struct SampleArgs {
   std::int32_t stride;         // the largest in_stride
   std::int32_t group_tiles;    // tiles of a member that a buffer of weights holds
   std::int32_t buffers;        // of weights, 1 or 2
-  std::int32_t num_norm_rows;  // pairs of scalars that a block keeps
+  std::int32_t num_norm_rows;  // whose mean and 1 / std a block keeps
   std::uint32_t spin_limit;
   SteeringParams steering;
 };
 
-// One matrix or vector to copy into the packed weights: dst[r][c] = src[r * row_stride + c * column_stride].
+// A vector of parameters.
+struct Parameters {
+  std::uint64_t source;  // address, 0: there is none
+  std::int64_t stride;   // elements
+  std::int32_t type;     // ElementType
+  std::int32_t padding;
+};
+
+// One matrix or vector to copy into the packed weights: dst[r][c] = src[r * row_stride + c * column_stride], times
+// scale[c], or scale[r] where it goes by rows.
 struct PackItem {
   std::uint64_t source;        // address
   std::int64_t row_stride;     // elements
   std::int64_t column_stride;  // elements
   std::int64_t target;         // bytes
+  Parameters scale;
+  std::int32_t scales_rows;
   std::int32_t rows;
   std::int32_t columns;
   std::int32_t target_rows;  // rows and columns to write, those beyond with zeros
@@ -163,6 +180,23 @@ struct PackItem {
   std::int32_t source_type;    // ElementType
   std::int32_t target_type;
   std::int32_t first_tile;  // tiles of all items before this one
+  std::int32_t padding;
+};
+
+// What a folded norm leaves of a weight W [rows][columns] (fold.h): the row sums of W gamma, and W beta + bias.
+struct FoldItem {
+  std::uint64_t source;  // address of W
+  std::int64_t row_stride;
+  std::int64_t column_stride;
+  Parameters gamma, beta, bias;
+  std::int64_t sums_target;  // bytes, float32
+  std::int64_t bias_target;
+  std::int32_t rows;
+  std::int32_t columns;
+  std::int32_t source_type;
+  std::int32_t operand_type;  // that W gamma is packed as
+  std::int32_t first_group;   // groups of kWarps rows of all items before this one
+  std::int32_t padding;
 };
 
 // The argument of clean_actions_kernel and steer_step_kernel.

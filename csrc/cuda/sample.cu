@@ -60,15 +60,20 @@ __device__ __forceinline__ bool run_product(const SampleArgs& a, Block<Weight, N
   return each_group<8 * NT>(a, p, [&](int member, int first_tile, int tiles, int row0, int valid) {
     if (row0 == 0) weights = block.stream.acquire(a, block.program);
     const Partials<NT> partials = block.partials(a, block.parity);
+    const RowWork work = row_work(p);
+    RowParts<Weight, NT> parts;
     int column = slice.begin;
     do {
       const int count = slice.end - column < kChunk ? slice.end - column : kChunk;
       OperandWords<Weight, NT> operand;
       load_operand<Weight, NT>(a, block, p, member, row0, valid, column, count, operand);
       if (row0 == 0 && column == slice.begin) block.stream.await(a);
+      if (work == RowWork::kMoments) parts.add_moments(p, operand, column, column + count);
+      if (work == RowWork::kSums) parts.add_sums(block, p, member, row0, valid, column, count);
       multiply_group<NT>(weights + column * kTile, stride, operand, count, tiles, partials, column == slice.begin);
       column += kChunk;
     } while (column < slice.end);
+    if (work != RowWork::kNone) parts.store(block);
     if (!block.barrier()) return false;
     if (row0 + 8 * NT >= p.rows) block.stream.release(a, block.program);
     finish_product(a, block, p, member, first_tile, tiles, row0, valid);

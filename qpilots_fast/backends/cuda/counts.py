@@ -54,7 +54,8 @@ def _received_words(program: Program, phase: Phase, takers: int) -> int:
     working = phase.members * min(phase.team_blocks, phase.tiles)  # blocks at a member, over the members
     if kind == "product":
         received = OPERANDS[phase.operand] == "received"
-        return working * phase.rows * phase.in_stride * program.weight_bytes // 4 if received else 0
+        words = phase.in_stride * program.weight_bytes // 4 + (phase.source_sums >= 0) * phase.in_stride // TILE * 2
+        return working * phase.rows * words if received else 0
     if kind in ("norm", "norm_vjp"):
         return working * phase.rows * phase.tiles * (TILE_SUMS - 1)
     if kind == "collect":
@@ -76,7 +77,7 @@ def count_exchanges(program: Program, *, steered: bool) -> int:
         if kind == "product":
             operand = OPERANDS[phase.operand]
             depth = sent[phase.source] if operand == "received" else held[operand]
-            normed = RESULTS[phase.result] in ("hidden", "critic_top", "delta") and phase.norm
+            normed = RESULTS[phase.result] in ("hidden", "critic_top", "delta") and phase.norm and not phase.folded
             planes = [phase.vjp_sums if RESULTS[phase.result] == "delta" else phase.sums] if normed else [phase.target]
             if not normed:
                 planes.append(phase.vjp_sums)

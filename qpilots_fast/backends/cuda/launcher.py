@@ -14,7 +14,7 @@ from torch import Tensor
 from ...spec import BoundNetwork, BoundNetworks, SamplerSpec
 from ..caches import Cache
 from ..captured import capturing, refuse_while_capturing
-from .layout import WEIGHT_BYTES, NetworkLayout, pack_table, presence
+from .layout import WEIGHT_BYTES, NetworkLayout, fold_table, pack_table, presence
 from .library import Loader, MemoryRange, memory_map, place, weight_regions
 from .plan import Program, plan_network, plan_sample
 from .structs import INPUTS, SampleArgs
@@ -35,6 +35,18 @@ class DeviceProgram:
 
 
 @dataclass(frozen=True)
+class PackItems:
+    """The pack kernel's items on the device."""
+
+    copies: Tensor  # uint8
+    num_copies: int
+    num_tiles: int
+    folds: Tensor  # uint8
+    num_folds: int
+    num_groups: int
+
+
+@dataclass(frozen=True)
 class Exchange:
     """What the blocks of a program's launches write to."""
 
@@ -47,9 +59,7 @@ class Exchange:
 class PackTable:
     """The addresses that the pack kernel reads from; networks: views, which keep that memory."""
 
-    items: Tensor  # uint8
-    num_items: int
-    num_tiles: int
+    items: PackItems
     program: Program
     networks: tuple[BoundNetwork, ...]
 
@@ -112,27 +122,28 @@ class Launcher:
         wrong = next((d for *_, d in key if d != device), None)
         if wrong is not None:
             raise ValueError(f"a parameter is on {wrong}; expected every parameter on {device}.")
-        items, num_items, num_tiles = self._pack_tables.obtain(
-            (loaded.key, key), lambda: _device_pack_table(layouts, networks, device)
-        )
-        return PackTable(items, num_items, num_tiles, loaded.program, tuple(networks))
+        items = self._pack_tables.obtain((loaded.key, key), lambda: _device_pack_items(layouts, networks, device))
+        return PackTable(items, loaded.program, tuple(networks))
 
     def pack(self, table: PackTable) -> Tensor:
         """The parameters' values now in the kernels' layout, by one kernel."""
-        items, device = table.items, table.items.device
+        items, device = table.items, table.items.copies.device
         weights = torch.empty(table.program.weights_bytes, dtype=torch.uint8, device=device)
         library = self._loader.get()
 
         def memory() -> list[MemoryRange]:
             named = {f"parameter {i}": t for i, t in enumerate(t for n in table.networks for t in n.parameters())}
             written = weight_regions(table.program.layouts, weights, False)
-            return memory_map({"pack table": items, **named}, {}) + written
+            return memory_map({"pack table": items.copies, "fold table": items.folds, **named}, {}) + written
 
         library.call(
             "pack",
-            ctypes.c_void_p(items.data_ptr()),
-            table.num_items,
-            table.num_tiles,
+            ctypes.c_void_p(items.copies.data_ptr()),
+            items.num_copies,
+            items.num_tiles,
+            ctypes.c_void_p(items.folds.data_ptr()),
+            items.num_folds,
+            items.num_groups,
             ctypes.c_void_p(weights.data_ptr()),
             *place(library, device),
             memory=memory,
@@ -240,10 +251,14 @@ def _to_device(key: Hashable, program: Program, device: torch.device) -> DeviceP
     return DeviceProgram(key, program, _bytes_tensor(program.program_bytes(), device), tables, *rest)
 
 
-def _device_pack_table(
+def _device_pack_items(
     layouts: Sequence[NetworkLayout], networks: Sequence[BoundNetwork], device: torch.device
-) -> tuple[Tensor, int, int]:
+) -> PackItems:
     refuse_while_capturing(device, "a parameter's storage moved since the last call")
     items = [item for layout, network in zip(layouts, networks) for item in layout.pack_items(network)]
-    data, tiles = pack_table(items)
-    return _bytes_tensor(data, device), len(items), tiles
+    folds = [item for layout, network in zip(layouts, networks) for item in layout.fold_items(network)]
+    (data, tiles), (fold_data, groups) = pack_table(items), fold_table(folds)
+    empty = b"\0"  # torch makes no tensor of nothing
+    return PackItems(
+        _bytes_tensor(data, device), len(items), tiles, _bytes_tensor(fold_data or empty, device), len(folds), groups
+    )

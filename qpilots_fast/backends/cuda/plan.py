@@ -27,8 +27,10 @@ from .structs import (
 
 _ALIGNMENT = 32  # of a plane, in elements
 _GROUP_TILES = 3  # most tiles of neurons at once: kGroupTiles
-_OFFSETS = ("source", "target", "sums", "vjp_sums", "values", "slopes", "deltas", "row_addend", "step_addend")
-_ABSENT = (*_OFFSETS, "weight", "bias", "gamma", "beta", "top_weight", "top_bias", "first_norm_row")  # -1
+_SUMS = ("sums", "vjp_sums", "source_sums", "delta_sums")
+_KEPT = ("values", "slopes", "deltas", "linear", "row_addend", "step_addend")
+_WEIGHTS = ("weight", "bias", "fold_sums", "gamma", "beta", "top_weight", "top_bias")
+_ABSENT = ("source", "target", *_SUMS, *_KEPT, *_WEIGHTS, "first_norm_row", "source_norm_row")  # -1
 
 
 @dataclass
@@ -107,14 +109,23 @@ class NetworkPhases:
                 "gamma": layout.gamma[layer],
                 "beta": layout.beta[layer],
             }
-            if norm is not None:
+            folded, above_folded = layout.folded[layer], layer > 0 and layout.folded[layer - 1]
+            if folded:
+                fields["folded"] = 1
+            if norm is not None and (differentiable or not folded):
                 fields["values"] = kept.plane(f"{name} values", members, rows, width)
             if differentiable:
                 fields["slopes"] = kept.plane(f"{name} slopes", members, rows, width)
-                if norm is not None:
+            if differentiable and norm is not None:
+                fields["first_norm_row"] = memory.norm_rows
+                memory.norm_rows += -(-members // share.teams) * rows
+                if not folded:
                     fields["deltas"] = kept.plane(f"{name} deltas", members, rows, width)
-                    fields["first_norm_row"] = memory.norm_rows
-                    memory.norm_rows += -(-members // share.teams) * rows
+            if above_folded:
+                fields["fold_sums"] = layout.fold_sums[layer]
+                if differentiable:
+                    fields["linear"] = kept.plane(f"{name} linear", members, rows, width)
+                    fields["delta_sums"] = self._sums(f"hidden {layer} delta sums for the norm below", width)
             self._hidden.append(fields)
 
     def _operands(self, name: str, width: int) -> int:
@@ -186,6 +197,7 @@ class NetworkPhases:
                 fields |= {"top_weight": layout.forward[-1], "top_bias": layout.bias[-1]}
             if layer > 0:
                 source["bias"] = layout.bias[layer]
+                source["source_norm_row"] = int(self._hidden[layer - 1].get("first_norm_row", -1))
             sent = self._operands(f"{name} delta" if at_top else name, width)
             if at_top:
                 self.top_delta = sent
@@ -197,7 +209,7 @@ class NetworkPhases:
             product.target = sent
             if at_top:
                 product.vjp_sums = self._sums(f"{name} delta sums", width)
-            if spec.layer_norm[layer] is not None:
+            if spec.layer_norm[layer] is not None and not layout.folded[layer]:
                 product.sums = self._sums(f"{name} sums", width)
                 norm = self._phase("norm", width, sums=product.sums, target=sent, at_top=int(at_top), **fields)
                 norm.vjp_sums = product.vjp_sums
@@ -246,7 +258,9 @@ class NetworkPhases:
                 operand, "delta", fan_in, width, layout.transposed[layer], target=sent, **fields, **source
             )
             phases.append(product)
-            if spec.layer_norm[layer - 1] is not None:
+            if layout.folded[layer - 1]:
+                product.source_sums = int(self._hidden[layer]["delta_sums"])
+            elif spec.layer_norm[layer - 1] is not None:
                 product.vjp_sums = self._sums(f"{name} sums", width)
                 phases.append(self._phase("norm_vjp", width, vjp_sums=product.vjp_sums, target=sent, **fields))
             operand, source = "received", {"source": sent}

@@ -28,11 +28,14 @@ class Phase(ctypes.Structure):
     _fields_ = [
         *((name, _I32) for name in ("kind", "operand", "result", "activation", "norm", "members", "rows", "in_dim")),
         *((name, _I32) for name in ("in_stride", "out_dim", "tiles", "copy_shift", "input", "rows_per_addend")),
-        *((name, _I32) for name in ("at_top", "steered_only", "first_block", "teams", "team_blocks", "first_norm_row")),
+        *((name, _I32) for name in ("at_top", "folded", "steered_only", "first_block", "teams", "team_blocks")),
+        *((name, _I32) for name in ("first_norm_row", "source_norm_row")),
         ("layer_norm_eps", _F32),
         *((name, _I32) for name in ("first_member", "tile_begin", "tile_end")),
         *((name, _I64) for name in ("source", "source_member_stride", "target", "sums", "vjp_sums")),
-        *((name, _I64) for name in ("values", "slopes", "deltas", "row_addend", "step_addend", "weight", "bias")),
+        *((name, _I64) for name in ("source_sums", "delta_sums")),
+        *((name, _I64) for name in ("values", "slopes", "deltas", "linear", "row_addend", "step_addend")),
+        *((name, _I64) for name in ("weight", "bias", "fold_sums")),
         *((name, _I64) for name in ("gamma", "beta", "top_weight", "top_bias", "member_bytes")),
     ]
 
@@ -52,12 +55,27 @@ class SampleArgs(ctypes.Structure):
     ]
 
 
+class Parameters(ctypes.Structure):
+    _fields_ = [("source", ctypes.c_uint64), ("stride", _I64), ("type", _I32), ("padding", _I32)]
+
+
 class PackItem(ctypes.Structure):
     _fields_ = [
         ("source", ctypes.c_uint64),
         *((name, _I64) for name in ("row_stride", "column_stride", "target")),
-        *((name, _I32) for name in ("rows", "columns", "target_rows", "target_columns", "target_stride")),
-        *((name, _I32) for name in ("source_type", "target_type", "first_tile")),
+        ("scale", Parameters),
+        *((name, _I32) for name in ("scales_rows", "rows", "columns", "target_rows", "target_columns")),
+        *((name, _I32) for name in ("target_stride", "source_type", "target_type", "first_tile", "padding")),
+    ]
+
+
+class FoldItem(ctypes.Structure):
+    _fields_ = [
+        ("source", ctypes.c_uint64),
+        *((name, _I64) for name in ("row_stride", "column_stride")),
+        *((name, Parameters) for name in ("gamma", "beta", "bias")),
+        *((name, _I64) for name in ("sums_target", "bias_target")),
+        *((name, _I32) for name in ("rows", "columns", "source_type", "operand_type", "first_group", "padding")),
     ]
 
 
@@ -72,4 +90,4 @@ class SteerStepArgs(ctypes.Structure):
     ]
 
 
-STRUCTURES: tuple[type[ctypes.Structure], ...] = (Phase, SampleArgs, PackItem, SteerStepArgs)
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (Phase, SampleArgs, PackItem, FoldItem, SteerStepArgs)
