@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from bench.gpu.roofline import DEVICES, triton_seconds
+from bench.gpu.static_triton import LIMITS
 from qpilots_fast import BackendUnavailable
 from qpilots_fast.backends import Call
 from qpilots_fast.backends.counts import network_macs
@@ -95,18 +96,20 @@ def test_every_precision_has_tiles_that_fit(precision: str) -> None:
     size = 2 if precision in ("bfloat16", "float16") else 4
     for sm in (80, 86, 90, 100, 120):
         tile = LaunchTable().tile("layer", precision, sm)
-        assert (tile.most_rows + tile.block_n) * tile.block_k * tile.num_stages * size <= 99 << 10
+        for one in (tile, tile.for_rows(1 << 20)):
+            shared = (one.block_b + one.block_n) * one.block_k * one.num_stages * size
+            assert shared <= LIMITS[sm].shared_per_block
         ends = LaunchTable().tile("ends", precision, sm)
         # of what is in flight and what is multiplied, one stage is in registers
         assert (ends.block_b + 256) * ends.block_k * (ends.num_stages - 1) * size <= 99 << 10
 
 
 def test_packed_columns_do_not_overlap_and_hold_every_weight() -> None:
-    spec = NetworkSpec("meta_flow_map", 7, 5, (37, 24), layer_norm=(None, "post"))
+    spec = NetworkSpec("meta_flow_map", 7, 5, (37, 24), layer_norm=(None, "pre"))
     layout = NetworkLayout(spec, Tile(16, 32, 32, 4, 2), Tile(16, 16, 32, 4, 2))
     assert layout.columns == (("obs", 0), ("noisy_actions", 32), ("xbar", 48))
     assert layout.input_pad == 64 and layout.hidden_pad == 64
-    assert [layout.norm(layer) for layer in (-1, 0, 1, 2)] == ["none", "none", "fold", "none"]
+    assert [layout.norm(layer) for layer in (-1, 0, 1, 2)] == ["none", "none", "pre", "none"]
     assert layout.num_weights >= network_macs(spec)
 
 
@@ -129,10 +132,10 @@ def test_workspace_count_is_what_is_allocated() -> None:
 
 
 def test_planes_do_not_grow_with_the_batch() -> None:
-    """Beyond a chunk only the report grows."""
+    """Beyond a chunk only the report and alpha grow."""
     made = plan(Steering.qpilots_u())
-    assert workspace_bytes(made, 131072) - workspace_bytes(made, 65536) == 65536 * 10 * made.spec.num_steps
-    assert made.chunk * 10 * 512 * 2 * (4 + 2) <= 64 << 20 < 2 * made.chunk * 10 * 512 * 2 * (4 + 2)
+    assert workspace_bytes(made, 131072) - workspace_bytes(made, 65536) == 65536 * (10 * made.spec.num_steps + 4)
+    assert made.chunk == 1024 and plan(Steering.qpilots_m()).chunk == 256  # 1024 draws
 
 
 def test_predictions_grow_with_work_and_shrink_with_precision() -> None:

@@ -47,6 +47,7 @@ def table(tile: Tile) -> LaunchTable:
 
 ONE_TILE = table(Tile(16, 64, 64, 1, 1))  # a layer of up to 64 columns in one product: the fastest here
 MANY_TILES = table(Tile(16, 16, 16, 1, 1))  # several column tiles and depth steps a layer
+LARGE_TILES = table(Tile(16, 16, 16, 1, 1, large_from=20, taller=2, wider=4))  # from 20 rows on, 32 by 64
 
 
 def backend(rows: LaunchTable = ONE_TILE, chunk: int | None = None) -> TritonBackend:
@@ -223,6 +224,24 @@ def test_rows_in_chunks(steering: Steering) -> None:
     check(case, alpha=torch.rand(37), chunk=17)
 
 
+@pytest.mark.parametrize("norm", ["post", "pre", ("post", "pre")])
+def test_larger_programs_for_many_rows(norm: object) -> None:
+    case = small(U, batch_size=21, hidden_dims=(70, 33), layer_norm=norm, critic_layer_norm=norm)
+    check(case, LARGE_TILES)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_norms_of_values_far_from_zero(precision: str) -> None:
+    """What a norm divides by is small beside what it subtracts, in critics, whose norms are folded, and in a flow."""
+    case = small(replace(U, scale="absolute"), hidden_dims=(64, 64), layer_norm="post", batch_size=4)
+    with torch.no_grad():
+        for network in (case.flow, case.critic):
+            for layer in network.bound().layers[:-1]:
+                for bias in layer.bias or ():
+                    bias += 3.0
+    check(case, precision=precision)
+
+
 def test_more_draws_than_a_tile_has_rows() -> None:
     check(small(Steering.qpilots_m(num_samples=19), batch_size=2, hidden_dims=(9,), num_critics=1))
 
@@ -266,12 +285,12 @@ def test_a_row_does_not_depend_on_its_batch(steering: Steering, monkeypatch: pyt
     from triton.runtime.interpreter import InterpreterBuilder
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", triton_interpreter.product_in_fixed_order)
-    case = small(steering, batch_size=37, hidden_dims=(9,), num_critics=1, num_steps=3)
+    case = small(steering, batch_size=37, hidden_dims=(9, 70), num_critics=1, num_steps=2)
     nets, spec = networks_of(case), spec_of(case)
 
     def run(rows: slice) -> Tensor:
         eps = None if case.posterior_noise is None else case.posterior_noise[:, rows].contiguous()
-        return backend().sample(Call(spec, nets, case.obs[rows], case.noise[rows], eps)).actions
+        return backend(LARGE_TILES).sample(Call(spec, nets, case.obs[rows], case.noise[rows], eps)).actions
 
     whole = run(slice(None))
     for rows in (slice(0, 1), slice(20, 37), slice(30, 33)):

@@ -47,7 +47,7 @@ def expected(network: BoundNetwork, layout: NetworkLayout) -> tuple[Tensor, Tens
                 gain = below.norm_weight[member].detach().double() if below.norm_weight else 1.0
                 c = c + (weight @ below.norm_bias[member].detach().double() if below.norm_bias else 0.0)
                 vectors[member, own + step : own + step + len(weight)] = (weight * gain).sum(1)
-                weight = weight * gain if layout.fold else weight
+                weight = weight * gain if layout.norm(index - 1) == "fold" else weight
             weights[member, rows, : weight.shape[1]] = weight
         vectors[member, own : own + len(c)] = c
         if index < layout.depth:
@@ -57,10 +57,8 @@ def expected(network: BoundNetwork, layout: NetworkLayout) -> tuple[Tensor, Tens
     return weights, vectors
 
 
-def packed(
-    network: BoundNetwork, times: tuple[float, ...], precision: str = "float32", fold: bool = True
-) -> PackedNetwork:
-    layout = NetworkLayout(network.spec, TILE, TILE, times, fold=fold)
+def packed(network: BoundNetwork, times: tuple[float, ...], precision: str = "float32") -> PackedNetwork:
+    layout = NetworkLayout(network.spec, TILE, TILE, times)
     buffers = PackedBuffers([layout], precision, torch.device("cpu"))
     buffers.pack([network])
     return buffers.networks[0]
@@ -91,8 +89,8 @@ def test_every_parameter_is_in_its_place(kind: str, hidden: tuple[int, ...], dty
     )  # fmt: skip
     network = getattr(case, kind).bound()
     bare = replace(network, layers=tuple(replace(n, bias=None, norm_bias=None) for n in network.layers))
-    for given, fold in product((network, scattered(network, dtype), bare), (True, False)):
-        got = packed(given, (), fold=fold)
+    for given in (network, scattered(network, dtype), bare):
+        got = packed(given, ())
         weights, vectors = expected(given, got.layout)
         torch.testing.assert_close(got.weights.view(weights.shape).double(), weights, atol=0, rtol=1e-7)
         torch.testing.assert_close(got.vectors[: vectors.numel()].view(vectors.shape).double(), vectors, **SUMS)

@@ -60,7 +60,8 @@ def compile_launch(launch: Launch, sm: int) -> Any:
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, parameter in enumerate(kernel.params):
-        name, value = parameter.name, launch.arguments[parameter.name]
+        name = parameter.name
+        value = launch.given.get(name, launch.arguments.get(name))
         if parameter.is_constexpr:
             dtype = isinstance(value, torch.dtype)
             constants[name] = getattr(tl, str(value).removeprefix("torch.")) if dtype else value
@@ -116,7 +117,7 @@ def cases(sm: int, precisions: tuple[str, ...] = ("bfloat16", "float16", "tf32",
                 continue  # the other precisions differ in operands and tiles, not in what surrounds the products
             posterior = nets["posterior"] if steering.estimate == "mfm" else None
             spec = SamplerSpec(nets["flow"], nets["critic"], posterior, steering, 3, precision)
-            for rows in dict.fromkeys((64, 4096)):
+            for rows in (64, 4096):
                 plan = SamplerPlan(spec, _META, LaunchTable(), sm=sm)
                 launches = [launch for _, program in programs(plan, rows) for launch in program]
                 yield from _new(launches, f"{label}, B = {rows}", precision, quick and half, seen)
@@ -149,7 +150,7 @@ def _pack_launch(kernel: str, precision: str, scale: bool) -> Launch:
     table, vectors = torch.empty(1, dtype=torch.int64, device=_META), torch.empty(1, device=_META)
     weights = torch.empty(1, dtype=OPERAND_DTYPES[precision], device=_META)
     pointers = dict(item_ptr=table, block_ptr=table, weights_ptr=weights, vectors_ptr=vectors)
-    return Launch(kernel, (1,), {**pointers, **pack_options(kernel, torch.float32, scale)})
+    return Launch.of(kernel, (1,), **pointers, **pack_options(kernel, torch.float32, scale))
 
 
 def _single(spec: NetworkSpec, sm: int, precision: str, pull: bool) -> list[Launch]:

@@ -47,20 +47,27 @@ DEVICES = (
 
 
 def triton_seconds(plan: SamplerPlan, batch_size: int, device: Device) -> float:
-    """The launches one after another, each the slowest of flops and L2 bytes, plus the gap between two launches.
+    """The launches one after another, with the gap between two of them.
 
-    A launch with fewer programs than multiprocessors gets their share of the flops, and at most 64 bytes a clock from
-    L2 for each of its programs. Weights that do not fit L2 cross HBM again at every step of the schedule. Latencies and
-    imperfect overlap are left out: a lower bound.
+    A launch takes its programs in waves of one a multiprocessor, each wave the slower of flops and L2 bytes; the last
+    one, of fewer programs, gets their share of the flops and at most 64 bytes a clock from L2 for each. Weights that do
+    not fit L2 cross HBM again at every step of the schedule. Latencies and imperfect overlap are left out: a lower
+    bound.
     """
     precision, weights = plan.spec.precision, sum(n.num_weights for n in plan.packed_layouts)
     total = hbm_bytes(plan, batch_size) / device.hbm_bytes_per_s
     if weights * plan.operand.itemsize > device.l2_bytes:
         total *= plan.spec.num_steps
     for launch in call_counts(plan, batch_size):
-        share = min(launch.programs / device.multiprocessors, 1.0)
-        flops, l2 = device.flops[precision] * share, min(device.l2_bytes_per_s, 64 * device.clock_hz * launch.programs)
-        total += launch.visits * (device.launch_s + max(launch.flops / flops, launch.l2_bytes / l2))
+        flops, moved = launch.flops / launch.programs, launch.l2_bytes / launch.programs
+
+        def wave(programs: int) -> float:
+            rate = min(device.l2_bytes_per_s, 64 * device.clock_hz * programs)
+            one = flops * device.multiprocessors / device.flops[precision]  # noqa: B023
+            return max(one, programs * moved / rate) if programs else 0.0  # noqa: B023
+
+        whole, rest = divmod(launch.programs, device.multiprocessors)
+        total += launch.visits * (device.launch_s + whole * wave(device.multiprocessors) + wave(rest))
     return total
 
 

@@ -22,7 +22,7 @@ from .evaluation import Evaluation, Scratch, Tape
 from .launch_table import MAX_ACTION_PAD, LaunchTable, default_table, dot_mode
 from .launcher import launch
 from .packing import OPERAND_DTYPES, PackedBuffers, network_layout, padded_width, parameter_addresses, round_up
-from .plan import SamplerPlan, Workspace, capability, network_chunk
+from .plan import SamplerPlan, Workspace, capability, chunk_rows, plane_bytes
 
 OLDEST_TRITON = (3, 2)
 _NOT_READY = "this sampler has not run at this batch size yet, or not since its last capture"
@@ -266,7 +266,7 @@ class TritonBackend(Backend):
         d_in = inputs.new_empty(0 if cotangent is None else spec.num_members, batch_size, spec.input_dim)
         if batch_size == 0:
             return out if cotangent is None else d_in
-        chunk = network_chunk(layout, operand) if self._chunk is None else self._chunk
+        chunk = chunk_rows(plane_bytes(layout, operand)) if self._chunk is None else self._chunk
         if cotangent is not None:
             cotangent = cotangent.to(torch.float32).contiguous()
 

@@ -38,7 +38,7 @@ class KernelCounts:
 
 def launch_counts(launch: Launch, element: int, visits: int = 1) -> KernelCounts:
     """Of one launch whose operands have so many bytes an element."""
-    arguments, programs = launch.arguments, 1
+    arguments, programs = {**launch.arguments, **launch.given}, 1
     for axis in launch.grid:
         programs *= axis
     flops, moved, steps = _COUNTS.get(launch.name, _rowwise)(arguments, element)
@@ -138,9 +138,10 @@ def num_launches(plan: SamplerPlan, batch_size: int) -> Counter[str]:
 
 
 def pack_launches(plan: SamplerPlan) -> Counter[str]:
-    """Launches that pack live weights of one dtype."""
-    norms = [layout.norm(layer) for layout in plan.packed_layouts for layer in range(layout.depth)]
-    return Counter({"pack": 1, **({"fold": 1} if {"post", "fold"} & set(norms) else {})})
+    """Launches that pack live weights of one dtype; "fold" apart for weights that take a gain and those that do not."""
+    norms = {layout.norm(layer) for layout in plan.packed_layouts for layer in range(layout.depth)}
+    folding = len({"post", "fold"} & norms)
+    return Counter({"pack": 1, **({"fold": folding} if folding else {})})
 
 
 def workspace_bytes(plan: SamplerPlan, batch_size: int) -> int:

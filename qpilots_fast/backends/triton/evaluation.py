@@ -29,12 +29,19 @@ class Launch:
     """One launch.
 
     Args:
-        name: of the kernel. arguments: by name; tensors, numbers, options, and Given.
+        name: of the kernel. arguments: tensors, numbers and options, by name. given: what the call has to fill in.
     """
 
     name: str
     grid: tuple[int, ...]
     arguments: dict[str, Any]
+    given: dict[str, Given]
+
+    @staticmethod
+    def of(name: str, grid: tuple[int, ...], **arguments: Any) -> Launch:
+        """One whose arguments may be Given."""
+        given = {key: value for key, value in arguments.items() if isinstance(value, Given)}
+        return Launch(name, grid, {key: value for key, value in arguments.items() if key not in given}, given)
 
 
 Make = Callable[..., Tensor]  # (*shape, dtype) -> an uninitialised tensor
@@ -113,45 +120,43 @@ class Evaluation:
             add: (a, scale, sum): a + scale output, [E, rows, out], is written into sum.
         """
         layout, spec = self._layout, self._layout.spec
-        tile, unused = layout.tile.for_rows(self.rows), self.net.vectors
+        tile, unused = layout.tile.for_rows(self.rows * spec.num_members), self.net.vectors
         split = layout.action_blocks > 0
         bias = self._vectors(0) if time is None else self.net.time_bias[time * layout.hidden_pad :]
         for layer, width in enumerate(spec.hidden_dims):
             first, below, norm = layer == 0, layout.norm(layer - 1), layout.norm(layer)
             source = self.tape.z[layer - 1] if below == "pre" else self.scratch.planes[(layer - 1) % 2]
-            columns = layout.padded(width) // tile.block_n
-            yield Launch(
+            columns = -(-layout.padded(width) // tile.block_n)
+            yield Launch.of(
                 "layer", (columns, -(-self.rows // tile.block_b), spec.num_members),
-                dict(
-                    obs_ptr=obs if first else unused, x_ptr=x if first and split else unused,
-                    xbar_ptr=xbar if first and xbar is not None else unused,
-                    bounds_ptr=unused if bounds is None else bounds,
-                    below_ptr=self.tape.z if first else source, below_stat_ptr=self.tape.stat[max(layer - 1, 0)],
-                    w_ptr=self._weights(layer), vec_ptr=self._vectors(layer), bias_ptr=bias,
-                    z_ptr=self.tape.z[layer], y_ptr=self.scratch.planes[layer % 2], stat_ptr=self.tape.stat[layer],
-                    num_draws=self.draws, depth=0 if first else layout.padded(self._width(layer - 1)),
-                    below_width=0 if first else self._width(layer - 1), width=width,
-                    FIRST=first, OBS_DIM=spec.obs_dim if split else spec.input_dim, ACTION_DIM=spec.action_dim,
-                    COLUMN=layout.first_action_column, A_PAD=layout.action_pad, BLOCKS=layout.action_blocks,
-                    CLIP=first and bounds is not None, BIAS_STRIDE=layout.member_vectors if time is None else 0,
-                    VEC_STRIDE=layout.member_vectors, BELOW_NORM=below, NORM=norm, ACT=spec.activation,
-                    **self._common(), **tile.options(),
-                ),
+                obs_ptr=obs if first else unused, x_ptr=x if first and split else unused,
+                xbar_ptr=xbar if first and xbar is not None else unused,
+                bounds_ptr=unused if bounds is None else bounds,
+                below_ptr=self.tape.z if first else source, below_stat_ptr=self.tape.stat[max(layer - 1, 0)],
+                w_ptr=self._weights(layer), vec_ptr=self._vectors(layer),
+                bias_ptr=bias if first else self._vectors(layer),
+                z_ptr=self.tape.z[layer], y_ptr=self.scratch.planes[layer % 2], stat_ptr=self.tape.stat[layer],
+                num_draws=self.draws, depth=0 if first else layout.padded(self._width(layer - 1)),
+                below_width=0 if first else self._width(layer - 1), width=width,
+                FIRST=first, OBS_DIM=spec.obs_dim if split else spec.input_dim, ACTION_DIM=spec.action_dim,
+                COLUMN=layout.first_action_column, A_PAD=layout.action_pad, BLOCKS=layout.action_blocks,
+                CLIP=first and bounds is not None,
+                BIAS_STRIDE=0 if first and time is not None else layout.member_vectors,
+                VEC_STRIDE=layout.member_vectors, BELOW_NORM=below, NORM=norm, ACT=spec.activation,
+                **self._common(), **tile.options(),
             )  # fmt: skip
         last = layout.depth - 1
         ends = layout.ends
-        yield Launch(
+        yield Launch.of(
             "output", (-(-self.rows // ends.block_b), spec.num_members),
-            dict(
-                below_ptr=self.tape.z[last] if layout.norm(last) == "pre" else self.scratch.planes[last % 2],
-                stat_ptr=self.tape.stat[last], w_ptr=self._weights(layout.depth), vec_ptr=self._vectors(layout.depth),
-                add_ptr=unused if add is None else add[0], out_ptr=self.out,
-                sum_ptr=self.out if add is None else add[2],
-                depth=layout.padded(self._width(last)), width=self._width(last), scale=1.0 if add is None else add[1],
-                OUT_DIM=spec.output_dim, OUT_ROWS=layout.out_pad, ADD=add is not None,
-                VEC_STRIDE=layout.member_vectors, BELOW_NORM=layout.norm(last), ACT=spec.activation,
-                **self._common(), **ends.with_columns(layout.out_pad).options(),
-            ),
+            below_ptr=self.tape.z[last] if layout.norm(last) == "pre" else self.scratch.planes[last % 2],
+            stat_ptr=self.tape.stat[last], w_ptr=self._weights(layout.depth), vec_ptr=self._vectors(layout.depth),
+            add_ptr=unused if add is None else add[0], out_ptr=self.out,
+            sum_ptr=self.out if add is None else add[2],
+            depth=layout.padded(self._width(last)), width=self._width(last), scale=1.0 if add is None else add[1],
+            OUT_DIM=spec.output_dim, OUT_ROWS=layout.out_pad, ADD=add is not None,
+            VEC_STRIDE=layout.member_vectors, BELOW_NORM=layout.norm(last), ACT=spec.activation,
+            **self._common(), **ends.with_columns(layout.out_pad).options(),
         )  # fmt: skip
 
     def pull_back(
@@ -164,36 +169,32 @@ class Evaluation:
             column: first packed input column. through: columns of a tile; None: all of them in one.
         """
         layout, spec, depth = self._layout, self._layout.spec, self._layout.depth
-        tile, unused = layout.tile.for_rows(self.rows), self.net.vectors
+        tile, unused = layout.tile.for_rows(self.rows * spec.num_members), self.net.vectors
         for layer in reversed(range(depth)):
             top = "none" if layer < depth - 1 else "ones" if cotangent is None else "rows"
             above = min(layer + 1, depth - 1)
-            yield Launch(
-                "delta", (layout.padded(self._width(layer)) // tile.block_n, -(-self.rows // tile.block_b),
+            yield Launch.of(
+                "delta", (-(-layout.padded(self._width(layer)) // tile.block_n), -(-self.rows // tile.block_b),
                           spec.num_members),
-                dict(
-                    cotangent_ptr=cotangent if top == "rows" else unused, out_ptr=self.out,
-                    above_ptr=self.scratch.planes[(layer + 1) % 2], above_z_ptr=self.tape.z[above],
-                    above_stat_ptr=self.tape.stat[above], above_sum_ptr=self.scratch.sums[(layer + 1) % 2],
-                    w_ptr=self._weights(layer + 1), above_vec_ptr=self._vectors(layer + 1),
-                    vec_ptr=self._vectors(layer),
-                    z_ptr=self.tape.z[layer], stat_ptr=self.tape.stat[layer], d_ptr=self.scratch.planes[layer % 2],
-                    sum_ptr=self.scratch.sums[layer % 2],
-                    depth=layout.padded(self._width(above)), above_width=self._width(above), width=self._width(layer),
-                    TOP=top, OUT_DIM=spec.output_dim, OUT_PAD=layout.out_pad, OUT_ROWS=layout.out_pad,
-                    VEC_STRIDE=layout.member_vectors, ABOVE_NORM=layout.norm(layer + 1), NORM=layout.norm(layer),
-                    BELOW_NORM=layout.norm(layer - 1), ACT=spec.activation, **self._common(), **tile.options(),
-                ),
+                cotangent_ptr=cotangent if top == "rows" else unused, out_ptr=self.out,
+                above_ptr=self.scratch.planes[(layer + 1) % 2], above_z_ptr=self.tape.z[above],
+                above_stat_ptr=self.tape.stat[above], above_sum_ptr=self.scratch.sums[(layer + 1) % 2],
+                w_ptr=self._weights(layer + 1), above_vec_ptr=self._vectors(layer + 1),
+                vec_ptr=self._vectors(layer),
+                z_ptr=self.tape.z[layer], stat_ptr=self.tape.stat[layer], d_ptr=self.scratch.planes[layer % 2],
+                sum_ptr=self.scratch.sums[layer % 2],
+                depth=layout.padded(self._width(above)), above_width=self._width(above), width=self._width(layer),
+                TOP=top, OUT_DIM=spec.output_dim, OUT_PAD=layout.out_pad, OUT_ROWS=layout.out_pad,
+                VEC_STRIDE=layout.member_vectors, ABOVE_NORM=layout.norm(layer + 1), NORM=layout.norm(layer),
+                BELOW_NORM=layout.norm(layer - 1), ACT=spec.activation, **self._common(), **tile.options(),
             )  # fmt: skip
         ends = layout.ends.with_columns(through or padded_width(columns))
-        yield Launch(
+        yield Launch.of(
             "input_gradient", (-(-columns // ends.block_n), -(-self.rows // ends.block_b), spec.num_members),
-            dict(
-                cotangent_ptr=unused if cotangent is None else cotangent, d_ptr=self.scratch.planes[0],
-                z_ptr=self.tape.z[0], stat_ptr=self.tape.stat[0], sum_ptr=self.scratch.sums[0],
-                w_ptr=self._weights(0, column), out_ptr=target,
-                depth=layout.padded(self._width(0)), width=self._width(0), RESCALE=cotangent is not None,
-                OUT_DIM=spec.output_dim, OUT_PAD=layout.out_pad, COLUMNS=columns, NORM=layout.norm(0),
-                **self._common(), **ends.options(),
-            ),
+            cotangent_ptr=unused if cotangent is None else cotangent, d_ptr=self.scratch.planes[0],
+            z_ptr=self.tape.z[0], stat_ptr=self.tape.stat[0], sum_ptr=self.scratch.sums[0],
+            w_ptr=self._weights(0, column), out_ptr=target,
+            depth=layout.padded(self._width(0)), width=self._width(0), RESCALE=cotangent is not None,
+            OUT_DIM=spec.output_dim, OUT_PAD=layout.out_pad, COLUMNS=columns, NORM=layout.norm(0),
+            **self._common(), **ends.options(),
         )  # fmt: skip

@@ -43,12 +43,12 @@ def kernel_of(name: str) -> Any:
     return next(kernel for module in (layers, rows, pack) if (kernel := getattr(module, f"_{name}_kernel", None)))
 
 
-def launch(name: str, grid: tuple[int, ...], **arguments: Any) -> None:
-    """Launches on the current stream. torch dtypes among the arguments become Triton's."""
+def launch(name: str, grid: tuple[int, ...], **arguments: Any) -> Any:
+    """Launches on the current stream; the compiled kernel. torch dtypes among the arguments become Triton's."""
     import triton.language as tl
 
     for key, value in arguments.items():
         if isinstance(value, torch.dtype):
             arguments[key] = getattr(tl, str(value).removeprefix("torch."))
     launches.add(name)
-    kernel_of(name)[grid](**arguments)
+    return kernel_of(name)[grid](**arguments)

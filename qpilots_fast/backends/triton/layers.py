@@ -138,6 +138,47 @@ def _product_from_above(acc, d_ptr, z_ptr, stat_ptr, sum_ptr, w_ptr, c_ptr, rows
     return acc, first, second
 
 
+@triton.jit
+def _halves(tile):
+    """The left and the right half of a tile's columns."""
+    parts = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+    return tl.split(tl.permute(parts, (0, 2, 1)))
+
+
+@triton.jit
+def _keep(acc, mean, rstd, bias_ptr, u_ptr, z_ptr, y_ptr, stat_ptr, column, rows, capacity, width,
+          H_PAD: tl.constexpr, BELOW_NORM: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr,
+          STAT_N: tl.constexpr):  # fmt: skip
+    """z, y and stat of a product's columns, STAT_N at a time; pointers are a program's member and rows."""
+    if acc.shape[1] > STAT_N:
+        left, right = _halves(acc)
+        _keep(left, mean, rstd, bias_ptr, u_ptr, z_ptr, y_ptr, stat_ptr, column, rows, capacity, width,
+              H_PAD, BELOW_NORM, NORM, ACT, STAT_N)  # fmt: skip
+        _keep(right, mean, rstd, bias_ptr, u_ptr, z_ptr, y_ptr, stat_ptr, column + acc.shape[1] // 2, rows, capacity,
+              width, H_PAD, BELOW_NORM, NORM, ACT, STAT_N)  # fmt: skip
+    else:
+        offs_n = column + tl.arange(0, STAT_N)
+        if BELOW_NORM == "fold":
+            acc = rstd[:, None] * (acc - mean[:, None] * tl.load(u_ptr + offs_n)[None, :])
+        z = acc + tl.load(bias_ptr + offs_n)[None, :]
+        within = (offs_n < width)[None, :]
+        target = tl.arange(0, acc.shape[0])[:, None] * H_PAD + offs_n[None, :]
+        kept = tl.where(within, z, 0.0).to(z_ptr.dtype.element_ty)
+        tl.store(z_ptr + target, kept)
+        if NORM != "pre":
+            kept = tl.where(within, _activation(z, ACT), 0.0).to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + target, kept)
+        if NORM != "none":
+            # of what was kept: its reader multiplies that
+            value = kept.to(tl.float32)
+            count = tl.minimum(tl.maximum(width - column, 1), STAT_N).to(tl.float32)
+            tile_mean = tl.sum(value, axis=1) / count
+            deviation = tl.where(within, value - tile_mean[:, None], 0.0)
+            stat_ptr += column // STAT_N * 2 * capacity
+            tl.store(stat_ptr + rows, tile_mean)
+            tl.store(stat_ptr + capacity + rows, tl.sum(deviation * deviation, axis=1))
+
+
 # A caller's tensors are never specialised on alignment: of a rollout [T, S] only some rows obs[i : i + 1] are aligned,
 # and the first one that is not would compile every kernel again, in the middle of a control loop.
 @triton.jit(do_not_specialize=["num_rows", "num_draws", "capacity", "depth", "below_width", "width"],
@@ -163,6 +204,8 @@ def _layer_kernel(obs_ptr, x_ptr, xbar_ptr, bounds_ptr, below_ptr, below_stat_pt
     offs_n = tl.arange(0, BLOCK_N)
     w_ptr += member * W_STRIDE + column * LD
     vec_ptr += member * VEC_STRIDE
+    mean = tl.zeros((BLOCK_B,), dtype=tl.float32)
+    rstd = mean
     acc = tl.zeros((BLOCK_B, BLOCK_N), dtype=tl.float32)
     if FIRST:
         of_row = (rows // num_draws).to(tl.int64)
@@ -191,35 +234,15 @@ def _layer_kernel(obs_ptr, x_ptr, xbar_ptr, bounds_ptr, below_ptr, below_stat_pt
                     a = tl.where(mask, _clip(a, low, tl.load(bounds_ptr + A_PAD + k + offs_a)[None, :]), 0.0)
                 w = tl.load(w_ptr + block * A_PAD + k + offs_w)
                 acc = _dot(a.to(w_ptr.dtype.element_ty), w, acc, DOT)
-        z = acc + tl.load(bias_ptr + member * BIAS_STRIDE + column + offs_n)[None, :]
     else:
-        mean = tl.zeros((BLOCK_B,), dtype=tl.float32)
-        rstd = mean
         if BELOW_NORM != "none":
             below_stat_ptr += member * (H_PAD // STAT_N) * 2 * capacity
             mean, rstd = _moments(below_stat_ptr, rows, capacity, below_width, norm_eps, STAT_N)
         acc = _product_from_below(acc, below_ptr + plane, w_ptr, vec_ptr - 2 * H_PAD, mean, rstd, depth, H_PAD, LD,
                                   BELOW_NORM, ACT, DOT, BLOCK_B, BLOCK_N, BLOCK_K)  # fmt: skip
-        if BELOW_NORM == "fold":
-            acc = rstd[:, None] * (acc - mean[:, None] * tl.load(vec_ptr + H_PAD + column + offs_n)[None, :])
-        z = acc + tl.load(vec_ptr + column + offs_n)[None, :]
-    within = (column + offs_n < width)[None, :]
-    z = tl.where(within, z, 0.0)
-    target = tl.arange(0, BLOCK_B)[:, None] * H_PAD + offs_n[None, :]
-    tl.store(z_ptr + plane + column + target, z.to(z_ptr.dtype.element_ty))
-    kept = z.to(z_ptr.dtype.element_ty)
-    if NORM != "pre":
-        kept = tl.where(within, _activation(z, ACT), 0.0).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + plane + column + target, kept)
-    if NORM != "none":
-        # of what was kept: its reader multiplies that
-        kept = kept.to(tl.float32)
-        count = tl.minimum(tl.maximum(width - column, 1), BLOCK_N).to(tl.float32)
-        tile_mean = tl.sum(kept, axis=1) / count
-        deviation = tl.where(within, kept - tile_mean[:, None], 0.0)
-        stat_ptr += (member * (H_PAD // STAT_N) + tl.program_id(0)) * 2 * capacity
-        tl.store(stat_ptr + rows, tile_mean)
-        tl.store(stat_ptr + capacity + rows, tl.sum(deviation * deviation, axis=1))
+    tiles = member * (H_PAD // STAT_N) * 2 * capacity
+    _keep(acc, mean, rstd, bias_ptr + member * BIAS_STRIDE, vec_ptr + H_PAD, z_ptr + plane, y_ptr + plane,
+          stat_ptr + tiles, column, rows, capacity, width, H_PAD, BELOW_NORM, NORM, ACT, STAT_N)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows", "capacity", "depth", "width"],
@@ -253,6 +276,48 @@ def _output_kernel(below_ptr, stat_ptr, w_ptr, vec_ptr, add_ptr, out_ptr, sum_pt
     tl.store(out_ptr + target, out, mask=mask)
     if ADD:
         tl.store(sum_ptr + target, tl.load(add_ptr + target, mask=mask, other=0.0) + scale * out, mask=mask)
+
+
+@triton.jit
+def _pull(acc, mean, rstd, d_mean, d_spread, z_ptr, d_ptr, sum_ptr, vec_ptr, column, rows, capacity, width,
+          H_PAD: tl.constexpr, NORM: tl.constexpr, BELOW_NORM: tl.constexpr, ACT: tl.constexpr,
+          STAT_N: tl.constexpr):  # fmt: skip
+    """d and sums of a product's columns, STAT_N at a time; pointers are a program's member and rows."""
+    if acc.shape[1] > STAT_N:
+        left, right = _halves(acc)
+        _pull(left, mean, rstd, d_mean, d_spread, z_ptr, d_ptr, sum_ptr, vec_ptr, column, rows, capacity, width,
+              H_PAD, NORM, BELOW_NORM, ACT, STAT_N)  # fmt: skip
+        _pull(right, mean, rstd, d_mean, d_spread, z_ptr, d_ptr, sum_ptr, vec_ptr, column + acc.shape[1] // 2, rows,
+              capacity, width, H_PAD, NORM, BELOW_NORM, ACT, STAT_N)  # fmt: skip
+    else:
+        offs_n = column + tl.arange(0, STAT_N)
+        target = tl.arange(0, acc.shape[0])[:, None] * H_PAD + offs_n[None, :]
+        z = tl.load(z_ptr + target).to(tl.float32)
+        if NORM == "post" or NORM == "pre":
+            gain = tl.load(vec_ptr + 2 * H_PAD + offs_n)[None, :]
+        if NORM == "post" or NORM == "fold":
+            if NORM == "post":
+                acc *= gain
+            xhat = (_activation(z, ACT) - mean[:, None]) * rstd[:, None]
+            acc = rstd[:, None] * (acc - d_mean[:, None] - xhat * d_spread[:, None])
+            acc *= _activation_derivative(z, ACT)
+        elif NORM == "pre":
+            xhat = (z - mean[:, None]) * rstd[:, None]
+            shift = tl.load(vec_ptr + 3 * H_PAD + offs_n)[None, :]
+            acc *= _activation_derivative(xhat * gain + shift, ACT) * gain
+        else:
+            acc *= _activation_derivative(z, ACT)
+        d = tl.where((offs_n < width)[None, :], acc, 0.0).to(d_ptr.dtype.element_ty)
+        tl.store(d_ptr + target, d)
+        d = d.to(tl.float32)
+        sum_ptr += column // STAT_N * 2 * capacity
+        if NORM == "pre":
+            tl.store(sum_ptr + rows, tl.sum(d, axis=1))
+            tl.store(sum_ptr + capacity + rows, tl.sum(d * xhat, axis=1))
+        elif BELOW_NORM == "post" or BELOW_NORM == "fold":
+            tl.store(sum_ptr + rows, tl.sum(d * tl.load(vec_ptr + H_PAD + offs_n)[None, :], axis=1))
+            apart = z - tl.load(vec_ptr + offs_n)[None, :]
+            tl.store(sum_ptr + capacity + rows, tl.sum(d * apart, axis=1))
 
 
 @triton.jit(do_not_specialize=["num_rows", "capacity", "depth", "above_width", "width"],
@@ -315,36 +380,14 @@ def _delta_kernel(cotangent_ptr, out_ptr, above_ptr, above_z_ptr, above_stat_ptr
         )  # fmt: skip
         if NORMED and not SUMS:
             d_mean, d_spread = _totals(above_sum_ptr + tiles, rows, capacity, above_width, STAT_N)
-    target = tl.arange(0, BLOCK_B)[:, None] * H_PAD + offs_n[None, :]
-    z = tl.load(z_ptr + plane + column + target).to(tl.float32)
-    within = (column + offs_n < width)[None, :]
+    mean = d_mean
+    rstd = d_mean
     if NORM != "none":
         mean, rstd = _moments(stat_ptr + tiles, rows, capacity, width, norm_eps, STAT_N)
-    if NORM == "post" or NORM == "pre":
-        gain = tl.load(vec_ptr + 2 * H_PAD + column + offs_n)[None, :]
-    if NORMED:
-        if NORM == "post":
-            acc *= gain
-        xhat = (_activation(z, ACT) - mean[:, None]) * rstd[:, None]
-        acc = rstd[:, None] * (acc - (d_mean / width)[:, None] - xhat * (d_spread / width)[:, None])
-        acc *= _activation_derivative(z, ACT)
-    elif NORM == "pre":
-        xhat = (z - mean[:, None]) * rstd[:, None]
-        shift = tl.load(vec_ptr + 3 * H_PAD + column + offs_n)[None, :]
-        acc *= _activation_derivative(xhat * gain + shift, ACT) * gain
-    else:
-        acc *= _activation_derivative(z, ACT)
-    d = tl.where(within, acc, 0.0).to(d_ptr.dtype.element_ty)
-    tl.store(d_ptr + plane + column + target, d)
-    d = d.to(tl.float32)
-    sum_ptr += tiles + tl.program_id(0) * 2 * capacity
-    if NORM == "pre":
-        tl.store(sum_ptr + rows, tl.sum(d, axis=1))
-        tl.store(sum_ptr + capacity + rows, tl.sum(d * xhat, axis=1))
-    elif BELOW_NORM == "post" or BELOW_NORM == "fold":
-        tl.store(sum_ptr + rows, tl.sum(d * tl.load(vec_ptr + H_PAD + column + offs_n)[None, :], axis=1))
-        apart = z - tl.load(vec_ptr + column + offs_n)[None, :]
-        tl.store(sum_ptr + capacity + rows, tl.sum(d * apart, axis=1))
+    d_mean = d_mean / width
+    d_spread = d_spread / width
+    _pull(acc, mean, rstd, d_mean, d_spread, z_ptr + plane, d_ptr + plane, sum_ptr + tiles, vec_ptr, column, rows,
+          capacity, width, H_PAD, NORM, BELOW_NORM, ACT, STAT_N)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows", "capacity", "depth", "width"],

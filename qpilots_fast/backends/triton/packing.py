@@ -15,6 +15,7 @@ from ...errors import BackendUnavailable
 from ...spec import NetworkSpec, SamplerSpec
 from ..base import BoundNetwork
 from ..captured import refuse_while_capturing
+from ..fold import folds
 from .launch_table import LaunchTable, Tile
 from .launcher import launch
 
@@ -49,7 +50,6 @@ class NetworkLayout:
         times: flow times whose columns are folded into the first bias, one bias row each; empty to keep the input
             columns as they are, all of them (`forward` and `vjp` of a single network).
         split: whether the actions' columns stand apart from the obs' and time's are left out.
-        fold: whether the gain of a "post" LayerNorm goes into the weights above it.
     """
 
     spec: NetworkSpec
@@ -57,7 +57,6 @@ class NetworkLayout:
     ends: Tile
     times: tuple[float, ...] = ()
     split: bool = True
-    fold: bool = True
 
     @property
     def columns(self) -> tuple[tuple[str, int], ...]:
@@ -101,7 +100,7 @@ class NetworkLayout:
 
     @cached_property
     def hidden_pad(self) -> int:
-        return self.padded(max(self.spec.hidden_dims))
+        return round_up(max(self.spec.hidden_dims), max(self.tile.most_columns, self.tile.block_k))
 
     @property
     def leading_dim(self) -> int:
@@ -115,8 +114,7 @@ class NetworkLayout:
         """ "none", "pre", "post" or "fold" of a hidden layer; "none" of what is no hidden layer."""
         if not 0 <= layer < self.depth:
             return "none"
-        placement = self.spec.layer_norm[layer] or "none"
-        return "fold" if placement == "post" and self.fold else placement
+        return "fold" if folds(self.spec, layer) else self.spec.layer_norm[layer] or "none"
 
     @property
     def member_weights(self) -> int:
@@ -228,8 +226,7 @@ class PackedBuffers:
         groups: dict[tuple[str, torch.dtype, bool], list[list[int]]] = {}
         w, vec = 0, 0
         for network, layout in zip(bound, self.layouts):
-            for kernel, dtype, item in _items(network, layout, w, vec, table.keep, device):
-                scale = kernel == "fold" and layout.fold
+            for kernel, dtype, scale, item in _items(network, layout, w, vec, table.keep, device):
                 groups.setdefault((kernel, dtype, scale), []).append(item)
             w += layout.num_weights
             vec += round_up(layout.num_vectors, 16)
@@ -267,19 +264,20 @@ def parameter_addresses(bound: Sequence[BoundNetwork]) -> tuple[int, ...]:
 
 def _items(
     network: BoundNetwork, layout: NetworkLayout, w: int, vec: int, keep: list[Tensor], device: torch.device
-) -> list[tuple[str, torch.dtype, list[int]]]:
-    """(kernel, dtype of the source, row of the kernel's table) of one network whose buffers start at w and vec."""
+) -> list[tuple[str, torch.dtype, bool, list[int]]]:
+    """(kernel, dtype of the source, whether it scales, row of the kernel's table) of one network whose buffers start at
+    w and vec."""
     spec, items = layout.spec, []
 
     def add(p: Tensor, target: int, rows: int, columns: int, strides: tuple[int, int], ld: int, kind: int, *more: int):
         row = [p.data_ptr(), *strides, columns, rows * columns, target, ld, kind, *(more or (0, 0, 0, 0))]
-        items.append(("pack", p.dtype, row))
+        items.append(("pack", p.dtype, False, row))
 
     def add_vector(p: Tensor, target: int) -> None:
         """In rows of a tile's width: as one long row it would leave most of each tile idle."""
         (size,), (stride,) = p.shape, p.stride()
         row = [p.data_ptr(), PACK_TILE * stride, stride, PACK_TILE, size, target, PACK_TILE, 1, 0, 0, 0, 0]
-        items.append(("pack", p.dtype, row))
+        items.append(("pack", p.dtype, False, row))
 
     for member in range(spec.num_members):
         for index, (layer, (fan_in, fan_out)) in enumerate(zip(network.layers, spec.layer_dims)):
@@ -296,7 +294,7 @@ def _items(
                 gain = vectors + layout.vector_start(index - 1) + 2 * layout.hidden_pad
                 places = (own, own + step, gain, gain + layout.hidden_pad, int(layer.bias is not None))
                 row = [weight.data_ptr(), *strides, fan_out, fan_in, target, layout.leading_dim, *places]
-                items.append(("fold", weight.dtype, row))
+                items.append(("fold", weight.dtype, layout.norm(index - 1) == "fold", row))
             else:
                 add(weight, target, fan_out, fan_in, strides, layout.leading_dim, 0)
             for offset, values in ((0, layer.bias), (2, layer.norm_weight), (3, layer.norm_bias)):

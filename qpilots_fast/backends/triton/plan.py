@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from .launch_table import LaunchTable, dot_mode
 from .launcher import launch
 from .packing import OPERAND_DTYPES, NetworkLayout, PackedBuffers, padded_width, round_up, sampler_layouts
 
-# The rows of a call go through its K steps in chunks whose planes are at most this large. Larger ones leave L2 (50 MB
-# on an H100; the backward reads the planes in the opposite order, and finds the later part still there); smaller ones
-# pay the boundaries between launches more often. Counted, not measured.
-PLANE_BYTES = 64 << 20
+# The rows of a call go through its K steps in chunks, whose two planes that pass from launch to launch are at most this
+# large: beside 18 MB of weights they stay in the 50 MB of an H100's L2. Pre-activations may leave it: they take less of
+# HBM's time than a launch's operands of L2's. Smaller chunks pay for more boundaries between launches. Counted, not
+# measured.
+PLANE_BYTES = 22 << 20
 _KEPT = 8  # programs kept per workspace: one for full chunks and one for the last, of each set of packed weights
 
 
@@ -37,13 +39,9 @@ def plane_bytes(layout: NetworkLayout, operand: torch.dtype) -> int:
     return layout.spec.num_members * layout.hidden_pad * operand.itemsize
 
 
-def _rows_of_chunk(bytes_a_row: int) -> int:
-    return max(64, PLANE_BYTES // bytes_a_row // 64 * 64)
-
-
-def network_chunk(layout: NetworkLayout, operand: torch.dtype) -> int:
-    """Rows of a chunk that asks one network."""
-    return _rows_of_chunk((layout.depth + 2) * plane_bytes(layout, operand))
+def chunk_rows(plane: int) -> int:
+    """Rows of a chunk, by the bytes of the widest plane for each."""
+    return max(128, PLANE_BYTES // (2 * plane) // 128 * 128)
 
 
 @dataclass
@@ -60,7 +58,7 @@ class Workspace:
     d_x: Tensor  # [R, A]: the gradient through the flow or the map
     drawn: Tensor  # [R, A]: the map's output
     glass: Tensor  # [4, R, A]: x*, v*, its cotangent, d x*
-    alpha: Tensor  # [C], the steering's
+    alpha: Tensor  # [B], the steering's
     report: tuple[Tensor, Tensor, Tensor, Tensor]  # StepReport, [K, B] each; flags are int8
     scratch: Scratch
     tapes: dict[str, list[Tape]]  # of each network: one, or one for each inner step of GLASS draws
@@ -94,7 +92,10 @@ class SamplerPlan:
         self.layouts = sampler_layouts(spec, table, self.capability)
         self.num_draws = spec.num_draws
         self.operand = OPERAND_DTYPES[spec.precision]
-        self.chunk = self._chunk_rows() if chunk is None else chunk
+        planes = [
+            rows * plane_bytes(self._layout_of(name), self.operand) for name, (_, rows) in self.evaluations().items()
+        ]
+        self.chunk = chunk_rows(max(planes)) if chunk is None else chunk
         self.action_pad = padded_width(spec.flow.action_dim)
         mask = torch.zeros(self.action_pad, dtype=torch.float32, device="cpu")
         mask[: spec.flow.action_dim] = 1.0
@@ -130,15 +131,6 @@ class SamplerPlan:
     def _layout_of(self, name: str) -> NetworkLayout:
         return self.layouts["flow" if name == "glass" else name]
 
-    def _chunk_rows(self) -> int:
-        kept = widest = 0
-        for name, (tapes, rows) in self.evaluations().items():
-            layout = self._layout_of(name)
-            plane = rows * plane_bytes(layout, self.operand)
-            kept += tapes * layout.depth * plane
-            widest = max(widest, plane)
-        return _rows_of_chunk(kept + 2 * widest)
-
     def workspace(self, batch_size: int, fill: float | None = None, device: torch.device | None = None) -> Workspace:
         """Allocates; fill overwrites what nothing promises to be initialised (tests pass NaN)."""
         spec, a, place = self.spec, self.spec.flow.action_dim, self.device if device is None else device
@@ -164,7 +156,7 @@ class SamplerPlan:
             x=empty(rows, a), v=empty(rows, a), estimates=empty(steers, a), q=empty(members, draws),
             dq=empty(members, draws, a), d_a=empty(steers, a), q_std=empty(steers), d_x=empty(steers, a),
             drawn=empty(draws if "posterior" in tapes else 0, a), glass=empty(4, draws if "glass" in tapes else 0, a),
-            alpha=torch.full((rows,), spec.steering.alpha, device=place),
+            alpha=torch.full((batch_size,), spec.steering.alpha, device=place),
             report=(zeros[0], flags[0], zeros[1], flags[1]),
             scratch=Scratch(layouts, capacities, self.operand, empty), tapes=tapes,
         )  # fmt: skip
@@ -177,23 +169,22 @@ class SamplerPlan:
     ) -> None:  # fmt: skip
         """Enqueues the whole call on the current stream; actions [B, A] receives the result; alpha [B]: of each row."""
         batch_size = len(noise)
-        given = {"obs": obs, "noise": noise, "eps": noise if eps is None else eps, "actions": actions}
+        eps, alpha = noise if eps is None else eps, ws.alpha if alpha is None else alpha
+        given = {"obs": obs, "noise": noise, "eps": eps, "actions": actions, "alpha": alpha}
         for start in range(0, batch_size, self.chunk):
             rows = min(self.chunk, batch_size - start)
-            program = ws.programs.obtain((packed, rows), lambda: list(self.program(ws, packed, rows)))  # noqa: B023
-            views = {"alpha": ws.alpha if alpha is None else alpha[start : start + rows]}
-            views |= {name: value[..., start : start + rows, :] for name, value in given.items() if name != "eps"}
-            for item in program:
-                arguments = dict(item.arguments)
-                for name, value in item.arguments.items():
-                    if isinstance(value, Given):
-                        if value.name == "report_at":
-                            arguments[name] = (value.step or 0) * batch_size + start
-                        elif value.step is not None:
-                            arguments[name] = given[value.name][value.step, start : start + rows]
-                        else:
-                            arguments[name] = views[value.name]
-                launch(item.name, item.grid, **arguments)
+
+            def value(of: Given) -> Tensor | int:
+                if of.name == "report_at":
+                    return (of.step or 0) * batch_size + start  # noqa: B023
+                tensor = given[of.name] if of.step is None else given[of.name][of.step]
+                return tensor[start : start + rows]  # noqa: B023
+
+            for item in ws.programs.obtain((packed, rows), partial(self._launches, ws, packed, rows)):
+                launch(item.name, item.grid, **item.arguments, **{name: value(of) for name, of in item.given.items()})
+
+    def _launches(self, ws: Workspace, packed: PackedBuffers, rows: int) -> list[Launch]:
+        return list(self.program(ws, packed, rows))
 
     def program(self, ws: Workspace, packed: PackedBuffers, rows: int) -> Iterator[Launch]:
         """The launches of a chunk of so many rows."""
@@ -286,7 +277,7 @@ class SamplerPlan:
         """A launch over rows of actions: a warp takes 4 values a lane, so that few rows spread over many programs."""
         block = 16 if self.capability == 0 else max(1, 128 // self.action_pad)
         arguments |= dict(num_rows=rows, ACTION_DIM=self.spec.flow.action_dim, A_PAD=self.action_pad, BLOCK_B=block)
-        return Launch(name, (-(-rows // block),), {**arguments, "num_warps": 1})
+        return Launch.of(name, (-(-rows // block),), num_warps=1, **arguments)
 
     def check_size(self, batch_size: int) -> None:
         elements = batch_size * self.num_draws * self.spec.flow.action_dim
