@@ -464,18 +464,21 @@ def test_every_block_takes_whole_members_and_sends_something_at_each_step(steeri
 
 
 def test_exchanges_a_step():
-    """Of a chain from x to x, with L hidden layers: L + 1 of the plain flow; the critics' last norm costs two more."""
+    """Of a chain from x to x, with L hidden layers; the critics' last norm costs one, outputs of many rows one each."""
     depth = 4
     case = make_case(hidden_dims=(8,) * depth, num_steps=10, batch_size=1, layer_norm=None, critic_layer_norm=None)
-    for steering, exchanges in (
-        (Steering.qpilots_u(), (depth + 1) + 2 * depth + (depth + 1)),
-        (Steering.qpilots_u(jacobian="identity"), (depth + 1) + 2 * depth),
-        (Steering.qpilots_m(), (depth + 1) + 2 * depth + (depth + 1)),
+    for steering, exchanges, outputs in (
+        (Steering.qpilots_u(), 4 * depth, 2),
+        (Steering.qpilots_u(jacobian="identity"), 3 * depth, 1),
+        (Steering.qpilots_m(), 4 * depth, 2),
     ):
         program = planned(case.with_steering(steering))
         assert count_exchanges(program, steered=True) == exchanges
-        assert count_exchanges(program, steered=False) == depth + 1
-        assert count_call_exchanges(program) == (depth + 1) + 1 + 9 * exchanges  # x once, to the critics' blocks
-    normed = dataclasses.replace(make_case(hidden_dims=(8,) * depth, num_steps=10, batch_size=1, layer_norm=None))
-    program = planned(normed.with_steering(Steering.qpilots_u(jacobian="identity")))
-    assert count_exchanges(program, steered=True) == (depth + 1) + 2 * depth + 2
+        assert count_exchanges(program, steered=False) == depth
+        assert count_call_exchanges(program) == depth + 1 + 9 * exchanges  # x once, to the critics' blocks
+        many = dataclasses.replace(case, obs=torch.zeros(16, 7)).with_steering(steering)
+        assert count_exchanges(planned(many), steered=True) == exchanges + outputs
+    for norm, more in (("post", 1), ("pre", 2 * depth)):
+        normed = make_case(hidden_dims=(8,) * depth, num_steps=10, batch_size=1, critic_layer_norm=norm)
+        program = planned(normed.with_steering(Steering.qpilots_u(jacobian="identity")))
+        assert count_exchanges(program, steered=True) == 3 * depth + more

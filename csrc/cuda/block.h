@@ -8,7 +8,8 @@ namespace cuda {
 
 QPILOTS_HD std::int64_t align16(std::int64_t bytes) { return (bytes + 15) & ~std::int64_t(15); }
 
-constexpr int kRowNumbers = 2;  // scalars of a row that a norm needs at once
+constexpr int kRowParts = 2;    // numbers of a row that a folded norm needs (fold.h)
+constexpr int kRowNumbers = 4;  // that finishing a norm needs
 
 // Byte offsets into dynamic shared memory; as many bytes as shared_bytes in backends/cuda/plan.py counts.
 struct SharedLayout {
@@ -33,7 +34,7 @@ QPILOTS_HD SharedLayout shared_layout(const SampleArgs& a, int nt) {
   s.weights = align16((a.num_once + a.num_step_phases) * static_cast<std::int64_t>(sizeof(Phase)));
   s.partials = s.weights + a.buffers * weight_buffer_bytes<Weight>(a);
   s.row_parts = s.partials + 2 * kWarps * rows * partials_stride(a) * 4;
-  s.row_numbers = s.row_parts + 2 * kWarps * rows * kRowNumbers * 4;
+  s.row_numbers = s.row_parts + 2 * kWarps * rows * kRowParts * 4;
   s.norm_rows = s.row_numbers + 2 * rows * kRowNumbers * 4;
   s.flags = s.norm_rows + a.num_norm_rows * 2 * 4;
   s.x = s.flags + 2 * kWarps * 4;
@@ -59,7 +60,7 @@ struct Block {
   Phase* program;
   WeightStream<Weight> stream;
   float* partial_sums;      // [2][kWarps][kRows][partials_stride]
-  float* row_parts;         // [2][kWarps][kRows][kRowNumbers] of a product's operand, by the warps' columns
+  float* row_parts;         // [2][kWarps][kRows][kRowParts] of a product's operand, by the warps' columns
   float* row_numbers;       // [2][kRows][kRowNumbers]
   float* norm_rows;         // [num_norm_rows][2] mean and 1 / std of the rows of each hidden layer
   std::uint32_t* flags;     // [2][kWarps]
@@ -113,6 +114,17 @@ struct Block {
     words = a.exchange;
   }
 
+  __device__ __forceinline__ float* collected(std::int32_t which) const {
+    switch (static_cast<Collected>(which)) {
+      case Collected::kVelocity:
+        return velocity;
+      case Collected::kPosteriorOutput:
+        return posterior_output;
+      default:
+        return estimate_vjp;
+    }
+  }
+
   __device__ __forceinline__ void begin_step(const SampleArgs& a, int k) {
     step = k;
     tag = patience.first_tag + static_cast<std::uint32_t>(k);
@@ -142,7 +154,7 @@ struct Block {
     return {partial_sums + half * kWarps * kRows * stride, stride};
   }
   __device__ __forceinline__ float* parts_of_row(int half, int warp, int row) const {
-    return row_parts + ((half * kWarps + warp) * kRows + row) * kRowNumbers;
+    return row_parts + ((half * kWarps + warp) * kRows + row) * kRowParts;
   }
   __device__ __forceinline__ float* numbers_of_row(int half, int row) const {
     return row_numbers + (half * kRows + row) * kRowNumbers;

@@ -78,29 +78,27 @@ __device__ __forceinline__ void each_pair(const SampleArgs& a, const Phase& p, i
   }
 }
 
-// Mean and sum of squared deviations of a tile.
-__device__ __forceinline__ void send_moments(std::uint64_t* sums, const Pair& pair, bool row_exists, int width,
-                                             const float (&value)[2], std::uint32_t tag) {
-  const int left = width - pair.tile * kTile;
-  const float mean = tile_sum(value[0] + value[1]) / static_cast<float>(left < kTile ? left : kTile);
-  float squares = 0.0f;
+// Sums over the tile of each of the terms.
+template <int COUNT>
+__device__ __forceinline__ void send_sums(std::uint64_t* sums, const Pair& pair, bool row_exists,
+                                          const float (&terms)[COUNT], std::uint32_t tag) {
 #pragma unroll
-  for (int v = 0; v < 2; ++v) squares += v < pair.count ? (value[v] - mean) * (value[v] - mean) : 0.0f;
-  squares = tile_sum(squares);
-  if (row_exists && pair.index == 0) {
-    send_number(sums + pair.sums, mean, tag);
-    send_number(sums + pair.sums + 1, squares, tag);
-  }
-}
-
-// Sums of d xhat, of d xhat xhat, and at the critic's top of the tile's part of Q.
-__device__ __forceinline__ void send_vjp_sums(std::uint64_t* sums, const Pair& pair, bool row_exists,
-                                              const float (&terms)[kTileSums], std::uint32_t tag) {
-#pragma unroll
-  for (int s = 0; s < kTileSums; ++s) {
+  for (int s = 0; s < COUNT; ++s) {
     const float sum = tile_sum(terms[s]);
     if (row_exists && pair.index == 0) send_number(sums + pair.sums + s, sum, tag);
   }
+}
+
+// A part of the pair's mean of its tile, and the deviations from it.
+struct Moments {
+  float mean_part;  // the tile's mean is the sum over its lanes
+  float deviation[2];
+};
+__device__ __forceinline__ Moments tile_moments(const Pair& pair, int width, const float (&value)[2]) {
+  const int left = width - pair.tile * kTile;
+  const float part = (value[0] + value[1]) / static_cast<float>(left < kTile ? left : kTile);
+  const float mean = tile_sum(part);
+  return {part, {pair.count > 0 ? value[0] - mean : 0.0f, pair.count > 1 ? value[1] - mean : 0.0f}};
 }
 
 template <class Weight, int NT>
@@ -115,14 +113,14 @@ __device__ __forceinline__ void send_delta(const SampleArgs& a, const Phase& p, 
                                            float (&value)[2], std::uint64_t* words, std::uint32_t tag) {
   if (row_exists) send_pair<Weight>(words + p.target + pair.operands, pair.index, value, tag);
   if (p.delta_sums < 0) return;
-  float terms[kTileSums] = {0.0f, 0.0f, 0.0f};
+  float terms[2] = {0.0f, 0.0f};
   each_of(pair, value, [&](int v, float delta) {
     delta = rounded<Weight>(delta);
     terms[0] = fmadd(delta, parameter_or(pair.member, p.fold_sums, pair.neuron + v, 0.0f), terms[0]);
     terms[1] = fmadd(delta, load_global(a.workspace + p.linear + pair.cell + v), terms[1]);
     return delta;
   });
-  send_vjp_sums(words + p.delta_sums, pair, row_exists, terms, tag);
+  send_sums(words + p.delta_sums, pair, row_exists, terms, tag);
 }
 
 // The value that a product, its biases and addends come to.
@@ -167,12 +165,29 @@ __device__ __forceinline__ void begin_hidden(const SampleArgs& a, const Phase& p
     return z;
   });
   if (norm != NormPlacement::kNone && !p.folded) {
-    send_moments(words + p.sums, pair, row_exists, p.out_dim, value, tag);
+    const Moments m = tile_moments(pair, p.out_dim, value);
+    const float squares = fmadd(m.deviation[0], m.deviation[0], m.deviation[1] * m.deviation[1]);
+    if (top && norm == NormPlacement::kPost) {
+      float terms[5] = {m.mean_part, squares, 0.0f, 0.0f, 0.0f};
+      float deviation[2] = {m.deviation[0], m.deviation[1]};
+      each_of(pair, deviation, [&](int v, float x) {
+        const int n = pair.neuron + v;
+        const float w = output_weight<Weight>(p, pair.member, n);
+        const float delta = w * parameter_or(pair.member, p.gamma, n, 1.0f);
+        terms[2] = fmadd(delta, x, terms[2]);
+        terms[3] += delta;
+        terms[4] = fmadd(w, parameter_or(pair.member, p.beta, n, 0.0f), terms[4]);
+        return x;
+      });
+      send_sums(words + p.vjp_sums, pair, row_exists, terms, tag);
+    } else {
+      send_sums(words + p.sums, pair, row_exists, {m.mean_part, squares}, tag);
+    }
   } else if (!top) {
     if (row_exists) send_pair<Weight>(words + p.target + pair.operands, pair.index, value, tag);
   } else {
     send_delta<Weight>(a, p, pair, row_exists, value, words, tag);
-    send_vjp_sums(words + p.vjp_sums, pair, row_exists, {0.0f, 0.0f, q}, tag);
+    send_sums(words + p.vjp_sums, pair, row_exists, {0.0f, 0.0f, q}, tag);
   }
 }
 
@@ -182,7 +197,7 @@ __device__ __forceinline__ void begin_delta(const SampleArgs& a, const Phase& p,
                                             const RowNumbers& sums, const RowNumbers& moments, float (&value)[2],
                                             std::uint64_t* words, std::uint32_t tag) {
   const NormPlacement norm = static_cast<NormPlacement>(p.norm);
-  float terms[kTileSums] = {0.0f, 0.0f, 0.0f};
+  float terms[2] = {0.0f, 0.0f};
   each_of(pair, value, [&](int v, float delta) {
     const float slope = load_global(a.workspace + p.slopes + pair.cell + v);
     if (p.folded) {
@@ -199,7 +214,7 @@ __device__ __forceinline__ void begin_delta(const SampleArgs& a, const Phase& p,
     return delta;
   });
   if (norm != NormPlacement::kNone && !p.folded) {
-    send_vjp_sums(words + p.vjp_sums, pair, row_exists, terms, tag);
+    send_sums(words + p.vjp_sums, pair, row_exists, terms, tag);
   } else {
     send_delta<Weight>(a, p, pair, row_exists, value, words, tag);
   }
@@ -250,6 +265,8 @@ __device__ __forceinline__ void finish_product(const SampleArgs& a, Block<Weight
           each_of(pair, value, [&](int v, float number) {
             if (result == Result::kNumbers) {
               send_number(block.words + p.target + pair.cell + v, number, block.tag);
+            } else if (result == Result::kOwn) {
+              store_shared(block.collected(p.input) + pair.cell + v, number);
             } else {
               store_global(a.workspace + p.target + pair.cell + v, number);
             }
@@ -267,38 +284,48 @@ __device__ __forceinline__ float receive_sum(Block<Weight, NT>& block, const Pha
   return receive_number(block.words + plane + index, block.tag, block.patience);
 }
 
-// LayerNorm of the block's neurons; at the critic's top also its derivative, as far as it goes.
+// Mean and 1 / std of a row, by a warp, from the tiles' first two sums in `plane`.
+template <class Weight, int NT>
+__device__ __forceinline__ RowNumbers receive_moments(Block<Weight, NT>& block, const Phase& p, std::int64_t plane,
+                                                      int member, int row) {
+  const auto sum_of = [&](int tile, int s) { return receive_sum(block, p, plane, member, row, tile, s); };
+  const auto tile_width = [&](int tile) {
+    return static_cast<float>(p.out_dim - tile * kTile < kTile ? p.out_dim - tile * kTile : kTile);
+  };
+  const float width = static_cast<float>(p.out_dim);
+  float sum = 0.0f, squares = 0.0f;
+  for (int tile = lane_index(); tile < p.tiles; tile += kWarpSize) {
+    sum = fmadd(tile_width(tile), sum_of(tile, 0), sum);
+  }
+  const float mean = warp_sum(sum) / width;
+  for (int tile = lane_index(); tile < p.tiles; tile += kWarpSize) {
+    const float shift = sum_of(tile, 0) - mean;
+    squares += fmadd(tile_width(tile) * shift, shift, sum_of(tile, 1));
+  }
+  return {mean, reciprocal_std(warp_sum(squares), width, p.layer_norm_eps)};
+}
+
+// LayerNorm of the block's neurons; at the critic's top ("pre") also its derivative, as far as it goes.
 template <class Weight, int NT>
 __device__ __forceinline__ bool finish_norm(const SampleArgs& a, Block<Weight, NT>& block, const Phase& p) {
   constexpr int kRows = 8 * NT;
   const bool pre = static_cast<NormPlacement>(p.norm) == NormPlacement::kPre;
   return each_group<kRows>(a, p, [&](int member, int first_tile, int tiles, int row0, int valid) {
-    const float width = static_cast<float>(p.out_dim);
-    const int half = block.parity, lane = lane_index();
+    const int half = block.parity;
     for (int r = warp_index(); r < valid; r += kWarps) {
-      const auto sum_of = [&](int tile, int s) { return receive_sum(block, p, p.sums, member, row0 + r, tile, s); };
-      const auto tile_width = [&](int tile) {
-        return static_cast<float>(p.out_dim - tile * kTile < kTile ? p.out_dim - tile * kTile : kTile);
-      };
-      float sum = 0.0f, squares = 0.0f;
-      for (int tile = lane; tile < p.tiles; tile += kWarpSize) sum = fmadd(tile_width(tile), sum_of(tile, 0), sum);
-      const float mean = warp_sum(sum) / width;
-      for (int tile = lane; tile < p.tiles; tile += kWarpSize) {
-        const float shift = sum_of(tile, 0) - mean;
-        squares += fmadd(tile_width(tile) * shift, shift, sum_of(tile, 1));
-      }
-      squares = warp_sum(squares);
-      if (lane == 0) {
-        const float rstd = reciprocal_std(squares, width, p.layer_norm_eps);
-        store_shared(block.numbers_of_row(half, r), mean);
-        store_shared(block.numbers_of_row(half, r) + 1, rstd);
-        if (p.first_norm_row >= 0) store_shared(norm_row(block, p, p.first_norm_row, member, row0 + r) + 1, rstd);
+      const RowNumbers moments = receive_moments(block, p, p.sums, member, row0 + r);
+      if (lane_index() == 0) {
+        store_shared(block.numbers_of_row(half, r), moments.first);
+        store_shared(block.numbers_of_row(half, r) + 1, moments.second);
+        if (p.first_norm_row >= 0) {
+          store_shared(norm_row(block, p, p.first_norm_row, member, row0 + r) + 1, moments.second);
+        }
       }
     }
     if (!block.barrier()) return false;
     each_pair<kRows, Weight>(
         a, p, member, first_tile, tiles, row0, valid, [&](const Pair& pair, int r, bool row_exists) {
-          float value[2] = {0.0f, 0.0f}, terms[kTileSums] = {0.0f, 0.0f, 0.0f};
+          float value[2] = {0.0f, 0.0f}, terms[3] = {0.0f, 0.0f, 0.0f};
           each_of(pair, value, [&](int v, float) {
             const int n = pair.neuron + v;
             float* kept = a.workspace + p.values + pair.cell + v;
@@ -323,7 +350,7 @@ __device__ __forceinline__ bool finish_norm(const SampleArgs& a, Block<Weight, N
             return h;
           });
           if (p.at_top) {
-            send_vjp_sums(block.words + p.vjp_sums, pair, row_exists, terms, block.tag);
+            send_sums(block.words + p.vjp_sums, pair, row_exists, terms, block.tag);
           } else if (row_exists) {
             send_pair<Weight>(block.words + p.target + pair.operands, pair.index, value, block.tag);
           }
@@ -332,34 +359,57 @@ __device__ __forceinline__ bool finish_norm(const SampleArgs& a, Block<Weight, N
   });
 }
 
-// The derivative of the norm of the block's neurons, which completes d z; at the critic's top also Q.
+// The derivative of the norm of the block's neurons, which completes d z; at the critic's top also Q, and of a "post"
+// norm there the norm as well, whose sums come with the derivative's.
 template <class Weight, int NT>
 __device__ __forceinline__ bool finish_norm_vjp(const SampleArgs& a, Block<Weight, NT>& block, const Phase& p) {
   constexpr int kRows = 8 * NT;
   const NormPlacement norm = static_cast<NormPlacement>(p.norm);
+  const bool whole = p.at_top && norm == NormPlacement::kPost;
   return each_group<kRows>(a, p, [&](int member, int first_tile, int tiles, int row0, int valid) {
     const int half = block.parity, lane = lane_index();
     const bool sends_q = p.at_top && first_tile == 0;
     if (norm == NormPlacement::kNone && !sends_q) return true;
     for (int r = warp_index(); r < valid; r += kWarps) {
-      float sums[kTileSums];
-#pragma unroll
-      for (int s = 0; s < kTileSums; ++s) {
-        sums[s] = 0.0f;
-        if (s < 2 ? norm == NormPlacement::kNone : !sends_q) continue;
-        for (int tile = lane; tile < p.tiles; tile += kWarpSize) {
-          sums[s] += receive_sum(block, p, p.vjp_sums, member, row0 + r, tile, s);
+      const int row = row0 + r;
+      RowNumbers moments{0.0f, 0.0f};
+      if (whole) {
+        moments = receive_moments(block, p, p.vjp_sums, member, row);
+      } else if (norm != NormPlacement::kNone) {
+        moments.second = load_shared(norm_row(block, p, p.first_norm_row, member, row) + 1);
+      }
+      float sums[3] = {0.0f, 0.0f, 0.0f};  // of d xhat, of d xhat xhat, and Q without its bias
+      for (int tile = lane; tile < p.tiles; tile += kWarpSize) {
+        const auto sum_of = [&](int s) { return receive_sum(block, p, p.vjp_sums, member, row, tile, s); };
+        if (whole) {
+          sums[0] += sum_of(3);
+          sums[1] += fmadd(sum_of(3), sum_of(0) - moments.first, sum_of(2));
+          sums[2] += sum_of(4);
+        } else {
+          if (norm != NormPlacement::kNone) {
+            sums[0] += sum_of(0);
+            sums[1] += sum_of(1);
+          }
+          if (sends_q) sums[2] += sum_of(2);
         }
-        sums[s] = warp_sum(sums[s]);
+      }
+#pragma unroll
+      for (int s = 0; s < 3; ++s) sums[s] = warp_sum(sums[s]);
+      if (whole) {
+        sums[1] *= moments.second;
+        sums[2] += sums[1];
       }
       const bool complete = __any_sync(kAllLanes, !block.patience.alive) == 0;
       if (lane == 0) {
         const float width = static_cast<float>(p.out_dim);
-        store_shared(block.numbers_of_row(half, r), sums[0] / width);
-        store_shared(block.numbers_of_row(half, r) + 1, sums[1] / width);
+        float* numbers = block.numbers_of_row(half, r);
+        store_shared(numbers, moments.first);
+        store_shared(numbers + 1, moments.second);
+        store_shared(numbers + 2, sums[0] / width);
+        store_shared(numbers + 3, sums[1] / width);
         if (sends_q && complete) {
           const float q = sums[2] + parameter_or(a.weights + member * p.member_bytes, p.top_bias, 0, 0.0f);
-          send_number(block.words + a.q_values + row_index(p, member, row0 + r), q, block.tag);
+          send_number(block.words + a.q_values + row_index(p, member, row), q, block.tag);
         }
       }
     }
@@ -367,13 +417,17 @@ __device__ __forceinline__ bool finish_norm_vjp(const SampleArgs& a, Block<Weigh
     if (norm == NormPlacement::kNone) return true;
     each_pair<kRows, Weight>(
         a, p, member, first_tile, tiles, row0, valid, [&](const Pair& pair, int r, bool row_exists) {
+          const float* numbers = block.numbers_of_row(half, r);
           float value[2] = {0.0f, 0.0f};
           each_of(pair, value, [&](int v, float) {
-            const float delta = layer_norm_vjp(load_global(a.workspace + p.deltas + pair.cell + v),
-                                               load_global(a.workspace + p.values + pair.cell + v),
-                                               load_shared(norm_row(block, p, p.first_norm_row, member, pair.row) + 1),
-                                               load_shared(block.numbers_of_row(half, r)),
-                                               load_shared(block.numbers_of_row(half, r) + 1));
+            const int n = pair.neuron + v;
+            const float mean = load_shared(numbers), rstd = load_shared(numbers + 1);
+            const float kept = load_global(a.workspace + p.values + pair.cell + v);
+            const float d_xhat =
+                whole ? output_weight<Weight>(p, pair.member, n) * parameter_or(pair.member, p.gamma, n, 1.0f)
+                      : load_global(a.workspace + p.deltas + pair.cell + v);
+            const float delta = layer_norm_vjp(d_xhat, whole ? (kept - mean) * rstd : kept, rstd,
+                                               load_shared(numbers + 2), load_shared(numbers + 3));
             if (norm != NormPlacement::kPost) return delta;
             return delta * load_global(a.workspace + p.slopes + pair.cell + v);
           });

@@ -10,7 +10,7 @@ namespace qpilots {
 namespace cuda {
 
 constexpr int kTile = 16;     // neurons, and columns, that a product takes at once
-constexpr int kTileSums = 3;  // numbers of a tile and row that travel for a norm
+constexpr int kTileSums = 5;  // numbers of a tile and row that travel for a norm, at most
 
 #define QPILOTS_PHASE_KINDS(X)                                                                       \
   X(kProduct, "product")  /* rows times weights */                                                   \
@@ -31,12 +31,13 @@ enum class PhaseKind : std::int32_t { QPILOTS_PHASE_KINDS(QPILOTS_ENUMERATOR) };
 enum class Operand : std::int32_t { QPILOTS_OPERANDS(QPILOTS_ENUMERATOR) };
 
 // What becomes of a product.
-#define QPILOTS_RESULTS(X)                                                              \
-  X(kColumns, "columns")      /* part of a first layer's sums, kept by the block */     \
-  X(kHidden, "hidden")        /* a hidden layer */                                      \
-  X(kCriticTop, "critic_top") /* the critics' last hidden layer, and d Q / d z of it */ \
-  X(kDelta, "delta")          /* d z of a hidden layer */                               \
-  X(kNumbers, "numbers")      /* sent as float32 */                                     \
+#define QPILOTS_RESULTS(X)                                                                 \
+  X(kColumns, "columns")      /* part of a first layer's sums, kept by the block */        \
+  X(kHidden, "hidden")        /* a hidden layer */                                         \
+  X(kCriticTop, "critic_top") /* the critics' last hidden layer, and d Q / d z of it */    \
+  X(kDelta, "delta")          /* d z of a hidden layer */                                  \
+  X(kOwn, "own")              /* numbers of all rows, that every block makes for itself */ \
+  X(kNumbers, "numbers")      /* sent as float32 */                                        \
   X(kOutput, "output")        /* float32 in the workspace: the result of the launch */
 enum class Result : std::int32_t { QPILOTS_RESULTS(QPILOTS_ENUMERATOR) };
 
@@ -50,7 +51,7 @@ enum class Result : std::int32_t { QPILOTS_RESULTS(QPILOTS_ENUMERATOR) };
 enum class Input : std::int32_t { QPILOTS_INPUTS(QPILOTS_ENUMERATOR) };
 constexpr int kNumInputs = static_cast<int>(Input::kCotangent) + 1;
 
-// Every block's own copies of numbers, that kCollect phases fill.
+// Every block's own copies of numbers.
 #define QPILOTS_COLLECTED(X)                                         \
   X(kVelocity, "velocity")                /* [B][A] */               \
   X(kPosteriorOutput, "posterior_output") /* [R][A] output of map */ \
@@ -73,7 +74,7 @@ struct Phase {
   std::int32_t out_dim;
   std::int32_t tiles;       // of kTile neurons
   std::int32_t copy_shift;  // log2 of the lanes that copy one weight row's slice together
-  std::int32_t input;       // kInput: Input; kCollect: Collected
+  std::int32_t input;       // kInput: Input; kOwn, kCollect: Collected
   std::int32_t rows_per_addend;
   std::int32_t at_top;           // kNorm, kNormVjp: the cotangent is the critic's output row
   std::int32_t folded;           // the target's norm, "post", is made by the next product (fold.h)

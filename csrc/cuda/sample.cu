@@ -57,7 +57,7 @@ __device__ __forceinline__ bool run_product(const SampleArgs& a, Block<Weight, N
   const Weight* weights = nullptr;
   const Slice slice = warp_slice(p);
   const int stride = shared_stride<Weight>(p.in_stride);
-  return each_group<8 * NT>(a, p, [&](int member, int first_tile, int tiles, int row0, int valid) {
+  const bool done = each_group<8 * NT>(a, p, [&](int member, int first_tile, int tiles, int row0, int valid) {
     if (row0 == 0) weights = block.stream.acquire(a, block.program);
     const Partials<NT> partials = block.partials(a, block.parity);
     const RowWork work = row_work(p);
@@ -79,6 +79,7 @@ __device__ __forceinline__ bool run_product(const SampleArgs& a, Block<Weight, N
     finish_product(a, block, p, member, first_tile, tiles, row0, valid);
     return true;
   });
+  return done && (static_cast<Result>(p.result) != Result::kOwn || block.barrier());
 }
 
 template <class Weight, int NT>
@@ -99,6 +100,11 @@ __device__ __forceinline__ bool run_phase(const SampleArgs& a, Block<Weight, NT>
 
 // This block's part of a phase: the members of its team, and its tiles of each.
 __device__ __forceinline__ void take_share(Phase& p) {
+  if (static_cast<Result>(p.result) == Result::kOwn) {
+    p.first_member = p.tile_begin = 0;
+    p.tile_end = p.tiles;
+    return;
+  }
   const int rank = static_cast<int>(blockIdx.x) - p.first_block;
   const int active = p.team_blocks < p.tiles ? p.team_blocks : p.tiles;  // of a team
   const bool shares = rank >= 0 && rank < p.teams * p.team_blocks && rank % p.team_blocks < active;

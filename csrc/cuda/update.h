@@ -37,10 +37,7 @@ __device__ __forceinline__ float action_high(const SampleArgs& a, int c) {
 // A kCollect phase: numbers [rows][out_dim] into the block's own copy.
 template <class Weight, int NT>
 __device__ __forceinline__ bool collect(Block<Weight, NT>& block, const Phase& p) {
-  const Collected which = static_cast<Collected>(p.input);
-  float* copy = which == Collected::kVelocity          ? block.velocity
-                : which == Collected::kPosteriorOutput ? block.posterior_output
-                                                       : block.estimate_vjp;
+  float* copy = block.collected(p.input);
   for (int i = threadIdx.x; i < p.rows * p.out_dim; i += kThreads) {
     store_shared(copy + i, receive_number(block.words + p.source + i, block.tag, block.patience));
   }

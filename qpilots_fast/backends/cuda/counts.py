@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ...spec import SamplerSpec
+from ..params import NORM_PLACEMENTS
 from .layout import WEIGHT_BYTES, full_presence, round_up
 from .plan import Program, plan_sample
 from .structs import OPERANDS, PHASE_KINDS, RESULTS, TILE, TILE_SUMS, Phase
@@ -55,9 +56,11 @@ def _received_words(program: Program, phase: Phase, takers: int) -> int:
     if kind == "product":
         received = OPERANDS[phase.operand] == "received"
         words = phase.in_stride * program.weight_bytes // 4 + (phase.source_sums >= 0) * phase.in_stride // TILE * 2
-        return working * phase.rows * words if received else 0
+        own = RESULTS[phase.result] == "own"
+        return (takers if own else working) * phase.rows * words if received else 0
     if kind in ("norm", "norm_vjp"):
-        return working * phase.rows * phase.tiles * (TILE_SUMS - 1)
+        whole = phase.at_top and NORM_PLACEMENTS[phase.norm] == "post"
+        return working * phase.rows * phase.tiles * (TILE_SUMS if whole else 2 + phase.at_top)
     if kind == "collect":
         return takers * phase.rows * phase.out_dim
     rows = args.batch * args.steering.num_samples
@@ -77,10 +80,15 @@ def count_exchanges(program: Program, *, steered: bool) -> int:
         if kind == "product":
             operand = OPERANDS[phase.operand]
             depth = sent[phase.source] if operand == "received" else held[operand]
-            normed = RESULTS[phase.result] in ("hidden", "critic_top", "delta") and phase.norm and not phase.folded
-            planes = [phase.vjp_sums if RESULTS[phase.result] == "delta" else phase.sums] if normed else [phase.target]
-            if not normed:
-                planes.append(phase.vjp_sums)
+            result, norm = RESULTS[phase.result], NORM_PLACEMENTS[phase.norm]
+            if result == "own":
+                last, planes = max(last, depth), []
+                held["estimate"] = max(held["estimate"], depth)
+            elif result not in ("hidden", "critic_top", "delta") or norm is None or phase.folded:
+                planes = [phase.target, phase.vjp_sums]
+            else:
+                with_vjp = result == "delta" or (result == "critic_top" and norm == "post")
+                planes = [phase.vjp_sums if with_vjp else phase.sums]
         elif kind == "norm":
             depth, planes = sent[phase.sums], [phase.vjp_sums if phase.at_top else phase.target]
         elif kind == "norm_vjp":
@@ -89,7 +97,8 @@ def count_exchanges(program: Program, *, steered: bool) -> int:
                 planes.append(args.q_values)
         else:
             needed = [phase.source] if kind == "collect" else [args.q_values, args.critic_vjp]
-            last = depth = max(sent[plane] for plane in needed)
+            depth = max(sent[plane] for plane in needed)
+            last = max(last, depth)
             held["cotangent"] = held["estimate"] = max(held["estimate"], depth)
             planes = []
         for plane in planes:

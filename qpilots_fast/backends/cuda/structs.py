@@ -8,7 +8,7 @@ from ..params import SteeringParams
 
 PHASE_KINDS = ("product", "norm", "norm_vjp", "collect", "weigh")
 OPERANDS = ("received", "input", "state", "estimate", "posterior_input", "cotangent")
-RESULTS = ("columns", "hidden", "critic_top", "delta", "numbers", "output")
+RESULTS = ("columns", "hidden", "critic_top", "delta", "own", "numbers", "output")
 INPUTS = ("obs", "flow_times", "posterior_times", "columns", "cotangent")
 COLLECTED = ("velocity", "posterior_output", "estimate_vjp")
 ELEMENT_TYPES = ("float32", "bfloat16", "float16", "float64")
@@ -20,7 +20,7 @@ LISTS = {
     "Collected": COLLECTED,
     "ElementType": ELEMENT_TYPES,
 }
-TILE, TILE_SUMS = 16, 3  # kTile, kTileSums
+TILE, TILE_SUMS = 16, 5  # kTile, kTileSums
 _I32, _I64, _F32, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
