@@ -7,6 +7,10 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
+#if defined(__SANITIZE_THREAD__)
+#include <thread>
+#include <vector>
+#endif
 
 #include "call/parallel.h"
 #include "call/sampler.h"
@@ -16,7 +20,24 @@ namespace qpilots::cpu {
 
 template <class Body>
 void parallel_region(int threads, Body body) {
-#if defined(_OPENMP)
+#if defined(__SANITIZE_THREAD__)
+  // GCC's OpenMP is not instrumented: ThreadSanitizer would take its fork and join for races.
+  if (usable_threads(threads) > 1) {
+    std::vector<std::thread> others;
+    for (int thread = 1; thread < threads; ++thread) {
+      others.emplace_back([&body, thread, threads] {
+        const FlushDenormals flush;
+        body(thread, threads);
+      });
+    }
+    {
+      const FlushDenormals flush;
+      body(0, threads);
+    }
+    for (std::thread& other : others) other.join();
+    return;
+  }
+#elif defined(_OPENMP)
   if (usable_threads(threads) > 1) {
 #pragma omp parallel num_threads(threads)
     {
