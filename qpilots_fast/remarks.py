@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,6 +14,7 @@ from .bounds import DefaultBound
 from .reference import Evaluators
 from .spec import BoundNetwork, Pullback
 from .steering import Steering
+from .user_warning import warn
 
 _CALLS_LOOKED_AT = 8  # later ones cost nothing; a look waits for a GPU
 _CLIPPED_SHARE = 0.1
@@ -44,11 +44,10 @@ class Remarks:
         if count < 2 or count <= _CLIPPED_SHARE * actions.numel():
             return
         self.calls_left = 0
-        warnings.warn(
+        warn(
             "qpilots_fast: more than a tenth of the entries of a batch of actions ended on the default bounds [-1, 1], "
             "clipped there. For z-scored or unbounded actions pass action_low=None, action_high=None; for an "
             "environment's own box its low and high; where [-1, 1] is meant, action_low=-1.0, action_high=1.0.",
-            stacklevel=5,  # forward, two of nn.Module
         )
 
     def on_weights(self, critic: BoundNetwork, steering: Steering) -> None:
@@ -102,11 +101,10 @@ class Remarks:
         if not absent or len(absent) == len(zero):
             return
         real = [column for column in range(len(zero)) if column not in absent]
-        warnings.warn(
+        warn(
             f"qpilots_fast: the critic's gradient is exactly zero in columns {_spans(absent)} of {len(zero)} of the "
             "actions (padding?), but Steering.steered_dims is None: the norm match counts the velocity of all columns, "
             f"so the push on the others is too strong. Pass replace(steering, steered_dims={_as_code(real)}).",
-            stacklevel=7,
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -25,6 +24,7 @@ from .remarks import Remarks
 from .spec import BoundNetworks, RawSample, SamplerSpec, StepReport
 from .steering import Steering
 from .times import Step
+from .user_warning import warn
 
 Networks = dict[str, Any]  # "flow", "critic" and "posterior" as calls ask them
 
@@ -58,9 +58,7 @@ class Choices:
             choice = backends.choose(Request(name, spec.precision, noise.device, noise.dtype, spec, noise.shape[0]))
             if choice.fallback is not None and not self._warned:
                 self._warned = True  # once a sampler, whatever it is called with
-                warnings.warn(
-                    f"qpilots_fast falls back to the unfused reference backend ({choice.fallback}).", stacklevel=6
-                )
+                warn(f"qpilots_fast falls back to the unfused reference backend ({choice.fallback}).")
             if len(self._chosen) >= _CHOICES_KEPT:
                 self._chosen.clear()
             chosen = self._chosen[key] = choice.backend

@@ -203,3 +203,23 @@ def test_the_columns_are_named():
 def test_case_of_the_testing_module_passes_its_bounds_on():
     case = replace(make_case(Steering.unsteered()), bounds=(-0.1, 0.1))
     assert case.run("reference").abs().max() == pytest.approx(0.1)
+
+
+CALLS = {
+    "call": lambda sampler: sampler(OBS),
+    "act": lambda sampler: sampler.act(OBS),
+    "inside a module": lambda sampler: torch.nn.Sequential(sampler)(OBS),
+    "callables": lambda sampler: SteeredSampler(lambda *a: 30 + FLOW(*a), CRITIC, Steering.qpilots_u(), num_steps=2)(
+        OBS
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_remarks_name_the_user_s_line(call):
+    flow = copy.deepcopy(FLOW)
+    with torch.no_grad():
+        flow.output.bias.fill_(30.0)
+    with pytest.warns(UserWarning, match="default bounds") as caught:
+        call(SteeredSampler(flow, CRITIC, Steering.unsteered(), num_steps=2))
+    assert {warning.filename for warning in caught} == {__file__}
