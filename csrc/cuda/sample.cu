@@ -60,6 +60,12 @@ __device__ __forceinline__ bool run_product(const SampleArgs& a, Block<Weight, N
   const bool done = each_group<8 * NT>(a, p, [&](int member, int first_tile, int tiles, int row0, int valid) {
     if (row0 == 0) weights = block.stream.acquire(a, block.program);
     const Partials<NT> partials = block.partials(a, block.parity);
+    Needs early{};
+    if constexpr (kLoadsEarly<Weight>) {
+      Pair pair = pair_of<8 * NT, Weight>(a, p, member, first_tile, row0, valid, threadIdx.x);
+      if (static_cast<int>(threadIdx.x) >= tiles * 8 * 8 * NT) pair.count = 0;
+      early = load_needs(a, block, p, pair, member);
+    }
     const RowWork work = row_work(p);
     RowParts<Weight, NT> parts;
     int column = slice.begin;
@@ -76,7 +82,7 @@ __device__ __forceinline__ bool run_product(const SampleArgs& a, Block<Weight, N
     if (work != RowWork::kNone) parts.store(block);
     if (!block.barrier()) return false;
     if (row0 + 8 * NT >= p.rows) block.stream.release(a, block.program);
-    finish_product(a, block, p, member, first_tile, tiles, row0, valid);
+    finish_product(a, block, p, early, member, first_tile, tiles, row0, valid);
     return true;
   });
   return done && (static_cast<Result>(p.result) != Result::kOwn || block.barrier());
@@ -94,7 +100,7 @@ __device__ __forceinline__ bool run_phase(const SampleArgs& a, Block<Weight, NT>
     case PhaseKind::kCollect:
       return collect(block, p);
     default:
-      return weigh(a, block);
+      return weigh(a, block, p);
   }
 }
 
@@ -133,6 +139,7 @@ __device__ __forceinline__ bool run_step(const SampleArgs& a, Block<Weight, NT>&
     const Phase& p = block.program[i];
     if (!skips(a, p, k) && !run_phase(a, block, p)) return false;
   }
+  if (k < 0 && !block.barrier()) return false;  // all may read the columns that were made once
   const bool goes_on = k + 1 < a.num_steps && runs_step(a, k + 1);
   if (k < 0 || a.num_steps == 0 || !(goes_on || always_takes_part)) return true;  // no x, or another block's
   update(a, block, load_constant(a.schedule + 3 * k + 2));

@@ -77,8 +77,9 @@ __device__ __forceinline__ void collect_gradients(const SampleArgs& a, Block<Wei
 }
 
 // A kWeigh phase: weights of the critics, of the draws, the scale of Q, and the critics' gradient.
+// The gradient is for the blocks with a share: the draws' serves the map's backward pass alone, any other the update.
 template <class Weight, int NT>
-__device__ __forceinline__ bool weigh(const SampleArgs& a, Block<Weight, NT>& block) {
+__device__ __forceinline__ bool weigh(const SampleArgs& a, Block<Weight, NT>& block, const Phase& p) {
   const SteeringParams& s = a.steering;
   const int rows = a.batch * s.num_samples, lane = lane_index();
   for (int i = threadIdx.x; i < rows * a.num_members; i += kThreads) {
@@ -120,7 +121,7 @@ __device__ __forceinline__ bool weigh(const SampleArgs& a, Block<Weight, NT>& bl
     }
     if (lane == 0) store_shared(block.q_scale, scale);
   }
-  collect_gradients(a, block);
+  if (p.tile_begin < p.tile_end) collect_gradients(a, block);
   if (!block.barrier()) return false;
   if (s.num_samples > 1) {
     const float scale = s.tau / load_shared(block.q_scale);

@@ -64,7 +64,8 @@ def _received_words(program: Program, phase: Phase, takers: int) -> int:
     if kind == "collect":
         return takers * phase.rows * phase.out_dim
     rows = args.batch * args.steering.num_samples
-    return takers * args.num_members * rows * (1 + args.action_dim)
+    for_gradient = takers if RESULTS[phase.result] == "own" else min(phase.team_blocks, phase.tiles)
+    return args.num_members * rows * (takers + for_gradient * args.action_dim)
 
 
 def count_exchanges(program: Program, *, steered: bool) -> int:

@@ -406,11 +406,15 @@ def plan_sample(
         step += velocity_to_all
         step += critic_phases.forward("estimate", action_dim, None, -1, **add_once("critic", critic_phases))
         step += critic_phases.backward("received", action_dim, "numbers", args.critic_vjp, critic_phases.top_delta)
-        step.append(Phase(kind=PHASE_KINDS.index("weigh"), weight=-1, team_blocks=1))
+        weigh = Phase(kind=PHASE_KINDS.index("weigh"), result=RESULTS.index("own"), tiles=1, weight=-1, team_blocks=1)
+        step.append(weigh)
         if spec.posterior is not None or pulls_flow:
             vjp = words.plane("estimate vjp", rows, action_dim)
             backward = pulled_back.backward("cotangent", action_dim, "numbers", vjp, None)
             pulled_to_all = to_all(backward, "estimate_vjp", vjp)
+            if spec.posterior is not None:  # the blocks of the product that takes the gradient
+                for name in ("result", "tiles", "first_block", "teams", "team_blocks"):
+                    setattr(weigh, name, getattr(backward[0], name))
             step += [*backward, *pulled_to_all]
     else:
         step += velocity_to_all
