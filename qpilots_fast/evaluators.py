@@ -16,7 +16,7 @@ from .networks import PackableNetwork
 from .recorded import Called, called_critic, called_flow, called_posterior, one_graph
 from .reference import Evaluators
 from .reference_mlp import ReferenceNetwork
-from .spec import BoundNetwork, BoundNetworks, NetworkSpec, Pullback
+from .spec import BoundNetwork, BoundNetworks, Pullback
 from .steering import Steering
 
 # blocks -> output [E, B, out], and its pullback from [E, B, out] to some of the input columns, summed over members
@@ -46,7 +46,10 @@ def reference_call(network: BoundNetwork, dtype: torch.dtype, precision: str) ->
 
 def backend_call(backend: Backend, network: BoundNetwork, precision: str) -> NetworkCall:
     """On a backend, packed once for the calls to come."""
-    handle, moving = backend.prepare(network, precision), network.spec.input_order.index(network.spec.moving_block)
+    handle, moving = (
+        backend.prepare(network.trunk, precision),
+        network.spec.input_order.index(network.spec.moving_block),
+    )
 
     def call(blocks: Sequence[Tensor]) -> tuple[Tensor, Callable[[Tensor, slice], Tensor]]:
         dtype = compute_dtype("float32", blocks[moving])  # times are float64 in any call
@@ -62,30 +65,42 @@ def backend_call(backend: Backend, network: BoundNetwork, precision: str) -> Net
 
 
 def packed_flow(
-    spec: NetworkSpec, call: NetworkCall, obs: Tensor
+    network: BoundNetwork, call: NetworkCall, obs: Tensor
 ) -> Callable[[Tensor, float], tuple[Tensor, Pullback]]:
+    spec, seen = network.spec, network.obs_input(obs)
+
     def velocity(x: Tensor, t: float) -> tuple[Tensor, Pullback]:
-        named = {"obs": obs.to(x.dtype), "noisy_actions": x, **spec.time_inputs(t, len(x), x.device)}
+        named = {"obs": seen.to(x.dtype), "noisy_actions": x, **network.time_inputs(t, len(x), x.device)}
         v, pull_back = call(spec.ordered(named))
         return v[0].to(x.dtype), lambda d_v: pull_back(d_v.unsqueeze(0), spec.moving_columns).to(x.dtype)
 
     return velocity
 
 
-def packed_critic(spec: NetworkSpec, call: NetworkCall, obs: Tensor) -> Callable[[Tensor], tuple[Tensor, Pullback]]:
+def packed_critic(network: BoundNetwork, call: NetworkCall, obs: Tensor) -> Callable[[Tensor], tuple[Tensor, Pullback]]:
+    spec, seen = network.spec, network.obs_input(obs)
+
     def values(a: Tensor) -> tuple[Tensor, Pullback]:
-        output, pull_back = call(spec.ordered({"obs": obs.to(a.dtype), "actions": a}))
+        mapped = network.action_map(a)
+        output, pull_back = call(spec.ordered({"obs": seen.to(a.dtype), "actions": a if mapped is None else mapped(a)}))
         q_values, head_back = spec.head(output.to(a.dtype))
-        return q_values, lambda weights: pull_back(head_back(weights), spec.moving_columns).to(a.dtype)
+
+        def pulled(weights: Tensor) -> Tensor:
+            d_columns = pull_back(head_back(weights), spec.moving_columns).to(a.dtype)
+            return d_columns if mapped is None else mapped.pull_back(d_columns, a.shape[1])
+
+        return q_values, pulled
 
     return values
 
 
 def packed_posterior(
-    spec: NetworkSpec, call: NetworkCall, obs: Tensor
+    network: BoundNetwork, call: NetworkCall, obs: Tensor
 ) -> Callable[[Tensor, Tensor, float], tuple[Tensor, Pullback]]:
+    spec, seen = network.spec, network.obs_input(obs)
+
     def draw(eps: Tensor, x: Tensor, t: float) -> tuple[Tensor, Pullback]:
-        named = {"obs": obs.to(x.dtype), "xbar": eps, "noisy_actions": x, **spec.time_inputs(t, len(x), x.device)}
+        named = {"obs": seen.to(x.dtype), "xbar": eps, "noisy_actions": x, **network.time_inputs(t, len(x), x.device)}
         vhat, pull_back = call(spec.ordered(named))
         return eps + vhat[0].to(x.dtype), lambda d_a: pull_back(d_a.unsqueeze(0), spec.moving_columns).to(x.dtype)
 
@@ -96,7 +111,7 @@ def reference_evaluators(networks: BoundNetworks, obs: Tensor, dtype: torch.dtyp
     """All networks on the reference's MLPs, obs [B, S] bound."""
 
     def made(network: BoundNetwork, evaluator: Any) -> Any:
-        return evaluator(network.spec, reference_call(network, dtype, precision), obs)
+        return evaluator(network, reference_call(network, dtype, precision), obs)
 
     return Evaluators(
         made(networks.flow, packed_flow),
@@ -129,7 +144,8 @@ def evaluators(
                 f"obs is {type(obs).__name__}; {type(network).__name__} needs a Tensor [B, {network.spec.obs_dim}]: "
                 "give a callable that reads your obs, or a tensor."
             )
-        return packed(network.spec, backend_call(backend, network.bound(), precision), obs)
+        bound = network.bound()
+        return packed(bound, backend_call(backend, bound, precision), obs)
 
     flow_of_step = made(flow, packed_flow, called_flow)
     velocity = None if isinstance(flow, PackableNetwork) else lambda x, t: called.velocity(x, t).detach()

@@ -15,7 +15,7 @@ from .bounds import as_operands
 from .evaluators import NetworkCall, backend_call, compute_dtype, packed_critic, reference_call, reference_evaluators
 from .inputs import check_actions
 from .networks import bind
-from .spec import BoundNetworks, NetworkSpec, SamplerSpec, network_spec_from_json
+from .spec import BoundNetwork, BoundNetworks, NetworkSpec, SamplerSpec, network_spec_from_json
 from .steering import Steering
 
 # ---------------------------------------------------------------- differentiable references, by operator name
@@ -83,19 +83,21 @@ def _posterior_weights_reference(
     return reference.posterior_weights(tensors[0], tau, q_scale)
 
 
-_Place = Callable[[NetworkSpec, str, str], NetworkCall]
+_Place = Callable[[NetworkSpec, str, str], tuple[BoundNetwork, NetworkCall]]
 
 
 def _reference_place(tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> _Place:
-    return lambda spec, precision, backend: reference_call(
-        bind(spec, parameters), compute_dtype(precision, tensors[1]), precision
-    )
+    def place(spec: NetworkSpec, precision: str, backend: str) -> tuple[BoundNetwork, NetworkCall]:
+        network = bind(spec, parameters)
+        return network, reference_call(network, compute_dtype(precision, tensors[1]), precision)
+
+    return place
 
 
 def _backend_place(tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> _Place:
-    def place(spec: NetworkSpec, precision: str, backend: str) -> NetworkCall:
-        chosen = _network_backend(backend, precision, tensors[1])
-        return backend_call(chosen, bind(spec, [p.detach() for p in parameters]), precision)
+    def place(spec: NetworkSpec, precision: str, backend: str) -> tuple[BoundNetwork, NetworkCall]:
+        network = bind(spec, [p.detach() for p in parameters])
+        return network, backend_call(_network_backend(backend, precision, tensors[1]), network, precision)
 
     return place
 
@@ -130,7 +132,7 @@ def _steering_gradient(
     """g [B, A], the critics' std [B], and the steering."""
     obs, noisy_actions, v, t = tensors
     steering, spec = Steering.from_json(steering_json), network_spec_from_json(spec_json)
-    critic = packed_critic(spec, place(spec, precision, backend), obs)
+    critic = packed_critic(*place(spec, precision, backend), obs)
     net = reference.Evaluators(flow=lambda *_: (v, lambda d: d), critic=critic)
     bounds = as_operands(low, high, noisy_actions)
     g, std = reference.steering_gradient(net, steering, noisy_actions, v, lambda d: d, t, None, bounds)

@@ -32,6 +32,11 @@ def packed_network(
     if isinstance(found, PackableNetwork):
         if found.spec.kind != kind:
             raise TypeError(f"{op}: {kind} is {name_of(found)}, a packed {found.spec.kind}; expected a packed {kind}.")
+        if found.spec.own_columns is not None:
+            raise TypeError(
+                f"{op}: {kind} is {name_of(found)}, and {found.spec.own_columns}, which operators do not read (a "
+                f"SteeredSampler does); {otherwise()}"
+            )
         return found
     raise TypeError(f"{op}: {kind} is {name_of(network)}; expected {_cure(kind, network, obs, actions)}{otherwise()}")
 

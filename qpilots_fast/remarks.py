@@ -54,8 +54,11 @@ class Remarks:
         """`on_gradient` of a packed critic, whose first layer tells it."""
         if not self._concerns(steering):
             return
-        columns = critic.spec.moving_columns
-        self._say_padding(torch.stack([(weight[:, columns] == 0).all(0) for weight in critic.layers[0].weight]).all(0))
+        columns, read = critic.spec.moving_columns, critic.spec.action_columns
+        zero = torch.stack([(weight[:, columns] == 0).all(0) for weight in critic.layers[0].weight]).all(0)
+        if read is not None:  # an action that several columns read is absent where all of them are
+            zero = torch.stack([zero[[c == dim for c in read]].all() for dim in range(critic.spec.action_dim)])
+        self._say_padding(zero)
 
     def watching(self, net: Evaluators, steering: Steering) -> Evaluators:
         """The same networks; the first gradient that is asked of the critic is looked at."""

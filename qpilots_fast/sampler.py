@@ -154,7 +154,7 @@ class SteeredSampler(SamplerState):
         Raises:
             ValueError, TypeError: wrong shapes, dtypes, devices, or non-finite obs or noise.
         """
-        if torch.compiler.is_compiling() and self._has_callables(obs, noise):
+        if torch.compiler.is_compiling() and self._is_untraceable(obs, noise):
             return _untraced_call(self, obs, noise, posterior_noise, generator, return_info, seeds=seeds, alpha=alpha)
         run = self._run
         plain = generator is None and seeds is None and not return_info

@@ -95,9 +95,11 @@ class SamplerState(nn.Module):
             slots[name] += own.slots if own is not None and own.network is network else []
         return make_run(self, networks, slots, self._frozen, self._choices, self._remarks)
 
-    def _has_callables(self, obs: Any, noise: Any) -> bool:
+    def _is_untraceable(self, obs: Any, noise: Any) -> bool:
+        """Whether a call asks users' code, which torch.compile does not trace with the sampler."""
         networks = self._asked(obs, noise).values()
-        return not all(network is None or isinstance(network, PackableNetwork) for network in networks)
+        packed = (network is None or isinstance(network, PackableNetwork) for network in networks)
+        return not all(packed) or any(n is not None and n.spec.own_columns is not None for n in networks)
 
     def _device(self) -> torch.device:
         parameter = next(self.parameters(), None)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -20,7 +21,7 @@ Pullback = Callable[[Tensor], Tensor]
 
 Kind = Literal["flow", "critic", "meta_flow_map"]
 NormPlacement = Literal["pre", "post"] | None
-TimeEmbedding = Literal["raw", "sinusoidal", "fourier"]
+TimeEmbedding = Literal["raw", "sinusoidal", "fourier", "module"]  # "module": computed by the network's own module
 
 KINDS: tuple[str, ...] = ("flow", "critic", "meta_flow_map")
 TIME_EMBEDDINGS: dict[str, int] = {"raw": 1, "sinusoidal": 16, "fourier": 64}  # name -> default width
@@ -44,6 +45,11 @@ class NetworkSpec:
     Hidden layer l: Linear, then layer_norm[l] = None: activation; "pre": LayerNorm, activation; "post":
     activation, LayerNorm. A last Linear follows without activation. The input columns are the blocks
     named in input_order.
+
+    Some blocks may be columns that the network's own module computes (`OwnColumns`, which a BoundNetwork has then):
+    the times where time_embedding is "module", those of s and u then empty, since the map is asked at s = 0, u = 1; the
+    observations where obs_columns is their number; the critic's actions where action_columns are the indices of the
+    flow's action dimensions that they are affine maps of.
     """
 
     kind: Kind
@@ -62,6 +68,8 @@ class NetworkSpec:
     norm_weight: bool = True
     norm_bias: bool = True
     stacked: bool = False
+    obs_columns: int | None = None
+    action_columns: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.biases:
@@ -77,8 +85,23 @@ class NetworkSpec:
     def block_dim(self, block: str) -> int:
         """Columns of one input block."""
         if block == "obs":
-            return self.obs_dim
+            return self.obs_dim if self.obs_columns is None else self.obs_columns
+        if block in POSTERIOR_DRAW and self.time_embedding == "module":
+            return 0
+        if block == "actions" and self.action_columns is not None:
+            return len(self.action_columns)
         return self.time_embedding_dim if block in ("t", "s", "u") else self.action_dim
+
+    @property
+    def own_columns(self) -> str | None:
+        """Which of its columns its own module computes, in words; None where it computes none."""
+        own = {
+            "obs": self.obs_columns is not None,
+            "times": self.time_embedding == "module",
+            "actions": self.action_columns is not None,
+        }
+        named = " and ".join(name for name, is_own in own.items() if is_own)
+        return f"the {self.kind}'s own module computes its columns of {named}" if named else None
 
     @cached_property
     def block_slices(self) -> dict[str, slice]:
@@ -124,7 +147,12 @@ class NetworkSpec:
         return self.block_slices[self.moving_block]
 
     def embed_time(self, t: float | Tensor, batch_size: int, device: torch.device) -> Tensor:
-        """One embedded time block [B, time_embedding_dim], float64; t is a number or [B, 1]."""
+        """One embedded time block [B, time_embedding_dim], float64; t is a number or [B, 1].
+
+        Not of time_embedding "module": `BoundNetwork.time_inputs` has these too.
+        """
+        if self.time_embedding == "module":
+            raise ValueError(f"{self.own_columns}; ask the BoundNetwork for them.")
         at = torch.as_tensor(t, dtype=torch.float64, device=device).reshape(-1, 1)
         return time_features(at, self.time_embedding, self.time_embedding_dim).expand(batch_size, -1)
 
@@ -135,8 +163,8 @@ class NetworkSpec:
 
     def time_rows(self, times: Sequence[float]) -> dict[str, Tensor]:
         """The embedded time blocks at each of these flow times: [len(times), time_embedding_dim], float64, CPU."""
-        device = torch.device("cpu")
-        return self.time_inputs(torch.tensor(times, dtype=torch.float64, device=device), len(times), device)
+        at = column_of(times)
+        return self.time_inputs(at, len(times), at.device)
 
     def ordered(self, named: dict[str, Tensor]) -> list[Tensor]:
         """The input blocks in the order of the first layer's columns."""
@@ -145,6 +173,34 @@ class NetworkSpec:
     def head(self, output: Tensor) -> tuple[Tensor, Pullback]:
         """q_values [E, B] of a critic's output [E, B, out], and the pullback of [E, B] to the output."""
         return output.squeeze(-1), lambda d_values: d_values.unsqueeze(-1)
+
+
+def column_of(times: Sequence[float]) -> Tensor:
+    """Flow times as [len(times), 1], float64, CPU."""
+    return torch.tensor(times, dtype=torch.float64, device="cpu").reshape(-1, 1)
+
+
+class OwnColumns(ABC):
+    """What the network's own module makes of its inputs before its first layer, from its parameters as they are now.
+
+    Results have the inputs' dtype and device, and no autograd history.
+    """
+
+    @abstractmethod
+    def obs(self, obs: Tensor) -> Tensor:
+        """[B, S] -> [B, obs_columns]."""
+
+    @abstractmethod
+    def times(self, t: Tensor) -> Tensor:
+        """[n, 1] -> [n, time_embedding_dim]."""
+
+    @abstractmethod
+    def actions(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift [len(action_columns)] of each column, in like's dtype, on its device."""
+
+    @abstractmethod
+    def followed(self) -> list[Tensor]:
+        """The tensors that `times` and `actions` follow."""
 
 
 @dataclass(frozen=True)
@@ -162,10 +218,14 @@ class LayerParameters:
 
 @dataclass(frozen=True)
 class BoundNetwork:
-    """A network's spec with views of its live parameters (one LayerParameters per Linear)."""
+    """A network's spec with views of its live parameters (one LayerParameters per Linear).
+
+    own: where spec.own_columns says so, what computes them.
+    """
 
     spec: NetworkSpec
     layers: tuple[LayerParameters, ...]
+    own: OwnColumns | None = field(default=None, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -175,6 +235,59 @@ class BoundNetwork:
         """Every tensor of `layers`, layer by layer."""
         groups = (g for layer in self.layers for g in (layer.weight, layer.bias, layer.norm_weight, layer.norm_bias))
         return [tensor for group in groups for tensor in group or ()]
+
+    @cached_property
+    def trunk(self) -> BoundNetwork:
+        """The network as a function of its first layer's columns: what a backend runs that is given these."""
+        spec, actions = self.spec, self.spec.action_columns
+        if self.own is None:
+            return self
+        obs_dim, action_dim = spec.block_dim("obs"), spec.action_dim if actions is None else len(actions)
+        columns = replace(spec, obs_dim=obs_dim, action_dim=action_dim, obs_columns=None, action_columns=None)
+        return BoundNetwork(columns, self.layers)
+
+    def obs_input(self, obs: Tensor) -> Tensor:
+        """The block of obs [B, S] among the first layer's columns."""
+        return obs if self.own is None or self.spec.obs_columns is None else self.own.obs(obs)
+
+    def time_inputs(self, t: float | Tensor, batch_size: int, device: torch.device) -> dict[str, Tensor]:
+        """Every time block at flow time t, a number or [B, 1], by name: [B, d] each, float64."""
+        if self.spec.time_embedding != "module":
+            return self.spec.time_inputs(t, batch_size, device)
+        assert self.own is not None
+        at = torch.as_tensor(t, dtype=torch.float64, device=device).reshape(-1, 1)
+        rows = self.own.times(at).expand(batch_size, -1)
+        return {"t": rows} | {name: rows[:, :0] for name in POSTERIOR_DRAW if name in self.spec.input_order}
+
+    def time_rows(self, times: Sequence[float]) -> dict[str, Tensor]:
+        """The time blocks at each of these flow times: [len(times), d] each, float64, CPU."""
+        at = column_of(times)
+        return {
+            name: rows.cpu() for name, rows in self.time_inputs(at.to(self.device), len(times), self.device).items()
+        }
+
+    def action_map(self, like: Tensor) -> ActionMap | None:
+        """How a critic's columns of the actions follow from actions like these [B, A]; None: they are the actions."""
+        if self.own is None or self.spec.action_columns is None:
+            return None
+        scale, shift = self.own.actions(like)
+        return ActionMap(torch.tensor(self.spec.action_columns, device=like.device), scale, shift)
+
+
+class ActionMap(NamedTuple):
+    """columns = actions[:, dims] * scale + shift; dims, scale and shift [d]."""
+
+    dims: Tensor
+    scale: Tensor
+    shift: Tensor
+
+    def __call__(self, actions: Tensor) -> Tensor:
+        return actions[:, self.dims] * self.scale + self.shift
+
+    def pull_back(self, d_columns: Tensor, action_dim: int) -> Tensor:
+        """[B, d] to [B, A]."""
+        zeros = d_columns.new_zeros(len(d_columns), action_dim)
+        return zeros.index_add(1, self.dims, d_columns * self.scale)
 
 
 @dataclass(frozen=True)
@@ -254,6 +367,11 @@ class SamplerSpec:
         """The networks that take part in a call, by name: flow, critic, posterior, in this order."""
         named = {"flow": self.flow, "critic": self.critic, "posterior": self.posterior}
         return {name: network for name, network in named.items() if network is not None}
+
+    @property
+    def own_columns(self) -> str | None:
+        """Which columns of which networks their own modules compute, in words; None where there are none."""
+        return "; ".join(filter(None, (network.own_columns for network in self.networks.values()))) or None
 
     def taking_part(self, networks: BoundNetworks) -> list[BoundNetwork]:
         """Those of the networks that a call reads, in the order of `networks`."""

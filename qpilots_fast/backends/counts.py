@@ -44,7 +44,7 @@ def count_flops(spec: SamplerSpec, batch_size: int) -> int:
 
 
 def _obs_macs(spec: NetworkSpec) -> int:
-    return spec.obs_dim * spec.hidden_dims[0]
+    return spec.block_dim("obs") * spec.hidden_dims[0]
 
 
 def _per_row(spec: NetworkSpec) -> tuple[int, int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -74,6 +76,8 @@ def _network(spec: NetworkSpec, precision: str, isa: str) -> Any:
 
 
 def _time_rows(spec: NetworkSpec, times: Sequence[float]) -> dict[str, np.ndarray]:
+    if spec.time_embedding == "module":  # of each call: OwnRows
+        return {block: np.zeros(0, np.float32) for block in ("t", "s", "u")}
     return {block: rows.to(torch.float32).numpy() for block, rows in spec.time_rows(times).items()}
 
 
@@ -94,6 +98,9 @@ def _plan(spec: SamplerSpec, isa: str) -> _Plan:
         "obs_dim": spec.flow.obs_dim,
         "action_dim": spec.flow.action_dim,
         "steered_dims": None if steering.steered_dims is None else list(steering.steered_dims),
+        "own_obs": [n is not None and n.obs_columns is not None for n in (spec.flow, spec.critic, spec.posterior)],
+        "own_times": [n is not None and n.time_embedding == "module" for n in (spec.flow, spec.critic, spec.posterior)],
+        "action_columns": [] if spec.critic is None else list(spec.critic.action_columns or ()),
         "flow_times": _time_rows(spec.flow, spec.flow_times)["t"],
     }
     if spec.posterior is not None:
@@ -126,6 +133,49 @@ def _sources(network: BoundNetwork, handle: Any) -> Any:
     pinned = any(weight.is_pinned() for layer in network.layers for weight in layer.weight)
     watch = not pinned and write_watch_refusal() is None
     return load_module().cpu_bind(handle, np.array(rows, dtype=np.int64), watch)
+
+
+# ---------------------------------------------------------------- columns that networks' own modules compute
+
+
+class _Own(NamedTuple):
+    """What a call reads of its networks' own columns: flow, critic, posterior.
+
+    Args:
+        rows: a _C.CpuOwnRows each, or None. obs: what makes each one's observations of the call's, or None.
+    """
+
+    rows: list[Any]
+    obs: list[Callable[[Tensor], Tensor] | None]
+
+    def __call__(self, obs: Tensor) -> list[Tensor | None]:
+        return [None if make is None else make(obs) for make in self.obs]
+
+
+_NO_OWN = _Own([], [None, None, None])
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """(address, bytes) of what a tensor reads."""
+    if not tensor.numel():
+        return (0, 0)
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return (tensor.data_ptr(), (last + 1) * tensor.element_size())
+
+
+def _own_obs(network: BoundNetwork) -> Callable[[Tensor], Tensor] | None:
+    if network.spec.obs_columns is None:
+        return None
+    return lambda obs: network.obs_input(obs).contiguous()
+
+
+def _compute_own_rows(network: BoundNetwork, times: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(times, scale, shift), float32; empty where the network has no own ones."""
+    nothing = np.zeros(0, np.float32)
+    is_own = network.spec.time_embedding == "module"
+    rows = network.time_rows(times)["t"].to(torch.float32).contiguous().numpy() if is_own else nothing
+    mapped = network.action_map(torch.zeros(0, dtype=torch.float32, device=network.device))
+    return (rows, nothing, nothing) if mapped is None else (rows, mapped.scale.numpy(), mapped.shift.numpy())
 
 
 @lru_cache(maxsize=1)
@@ -185,7 +235,40 @@ class CpuBackend(Backend):
     def pack(self, spec: SamplerSpec, networks: BoundNetworks) -> Any:
         plan = self._get_plan(spec)
         packed = load_module().cpu_pack(plan.handle, *self._get_sources(plan, networks), torch.get_num_threads())
-        return plan, packed
+        return plan, packed, self._get_own(spec, plan, networks, frozen=True)
+
+    def _get_own(self, spec: SamplerSpec, plan: _Plan, networks: BoundNetworks, frozen: bool = False) -> _Own:
+        """The networks' own columns, the rows among them evaluated anew where what they follow changed.
+
+        Args:
+            frozen: from a copy of the modules as they are now, which nothing changes.
+        """
+        if spec.own_columns is None:
+            return _NO_OWN
+        found = _Own([], [])
+        times = {"flow": spec.flow_times, "critic": (), "posterior": spec.times}
+        for name, times_of in times.items():
+            network: BoundNetwork | None = getattr(networks, name) if name in spec.networks else None
+            if network is None or network.own is None:
+                rows = obs = None
+            else:
+                if frozen:
+                    network = replace(network, own=copy.deepcopy(network.own))
+                rows, obs = self._own_rows(plan, network, name, times_of, frozen), _own_obs(network)
+            found.rows.append(rows)
+            found.obs.append(obs)
+        return found
+
+    def _own_rows(self, plan: _Plan, network: BoundNetwork, name: str, times: Sequence[float], frozen: bool) -> Any:
+        def make() -> Any:
+            followed = [] if frozen or network.own is None else network.own.followed()
+            watch = write_watch_refusal() is None and not any(tensor.is_pinned() for tensor in followed)
+            return load_module().CpuOwnRows([_memory(tensor) for tensor in followed], followed, watch)
+
+        rows = make() if frozen else self._tables.obtain((plan.handle, name), make, owner=network)
+        if not rows.current():
+            rows.refresh(partial(_compute_own_rows, network, times))
+        return rows
 
     def sample(self, call: Call) -> RawSample:
         return self._sample(call, 0)
@@ -196,9 +279,10 @@ class CpuBackend(Backend):
         if packed is None:
             plan, weights = self._get_plan(spec), None
             sources = self._get_sources(plan, networks)
+            own = self._get_own(spec, plan, networks)
         else:
-            (plan, weights), sources = packed, [None, None, None]
-        return load_module().CpuQuickCall(slots, networks, plan.handle, *sources, weights, _torch_names())
+            (plan, weights, own), sources = packed, [None, None, None]
+        return load_module().CpuQuickCall(slots, networks, plan.handle, *sources, weights, *own, _torch_names())
 
     def sample_phases(self, call: Call) -> tuple[RawSample, dict[str, float]]:
         """`sample`, and the seconds that its first thread spent in each of PHASES."""
@@ -211,13 +295,18 @@ class CpuBackend(Backend):
         if call.packed is None:
             plan, weights = self._get_plan(spec), None
             sources = self._get_sources(plan, call.networks)
+            own = self._get_own(spec, plan, call.networks)
         else:
-            (plan, weights), sources = call.packed, [None, None, None]
+            (plan, weights, own), sources = call.packed, [None, None, None]
         _check(call.obs, (batch, spec.flow.obs_dim), "obs")
         _check(noise, (batch, spec.flow.action_dim), "noise")
         shape = spec.posterior_noise_shape(batch)
         if shape is not None and eps is not None:
             _check(eps, shape, "posterior_noise")
+        own_obs = own(call.obs)
+        for name, seen in zip(("flow", "critic", "posterior"), own_obs):
+            if seen is not None:
+                _check(seen, (batch, spec.networks[name].block_dim("obs")), f"obs of the {name}")
         actions = torch.empty_like(noise)
         if call.alpha is not None:
             _check(call.alpha, (batch,), "alpha")
@@ -235,6 +324,8 @@ class CpuBackend(Backend):
             _pointer(call.alpha),
             actions.data_ptr(),
             [_pointer(value) for value in report or (None,) * 4],
+            own.rows,
+            [_pointer(seen) for seen in own_obs],
             batch,
             torch.get_num_threads(),
             phases,

@@ -3,13 +3,15 @@
 #include <cstring>
 
 #include "call/sample_run.h"
+#include "qpilots/number.h"
 
 namespace qpilots::cpu {
 namespace {}  // namespace
 
 // ---------------------------------------------------------------- once a call
 
-void SampleRun::first_layer_base(const Network& net, const char* member, RowRange rows, float* base) {
+void SampleRun::first_layer_base(int network, const char* member, RowRange rows, float* base) {
+  const Network& net = *plan_.network(network);
   const float* bias = reinterpret_cast<const float*>(member + net.layer(0).bias);
   const std::ptrdiff_t pitch = net.first_padded();
   if (!net.has(kObs)) {
@@ -17,12 +19,13 @@ void SampleRun::first_layer_base(const Network& net, const char* member, RowRang
     return;
   }
   const Block& block = net.input(kObs);
-  const std::ptrdiff_t obs_bytes = sizeof(float) * plan_.obs_dim;
+  const float* obs = plan_.own_obs[network] ? args_.own[network].obs : args_.obs;
+  const std::ptrdiff_t obs_bytes = sizeof(float) * block.in;
   ForwardArgs product{&block,
                       member + block.offset,
                       0,
                       block.panels,
-                      reinterpret_cast<const char*>(args_.obs) + rows.begin * obs_bytes,
+                      reinterpret_cast<const char*>(obs) + rows.begin * obs_bytes,
                       obs_bytes,
                       rows.count(),
                       nullptr,
@@ -33,18 +36,21 @@ void SampleRun::first_layer_base(const Network& net, const char* member, RowRang
   table_.formats[0].forward(product);
 }
 
-void SampleRun::time_rows(const Network& net, const char* arena, const std::vector<float>* features, std::size_t count,
-                          float* out, PassScratch& scratch) {
+void SampleRun::time_rows(int network, const std::vector<float>* features, std::size_t count, float* out,
+                          PassScratch& scratch) {
+  const Network& net = *plan_.network(network);
+  const char* arena = arenas_[network];
   const std::ptrdiff_t pitch = net.first_padded();
   std::memset(out, 0, sizeof(float) * count * pitch);
   for (int i = 0; i < 3; ++i) {
     const InputKind kind = static_cast<InputKind>(kT + i);
     if (!net.has(kind)) continue;
     const Block& block = net.input(kind);
+    const float* values = plan_.own_times[network] ? args_.own[network].times : features[i].data();
     for (std::size_t first = 0; first < count; first += rows_together_) {
       const int rows = static_cast<int>(std::min<std::size_t>(rows_together_, count - first));
       for (int r = 0; r < rows; ++r) scratch.init[r] = out + (first + r) * pitch;
-      table_.formats[0].forward({&block, arena + block.offset, 0, block.panels, features[i].data() + first * block.in,
+      table_.formats[0].forward({&block, arena + block.offset, 0, block.panels, values + first * block.in,
                                  static_cast<std::ptrdiff_t>(sizeof(float)) * block.in, rows, scratch.init, nullptr,
                                  out + first * pitch, pitch});
     }
@@ -54,9 +60,9 @@ void SampleRun::time_rows(const Network& net, const char* arena, const std::vect
 // Items: the time rows, then the observation's part of each network's first layer, range by range.
 void SampleRun::prepare_item(int item, const Worker& w) {
   if (item == 0) {
-    time_rows(*plan_.flow, arenas_[0], &plan_.flow_times, plan_.steps() + plan_.glass.size(), flow_time_, w.scratch);
+    time_rows(0, &plan_.flow_times, plan_.steps() + plan_.glass.size(), flow_time_, w.scratch);
     if (posterior_time_ != nullptr) {
-      time_rows(*plan_.posterior, arenas_[2], plan_.posterior_times, plan_.steps(), posterior_time_, w.scratch);
+      time_rows(2, plan_.posterior_times, plan_.steps(), posterior_time_, w.scratch);
     }
     return;
   }
@@ -64,19 +70,18 @@ void SampleRun::prepare_item(int item, const Worker& w) {
   const RowRange rows = flow_rows(index % flow_ranges_);
   const int part = index / flow_ranges_;
   if (part == 0) {
-    first_layer_base(*plan_.flow, arenas_[0], rows, flow_base_);
+    first_layer_base(0, arenas_[0], rows, flow_base_);
     for (int r = rows.begin; r < rows.end; ++r) {
       std::memset(row(x_, r), 0, sizeof(float) * pitch_);
       std::memcpy(row(x_, r), args_.noise + static_cast<std::size_t>(r) * plan_.action_dim,
                   sizeof(float) * plan_.action_dim);
     }
-    if (posterior_base_ != nullptr) first_layer_base(*plan_.posterior, arenas_[2], rows, posterior_base_);
+    if (posterior_base_ != nullptr) first_layer_base(2, arenas_[2], rows, posterior_base_);
     return;
   }
   const Network& critic = *plan_.critic;
   const std::size_t j = part - 1;
-  first_layer_base(critic, arenas_[1] + j * critic.member_bytes(), rows,
-                   critic_base_ + j * batch_ * critic.first_padded());
+  first_layer_base(1, arenas_[1] + j * critic.member_bytes(), rows, critic_base_ + j * batch_ * critic.first_padded());
 }
 
 // ---------------------------------------------------------------- denoise and project
@@ -110,10 +115,18 @@ void SampleRun::denoise(int k, RowRange rows, const Worker& w) {
     }
     return;
   }
+  estimate(k, rows, w);
+  if (mapped_ != nullptr) map_actions(rows, w);
+}
+
+// The estimates of the clean action of these rows, into a.
+void SampleRun::estimate(int k, RowRange rows, const Worker& w) {
+  const int begin = rows.begin + w.team.begin(rows.count()), end = rows.begin + w.team.end(rows.count());
   switch (steering_.estimate) {
     case Estimate::kNoisy:
     case Estimate::kTweedie: {
-      const float ahead = steering_.estimate == Estimate::kNoisy ? 0.0f : 1.0f - static_cast<float>(t);
+      const float t = static_cast<float>(plan_.schedule[k].t);
+      const float ahead = steering_.estimate == Estimate::kNoisy ? 0.0f : 1.0f - t;
       for (int r = begin; r < end; ++r) {
         for (int c = 0; c < pitch_; ++c)
           row(a_, r)[c] = ahead == 0.0f ? row(x_, r)[c] : row(x_, r)[c] + ahead * row(v_, r)[c];
@@ -129,6 +142,24 @@ void SampleRun::denoise(int k, RowRange rows, const Worker& w) {
   }
 }
 
+// The critic's own columns of the estimates, clipped where the steering clips what the critic is shown.
+void SampleRun::map_actions(RowRange rows, const Worker& w) {
+  const OwnInputs& own = args_.own[1];
+  const bool clipped = steering_.clip != Clip::kNone;
+  const int width = static_cast<int>(plan_.action_columns.size());
+  w.team.wait();
+  const int count = rows.count() * draws_, first = rows.begin * draws_;
+  for (int i = first + w.team.begin(count); i < first + w.team.end(count); ++i) {
+    float* out = row(mapped_, i);
+    std::memset(out, 0, sizeof(float) * pitch_);
+    for (int c = 0; c < width; ++c) {
+      const int dim = plan_.action_columns[c];
+      const float a = row(a_, i)[dim];
+      out[c] = own.scale[c] * (clipped ? qpilots::clamp(a, plan_.low[dim], plan_.high[dim]) : a) + own.shift[c];
+    }
+  }
+}
+
 // ---------------------------------------------------------------- gradient
 
 // One member on one range of rows: Q and dQ/da, forward and backward while its weights are hot.
@@ -140,13 +171,14 @@ void SampleRun::criticise(int item, const Worker& w) {
   const RowRange rows = row_range(draw_rows_, critic_ranges_, i);
   const char* arena = arenas_[1] + critic.member_bytes() * j;
   const std::ptrdiff_t operand_pitch = w.scratch.pitch * fk.a_bytes, first = critic.first_padded();
-  const bool clipped = steering_.clip != Clip::kNone;
+  const bool clipped = steering_.clip != Clip::kNone && mapped_ == nullptr;
   const int begin = team.begin(rows.count()), end = team.end(rows.count());
   for (int r = begin; r < end; ++r) {
     w.scratch.init[r] = critic_base_ + (static_cast<std::ptrdiff_t>(j) * batch_ + (rows.begin + r) / draws_) * first;
   }
-  fk.to_operand({end - begin, pitch_, row(a_, rows.begin + begin), pitch_, clipped ? plan_.low.data() : nullptr,
-                 clipped ? plan_.high.data() : nullptr, w.scratch.operand[0] + begin * operand_pitch, operand_pitch});
+  fk.to_operand({end - begin, pitch_, row(mapped_ == nullptr ? a_ : mapped_, rows.begin + begin), pitch_,
+                 clipped ? plan_.low.data() : nullptr, clipped ? plan_.high.data() : nullptr,
+                 w.scratch.operand[0] + begin * operand_pitch, operand_pitch});
   team.wait();
   const Pass p = pass(critic, arena, w, rows.count());
   const Saves saves{w.critic_saves, rows.count(), 0};
@@ -166,7 +198,20 @@ void SampleRun::criticise(int item, const Worker& w) {
     seed = wide;
   }
   const int which = backward_pass(p, seed, kPad, saves, false);
-  input_vjp(p, critic.input(kX), fk, which, row(dq_, j * draw_rows_ + rows.begin), pitch_);
+  float* dq = row(dq_, j * draw_rows_ + rows.begin);
+  input_vjp(p, critic.input(kX), fk, which, dq, pitch_);
+  if (mapped_ == nullptr) return;
+  team.wait();
+  for (int r = begin; r < end; ++r) pull_back_map(row(dq, r), w.scratch.z + r * w.scratch.pitch);
+}
+
+// A row of gradients at the critic's columns becomes one at the actions; spare: [P].
+void SampleRun::pull_back_map(float* row, float* spare) const {
+  std::memcpy(spare, row, sizeof(float) * pitch_);
+  std::memset(row, 0, sizeof(float) * pitch_);
+  for (std::size_t c = 0; c < plan_.action_columns.size(); ++c) {
+    row[plan_.action_columns[c]] += args_.own[1].scale[c] * spare[c];
+  }
 }
 
 void SampleRun::combine(RowRange rows, const Worker& w) {

@@ -44,15 +44,17 @@ class SampleRun {
   void for_draw_rows(RowRange rows, Visit visit) const;
 
   void prepare_item(int item, const Worker& w);
-  void first_layer_base(const Network& net, const char* member, RowRange rows, float* base);
-  void time_rows(const Network& net, const char* arena, const std::vector<float>* features, std::size_t count,
-                 float* out, PassScratch& scratch);
+  void first_layer_base(int network, const char* member, RowRange rows, float* base);
+  void time_rows(int network, const std::vector<float>* features, std::size_t count, float* out, PassScratch& scratch);
+  void estimate(int k, RowRange rows, const Worker& w);
+  void map_actions(RowRange rows, const Worker& w);
   void denoise(int k, RowRange rows, const Worker& w);
   void flow_forward(RowRange rows, const Worker& w, const float* src, int group, const float* time, Saves saves,
                     float* out);
   void estimate_posterior(int k, RowRange rows, const Worker& w);
   void estimate_glass(int k, RowRange rows, const Worker& w);
   void criticise(int item, const Worker& w);
+  void pull_back_map(float* row, float* spare) const;
   void combine(RowRange rows, const Worker& w);
   void pull_back_tweedie(int k, RowRange rows, const Worker& w);
   void weigh_draws(RowRange rows, const Worker& w);
@@ -80,6 +82,7 @@ class SampleRun {
   ArenaLease* live_[3] = {};    // where they are live
   float *x_, *v_;               // [B, P] the noisy actions, the velocity
   float *a_, *g_;               // [D, P] the estimates, the gradients at them
+  float* mapped_ = nullptr;     // [D, P] the critic's columns of the clipped estimates, where these are its own
   float* jg_;                   // [D, P] those pulled back to x; of the posterior network's draws [B, P], their sum
   float* vhat_ = nullptr;       // [D, P] what the posterior network, or a GLASS step's flow, returned
   float* gx_ = nullptr;         // [D, P] GLASS: gradients at x, draw by draw

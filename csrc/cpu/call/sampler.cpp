@@ -48,6 +48,7 @@ std::size_t SampleRun::carve(char* base) {
     a_ = c.take<float>(D * P);
     g_ = c.take<float>(D * P);
     jg_ = c.take<float>(D * P);
+    if (!plan_.action_columns.empty()) mapped_ = c.take<float>(D * P);
     critic_base_ = c.take<float>(E * B * critic.first_padded());
     q_ = c.take<float>(E * D);
     dq_ = c.take<float>(E * D * P);

@@ -39,12 +39,22 @@ struct SamplerPlan {
   std::vector<float> flow_times;          // [K (+ K m for glass), dim]
   std::vector<float> posterior_times[3];  // t, s, u: [K, dim] each
   std::vector<GlassStep> glass;           // [K, m], or empty
+  // what a call's OwnInputs has of each network
+  bool own_obs[3] = {}, own_times[3] = {};
+  std::vector<int> action_columns;  // [d], d <= A: the critic reads these actions, scaled and shifted; or empty
 
   int steps() const { return static_cast<int>(schedule.size()); }
   const Network* network(int i) const { return i == 0 ? flow.get() : i == 1 ? critic.get() : posterior.get(); }
   bool draws() const {  // posterior noise is needed
     return critic != nullptr && (steering.estimate == Estimate::kMfm || steering.estimate == Estimate::kGlass);
   }
+};
+
+// Columns of a network's first layer that its own module computed for this call.
+struct OwnInputs {
+  const float* obs = nullptr;                      // [B, dim]
+  const float* times = nullptr;                    // [K (+ K m), dim], in the place of the plan's
+  const float *scale = nullptr, *shift = nullptr;  // [d], of the critic's action_columns
 };
 
 #define QPILOTS_PHASES(X) \
@@ -60,7 +70,8 @@ struct SampleArgs {
   const float* noise = nullptr;            // [B, A]
   const float* posterior_noise = nullptr;  // [K, B, N, A]
   float* actions = nullptr;                // outputs [B, A]
-  const float* alpha = nullptr;            // [B], the strength of each row, or null: the steering's
+  OwnInputs own[3];
+  const float* alpha = nullptr;  // [B], the strength of each row, or null: the steering's
   // the report, [K, B] each: all of them or none
   float* gradient_norms = nullptr;
   unsigned char* nonfinite = nullptr;

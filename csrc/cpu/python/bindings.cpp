@@ -13,6 +13,7 @@
 
 #include "call/region.h"
 #include "dispatch.h"
+#include "python/own_rows.h"
 #include "python/python_types.h"
 #include "qpilots/interface.h"
 
@@ -111,6 +112,13 @@ std::shared_ptr<SamplerPlan> make_plan(const py::dict& d) {
   }
   plan->obs_dim = d["obs_dim"].cast<int>();
   plan->action_dim = d["action_dim"].cast<int>();
+  for (int n = 0; n < 3; ++n) {
+    plan->own_obs[n] = d["own_obs"].cast<std::array<bool, 3>>()[n];
+    plan->own_times[n] = d["own_times"].cast<std::array<bool, 3>>()[n];
+  }
+  plan->action_columns = d["action_columns"].cast<std::vector<int>>();
+  require(static_cast<int>(plan->action_columns.size()) <= plan->action_dim, "action_columns: too many");
+  for (const int dim : plan->action_columns) require(dim >= 0 && dim < plan->action_dim, "action_columns: bad index");
   require(plan->flow != nullptr && plan->steps() >= 1, "a sampler needs a flow and a step");
   require(plan->flow->shape().members == 1, "the flow must have one member");
   const SteeringParams& s = plan->steering;
@@ -122,8 +130,11 @@ std::shared_ptr<SamplerPlan> make_plan(const py::dict& d) {
   for (int n = 0; n < 3; ++n) {
     const Network* net = plan->network(n);
     if (net == nullptr) continue;
-    require(net->shape().input_dims[kObs] == plan->obs_dim && net->shape().input_dims[kX] == plan->action_dim,
-            "obs_dim or action_dim differ between the networks");
+    const int actions =
+        n == 1 && !plan->action_columns.empty() ? static_cast<int>(plan->action_columns.size()) : plan->action_dim;
+    require(
+        (plan->own_obs[n] || net->shape().input_dims[kObs] == plan->obs_dim) && net->shape().input_dims[kX] == actions,
+        "obs_dim or action_dim differ between the networks");
     require(net->shape().widths.back() == (n == 1 ? 1 : plan->action_dim), "a network's output width is wrong");
     require(&net->table() == &plan->flow->table() && net->format() == plan->flow->format(),
             "networks of different paths");
@@ -148,14 +159,15 @@ std::shared_ptr<SamplerPlan> make_plan(const py::dict& d) {
   require(glass.size() == (s.estimate == Estimate::kGlass && plan->critic != nullptr ? inner : 0), "glass: wrong size");
   for (const auto& [p_x, p_xbar, c_x, c_xbar, c_v] : glass) plan->glass.push_back({p_x, p_xbar, c_x, c_xbar, c_v});
   plan->flow_times = floats(d["flow_times"]);
-  require(plan->flow_times.size() == (plan->steps() + plan->glass.size()) * plan->flow->shape().input_dims[kT],
+  require(plan->own_times[0] ||
+              plan->flow_times.size() == (plan->steps() + plan->glass.size()) * plan->flow->shape().input_dims[kT],
           "flow_times: wrong size");
   if (plan->posterior != nullptr) {
     const char* keys[3] = {"posterior_t", "posterior_s", "posterior_u"};
     for (int i = 0; i < 3; ++i) {
       plan->posterior_times[i] = floats(d[keys[i]]);
-      require(plan->posterior_times[i].size() ==
-                  static_cast<std::size_t>(plan->steps()) * plan->posterior->shape().input_dims[kT + i],
+      require(plan->own_times[2] || plan->posterior_times[i].size() == static_cast<std::size_t>(plan->steps()) *
+                                                                           plan->posterior->shape().input_dims[kT + i],
               "posterior times: wrong size");
     }
   }
@@ -172,12 +184,15 @@ void check_bound(const SamplerPlan& plan, const BoundSources* const (&bound)[3])
 void sample_binding(const std::shared_ptr<SamplerPlan>& plan, const BoundSources* flow, const BoundSources* critic,
                     const BoundSources* posterior, const PackedWeights* packed, std::uintptr_t obs,
                     std::uintptr_t noise, std::uintptr_t posterior_noise, std::uintptr_t alpha, std::uintptr_t actions,
-                    const std::array<std::uintptr_t, 4>& report, int batch, int threads, std::uintptr_t phase_seconds) {
+                    const std::array<std::uintptr_t, 4>& report, const std::vector<py::object>& own,
+                    const std::array<std::uintptr_t, 3>& own_obs, int batch, int threads,
+                    std::uintptr_t phase_seconds) {
   require(batch >= 1 && threads >= 1, "batch and threads must be at least 1");
   require((obs != 0 || plan->obs_dim == 0) && noise != 0 && actions != 0, "a null pointer was given");
   require(!plan->draws() || posterior_noise != 0, "posterior_noise is missing");
   SampleArgs args;
   set_weights(*plan, flow, critic, posterior, packed, args);
+  const OwnLease lease(*plan, own, {own_obs[0], own_obs[1], own_obs[2]}, args);
   args.batch = batch;
   args.threads = threads;
   args.obs = pointer<const float>(obs);
@@ -263,6 +278,10 @@ void bind(py::module_& module) {
     return lock.owns_lock() ? bound.live->watch.status() : std::string("in use by another thread");
   });
   py::class_<PackedWeights>(module, "CpuPackedWeights");
+  py::class_<OwnRows>(module, "CpuOwnRows")
+      .def(py::init<OwnRows::Memory, py::object, bool>())
+      .def("current", &OwnRows::current)
+      .def("refresh", &OwnRows::refresh);
   py::class_<SamplerPlan, std::shared_ptr<SamplerPlan>>(module, "CpuPlan");
   module.def("cpu_network", [](const py::dict& spec, const std::string& precision, const std::string& isa) {
     return std::const_pointer_cast<Network>(make_network(spec, precision, isa));

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 
+#include "python/own_rows.h"
 #include "python/parameter_watch.h"
 #include "python/python_types.h"
 
@@ -27,13 +28,17 @@ bool all_finite(const float* values, std::size_t count) {
 class QuickCall {
  public:
   // slots: as of ParameterWatch; networks: views of what is read, which keep that memory while another thread gives a
-  // parameter a new one; torch: the names used below.
+  // parameter a new one; own: an OwnRows or None of each network; own_obs: None, or a function of obs [B, S] that makes
+  // the network's own [B, dim]; torch: the names used below.
   QuickCall(py::list slots, py::object networks, std::shared_ptr<SamplerPlan> plan, py::object flow, py::object critic,
-            py::object posterior, py::object packed, const py::dict& torch)
+            py::object posterior, py::object packed, std::vector<py::object> own, std::vector<py::object> own_obs,
+            const py::dict& torch)
       : watch_(std::move(slots), torch["Tensor"]),
         networks_(std::move(networks)),
         plan_(std::move(plan)),
         owners_{std::move(flow), std::move(critic), std::move(posterior), std::move(packed)},
+        own_(std::move(own)),
+        own_obs_(std::move(own_obs)),
         tensor_type_(torch["Tensor"]),
         float32_(torch["float32"]),
         randn_(torch["randn"]),
@@ -88,6 +93,17 @@ class QuickCall {
     }
     args.batch = static_cast<int>(rows);
     args.threads = num_threads_().cast<int>();
+    std::uintptr_t own_obs[3] = {};
+    py::object made[3];
+    for (std::size_t n = 0; n < own_.size(); ++n) {
+      if (!own_[n].is_none() && !own_[n].cast<OwnRows*>()->current()) return py::none();
+      if (own_obs_[n].is_none()) continue;
+      made[n] = own_obs_[n](obs);
+      own_obs[n] = reinterpret_cast<std::uintptr_t>(
+          read(made[n], {&rows, plan_->network(static_cast<int>(n))->shape().input_dims[kObs]}));
+      if (own_obs[n] == 0) return py::none();
+    }
+    const OwnLease lease(*plan_, own_, own_obs, args);
     bool finite;
     {
       const py::gil_scoped_release release;
@@ -131,6 +147,7 @@ class QuickCall {
   py::object networks_;  // goes after the sources, which watch its memory
   std::shared_ptr<SamplerPlan> plan_;
   py::object owners_[4];
+  std::vector<py::object> own_, own_obs_;
   py::object tensor_type_, float32_, randn_, empty_like_, num_threads_;
   py::str is_cpu_, dtype_, shape_, is_contiguous_;
   SampleArgs weights_;
@@ -141,7 +158,7 @@ class QuickCall {
 void bind_quick_call(py::module_& module) {
   py::class_<QuickCall>(module, "CpuQuickCall")
       .def(py::init<py::list, py::object, std::shared_ptr<SamplerPlan>, py::object, py::object, py::object, py::object,
-                    const py::dict&>())
+                    std::vector<py::object>, std::vector<py::object>, const py::dict&>())
       .def("__call__", &QuickCall::call);
   py::class_<ParameterWatch>(module, "ParameterWatch")
       .def(py::init<py::list, const py::object&>())

@@ -101,6 +101,8 @@ class CudaBackend(Backend):
             return f"its tensors must be on a CUDA device, they are on {device}"
         if spec.precision not in self.precisions:
             return f"it has the precisions {', '.join(self.precisions)}, not {spec.precision}"
+        if spec.own_columns is not None:
+            return f"{spec.own_columns}, which this backend does not read yet"
         if spec.glass_table:
             return "it has no glass estimate (its inner steps would multiply the exchanges); 'triton' has"
         if spec.num_steps > _MAX_STEPS:

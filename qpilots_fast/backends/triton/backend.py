@@ -112,6 +112,8 @@ class TritonBackend(Backend):
             return reason
         if spec.precision not in self.precisions:
             return f"precision {spec.precision!r} is not one of {', '.join(self.precisions)}"
+        if spec.own_columns is not None:
+            return f"{spec.own_columns}, which this backend does not read yet"
         steering = spec.steering
         if steering.steers and steering.q_scale == "batch_std":
             return "q_scale='batch_std' couples all rows, which a call does in chunks"
