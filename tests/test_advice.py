@@ -201,17 +201,6 @@ class Swapped(Q):
         return super().forward(state, action)
 
 
-class Encoded(Q):
-    """Its first Linear reads obs alone."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.Linear(S, S)
-
-    def forward(self, obs, actions):
-        return super().forward(self.encoder(obs), actions)
-
-
 class Chunked(Q):
     def forward(self, obs, actions):
         return torch.tanh(super().forward(obs, actions.flatten(1)))
@@ -243,8 +232,7 @@ WAYS = {
     "another activation": (Q(nn.Hardswish), "critic", "no known activation", None),
     "a flow's": (Flow(nn.Hardswish), "flow", "no known activation", None),
     "a tanh after": (Changed(Q(), after=torch.tanh), "critic", "outputs differ", None),
-    "normalised": (Changed(Q(), before=lambda o, a: ((o - 1) / 2, a)), "critic", "none of the inputs", None),
-    "encoded": (Encoded(), "critic", "first Linear reads 6 columns", None),
+    "clipped": (Changed(Q(), before=lambda o, a: (o, a.clamp(-1, 1))), "critic", "none of the inputs", None),
     "no hidden layer": (last_layer(1, nn.Linear(S + A, 1)), "critic", "no hidden layer", None),
     "parametrised": (Parametrised(), "critic", "no registered parameter", None),
     "two norms": (TwoNorms(nn.LayerNorm(H), nn.LayerNorm(H)), "critic", "2 LayerNorms follow", None),

@@ -714,16 +714,11 @@ class LearnedTime(nn.Module):
         (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(S + A, H)), nn.ReLU(), nn.Linear(H, 1)),
          "critic", "no registered parameter"),
         (Wrapped(Critic(), before=lambda o, a: (o, a.clamp(-1, 1))), "critic", r"actions: off by"),
-        (Wrapped(Critic(), before=lambda o, a: (o.clamp(-10, 10), a)), "critic", r"obs: off by"),
-        (Wrapped(Critic(), before=lambda o, a: ((o - 1) / 2, a)), "critic", r"obs: off by"),
         (Wrapped(Critic(), after=torch.tanh), "critic", r"outputs differ .* by .*float64"),
         (Wrapped(Critic(), before=lambda o, a: (o, a.detach())), "critic", "gradient with respect to actions differ"),
         (Wrapped(Critic(), after=lambda q: {"q": q}), "critic", r"returns dict"),
         (Wrapped(Critic(), after=torch.no_grad()(lambda q: q.detach())), "critic", "no gradient"),
         (Wrapped(Flow(), after=torch.tanh), "flow", r"outputs differ"),
-        (Wrapped(Flow(), before=lambda o, x, t: (o, x, 1 - t)), "flow", r"raw features of t \(1 wide\): off by"),
-        (LearnedTime(), "flow", "first Linear reads"),
-        (Flow(embed=lambda t: torch.cat([(t * 3).sin(), (t * 3).cos()], -1), width=2), "flow", "fourier features of t"),
         (nn.GRUCell(S + A, H), "critic", "none of its tensors look like"),
         (nn.Sequential(nn.Conv1d(1, 2, 3)), "critic", "could not be called"),
     ],
@@ -732,6 +727,21 @@ def test_refused(module, kind, reason):
     with pytest.raises(ValueError, match=reason) as error:
         from_module(module, kind, **DIMS)
     assert type(module).__name__ in str(error.value)  # what it advises: test_advice.py
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "columns"),
+    [
+        (Wrapped(Critic(), before=lambda o, a: (o.clamp(-10, 10), a)), "critic", "obs"),
+        (Wrapped(Critic(), before=lambda o, a: ((o - 1) / 2, a)), "critic", "obs"),
+        (Wrapped(Flow(), before=lambda o, x, t: (o, x, 1 - t)), "flow", "times"),
+        (LearnedTime(), "flow", "times"),
+        (Flow(embed=lambda t: torch.cat([(t * 3).sin(), (t * 3).cos()], -1), width=2), "flow", "times"),
+    ],
+)
+def test_columns_that_the_module_computes(module, kind, columns):
+    found = from_module(module, kind, **DIMS).spec.own_columns
+    assert found == f"the {kind}'s own module computes its columns of {columns}"
 
 
 def test_argument_order_is_read_from_names():

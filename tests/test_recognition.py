@@ -400,8 +400,6 @@ class WithGlobal(Q):
     ("make", "reason"),
     [
         (Residual, "no known activation"),
-        (lambda: Normalised(nn.Buffer(torch.zeros(S))), "its output depends on mean beside"),
-        (lambda: Normalised(torch.zeros(S)), "its output depends on mean beside"),
         (lambda: Normalised({"now": 0.0}), r"its output depends on its attribute mean \(dict\)"),
         (WithStatistics, r"its output depends on its attribute statistics \(Statistics\)"),
         (WithGlobal, "WithGlobal.forward reads GLOBAL_MEAN"),
@@ -654,10 +652,10 @@ def test_chunks(flow):
     assert_close(sampler(obs, noise.unflatten(1, (2, 2))), flat(obs, noise).unflatten(1, (2, 2)))
 
 
-def test_a_critic_that_turns_chunks_is_not_packed_as_if_it_did_not():
+def test_a_critic_that_turns_chunks_is_packed_as_one_that_does():
     critic = ChunkQ()
     sampler = sampler_of(ChunkFlow(), critic, chunk_shape=(2, 2))
-    assert not is_packed(sampler)
+    assert is_packed(sampler) and sampler.networks["critic"].spec.action_columns == (2, 3, 0, 1)
     own = sampler_of(opaque(sampler.flow), opaque(critic), chunk_shape=(2, 2))
     assert_close(sampler(*inputs()), own(*inputs()))
 

@@ -19,14 +19,23 @@ from ..callables import insides, is_list, name_of, unwrapped
 from ..critic_outputs import describe, layout_of, read_output
 from ..integers import as_int
 from ..networks import PackableNetwork
-from ..spec import INPUT_ORDER, KINDS, TIME_EMBEDDINGS, NetworkSpec
+from ..spec import INPUT_ORDER, KINDS, MOVING_BLOCK, TIME_EMBEDDINGS, NetworkSpec
 from . import layers, stacked
-from .calling import OutputLayout, UserCall, check_argument_order
+from .calling import SCALES, OutputLayout, UserCall, check_argument_order
 from .dependence import check_other_tensors, check_repeats, followed_modes
 from .modules import ModuleNetwork, Recognition, dropouts
-from .proof import SCALES, batch_size_apart_from, prove, random_blocks
+from .own_columns import (
+    ModuleColumns,
+    OwnRecognition,
+    changed,
+    columns_before,
+    followed_by,
+    others,
+    read_own_columns,
+)
+from .proof import batch_size_apart_from, prove, random_blocks
 from .random_states import kept_random_states
-from .refusal import NotCallable, Refused, first_line
+from .refusal import FollowsOther, NotCallable, Refused, first_line
 from .sources import named_sources, randomise, submodule
 from .way_out import way_out
 
@@ -302,51 +311,131 @@ def _layout(kind: str, output: Any, batch_size: int, members: int) -> OutputLayo
     return OutputLayout(layout)
 
 
+def _trunk(
+    probe: nn.Module, kind: str, dims: tuple[int, int], call: UserCall, members: int, generator: torch.Generator
+) -> tuple[layers.Trace, dict[str, Tensor]]:
+    """The calls of Linears that the actions reach, and the inputs of the module's call."""
+    named = random_blocks(kind, dims, batch_size_apart_from(members), generator)
+    moving = MOVING_BLOCK[kind]
+    other = {**named, moving: torch.randn(named[moving].shape, generator=generator, dtype=named[moving].dtype)}
+    with torch.no_grad():
+        traced = layers.trace(probe, call, list(named.values()))
+        return traced.reading(layers.trace(probe, call, list(other.values()))), named
+
+
 def _from_layers(
     probe: nn.Module, kind: str, dims: tuple[int, int], call: UserCall, traced: layers.Trace, hints: dict[str, Any],
     generator: torch.Generator,
 ) -> Recognition:  # fmt: skip
     """A module whose nn.Linears were seen at work."""
-    used = {id(p): p for c in traced.calls for layer in (c.linear, *c.norms) for p in layer.parameters()}
-    randomise(list(used.values()), generator)
+    seen = {id(p): p for c in traced.calls for layer in (c.linear, *c.norms) for p in layer.parameters()}
+    randomise(list(seen.values()), generator)
+    traced, named = _trunk(probe, kind, dims, call, 0, generator)
     members = len(traced.chains())
-    named = random_blocks(kind, dims, batch_size_apart_from(members), generator)
-    blocks = list(named.values())
-    with torch.no_grad():
-        traced = layers.trace(probe, call, blocks)
-    columns = layers.read_columns(traced.calls[0].input, named, hints.get("time_embedding"))
+    if batch_size_apart_from(members) != len(named["obs"]):
+        traced, named = _trunk(probe, kind, dims, call, members, generator)
+    try:
+        columns = layers.read_columns(traced.calls[0].input, named, hints.get("time_embedding"))
+        return _from_trunk(probe, kind, dims, call, traced, named, columns, hints, generator)
+    except FollowsOther as refusal:
+        if hints.get("time_embedding"):
+            raise
+        columns = _own_columns(probe, kind, call, traced, named, refusal, generator)
+    return _from_trunk(probe, kind, dims, call, traced, named, columns, hints, generator)
+
+
+def _own_columns(
+    probe: nn.Module, kind: str, call: UserCall, traced: layers.Trace, named: dict[str, Tensor], refusal: Refused,
+    generator: torch.Generator,
+) -> layers.InputColumns:  # fmt: skip
+    """What the first layer reads, where it is not the inputs as they are.
+
+    Raises:
+        Refused: for what it is; with the refusal of plain columns.
+    """
+    weight = traced.calls[0].linear.weight
+
+    def columns_of(blocks: dict[str, Tensor]) -> Tensor:
+        return columns_before(weight, probe, call, list(blocks.values()))
+
+    rest = [tensor for _, _, tensor in others(probe, _parameters_of(traced))]
+    try:
+        with changed(rest, generator):  # a normaliser that was never trained changes nothing
+            found = read_own_columns(columns_of, kind, named, generator)
+    except Refused as own:
+        raise Refused(f"{refusal}; {own}", refusal.cure) from None
+    if not found.are_own:
+        raise refusal
+    return found
+
+
+def _parameters_of(traced: layers.Trace) -> set[int]:
+    return {id(p) for c in traced.calls for layer in (c.linear, *c.norms) for p in layer.parameters()}
+
+
+def _from_trunk(
+    probe: nn.Module, kind: str, dims: tuple[int, int], call: UserCall, traced: layers.Trace,
+    named: dict[str, Tensor], columns: layers.InputColumns, hints: dict[str, Any], generator: torch.Generator,
+) -> Recognition:  # fmt: skip
+    """The network that starts at the first Linear which the actions reach, proved."""
     spec = layers.read_spec(traced, kind, dims, columns)
     if "input_order" in hints and tuple(hints["input_order"]) != spec.input_order:
         raise Refused(
             f"the hint input_order is {list(hints['input_order'])}, but its columns are {list(spec.input_order)}",
             "Leave the hint out: the module's own columns tell the order.",
         )
-    sources = layers.read_sources(probe, traced, spec)
-    layout = _layout(kind, traced.output, len(blocks[0]), members)
+    sources, used = layers.read_sources(probe, traced, spec), _parameters_of(traced)
+    layout = _layout(kind, traced.output, len(named["obs"]), spec.num_members)
+    weight = traced.calls[0].linear.weight
 
     def first_columns(inputs: dict[str, Tensor], times: bool = True) -> Tensor:
         blocks = {name: block.detach() for name, block in inputs.items()}
-        found = layers.first_columns(probe, call, list(blocks.values()))
-        if times:
+        found = columns_before(weight, probe, call, list(blocks.values()))
+        if columns.are_own:
+            layers.check_time_columns(found, blocks, spec)
+        elif times:
             layers.read_columns(found, blocks, spec.time_embedding)
         else:
             layers.check_plain_columns(found, blocks, spec)
         return found
 
-    def prove_again(layout: OutputLayout, times: bool) -> None:
-        prove(probe, call, layout, spec, sources, generator, partial(first_columns, times=times), SCALES[:1])
+    found = Recognition(spec, tuple(sources), call, layout)
+    if columns.are_own:
+        found = replace(found, own=_own(probe, found, named, weight, used, generator))
+    live = None if found.own is None else ModuleColumns(probe, call, spec, found.own)
+
+    def proves(layout: OutputLayout, times: bool = True, scales: Sequence[float] = SCALES[:1]) -> None:
+        prove(probe, call, layout, spec, sources, generator, partial(first_columns, times=times), scales, live)
 
     layouts = [layout] if kind != "meta_flow_map" else [layout, OutputLayout(is_velocity=True)]
     for candidate in layouts:
         try:
-            prove(probe, call, candidate, spec, sources, generator, first_columns)
+            proves(candidate, scales=SCALES)
         except Refused:
             if candidate is layouts[-1]:
                 raise
             continue
-        check_other_tensors(probe, set(used), partial(prove_again, candidate), generator)
-        return Recognition(spec, tuple(sources), call, candidate)
+        check_other_tensors(probe, used, partial(proves, candidate), generator)
+        return replace(found, layout=candidate)
     raise AssertionError("unreachable: the last layout raises")
+
+
+def _own(
+    probe: nn.Module, found: Recognition, named: dict[str, Tensor], weight: Tensor, used: set[int],
+    generator: torch.Generator,
+) -> OwnRecognition:  # fmt: skip
+    """Where the module's own columns end, and what those that are kept between calls follow."""
+    kept = [columns for columns, own in (
+        (found.spec.block_slices.get("t"), found.spec.time_embedding == "module"),
+        (found.spec.moving_columns, found.spec.action_columns is not None),
+    ) if own and columns is not None]  # fmt: skip
+
+    def read() -> Tensor:
+        columns = columns_before(weight, probe, found.call, list(named.values()))
+        return torch.cat([columns[:, part] for part in kept], 1)
+
+    followed = followed_by(read, others(probe, used), generator) if kept else ()
+    return OwnRecognition(found.sources[0], followed)
 
 
 def _from_tensors(

@@ -19,6 +19,7 @@ from .refusal import Refused
 BLOCKS_OF_KIND = INPUT_ORDER  # our forward takes the blocks in this order, whatever the order of the columns
 TIMES = ("t", "s", "u")
 ACTIONS = ("actions", "noisy_actions", "xbar")
+SCALES = (1.0, 4.0, 40.0)  # of random inputs: larger ones find a clip inside the module
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class UserCall:
         custom: the user's own adaptor (module, *blocks) -> output; overrides style.
         input_order, time_embedding, time_embedding_dim: of the columns, for "concatenated".
         chunk: (C, D) where the module takes actions [B, C, D], and a flow or map returns such.
+        obs: what the module is shown in place of obs, a function of obs.
+        dims: of the flow's actions, those that the critic is shown, in this order; None: all.
+        action_scale, action_shift: the critic is shown actions * scale + shift; read at each call.
     """
 
     kind: str
@@ -40,8 +44,18 @@ class UserCall:
     time_embedding: str = "raw"
     time_embedding_dim: int = 1
     chunk: tuple[int, int] | None = None
+    obs: Callable[[Any], Any] | None = None
+    dims: tuple[int, ...] | None = None
+    action_scale: Tensor | float | None = None
+    action_shift: Tensor | float | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Tensors of its own that what the module is shown follows."""
+        return [value for value in (self.action_scale, self.action_shift) if isinstance(value, Tensor)]
 
     def __call__(self, module: nn.Module, blocks: Sequence[Tensor]) -> Any:
+        blocks = self._shown(blocks)
         if self.chunk is not None:
             names = BLOCKS_OF_KIND[self.kind]
             blocks = [b.unflatten(-1, self.chunk) if name in ACTIONS else b for name, b in zip(names, blocks)]
@@ -54,6 +68,19 @@ class UserCall:
         if self.chunk is None or self.kind == "critic" or not isinstance(output, Tensor):
             return output
         return output.flatten(1)
+
+    def _shown(self, blocks: Sequence[Tensor]) -> list[Any]:
+        """The blocks as the module is shown them."""
+        obs, actions, *times = blocks
+        if self.obs is not None:
+            obs = _features(self.obs, obs)
+        if self.dims is not None:
+            actions = actions[..., list(self.dims)]
+        if self.action_scale is not None:
+            actions = actions * _beside(self.action_scale, actions)
+        if self.action_shift is not None:
+            actions = actions + _beside(self.action_shift, actions)
+        return [obs, actions, *times]
 
     def _call(self, module: nn.Module, blocks: Sequence[Tensor]) -> Any:
         names = BLOCKS_OF_KIND[self.kind]
@@ -76,6 +103,22 @@ class UserCall:
         actions = "" if self.chunk is None else " [B, C, D]"
         names = [name + (times if name in TIMES else actions * (name in ACTIONS)) for name in BLOCKS_OF_KIND[self.kind]]
         return ("module(" if self.custom is None else "call(module, ") + ", ".join(names) + ")"
+
+
+def _features(function: Callable[[Any], Any], obs: Tensor) -> Any:
+    """function(obs) in obs's dtype; a function that holds float32 networks is asked in float32."""
+    with torch.no_grad():
+        try:
+            made = function(obs)
+        except RuntimeError:
+            if obs.dtype != torch.float64:
+                raise
+            made = function(obs.float())
+    return made.to(obs.dtype) if isinstance(made, Tensor) and made.is_floating_point() else made
+
+
+def _beside(value: Tensor | float, actions: Tensor) -> Tensor | float:
+    return value.detach().to(actions.device, actions.dtype) if isinstance(value, Tensor) else value
 
 
 _ARGUMENT_NAMES = {

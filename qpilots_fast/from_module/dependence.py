@@ -9,17 +9,8 @@ from torch import Tensor, nn
 
 from .calling import OutputLayout, UserCall
 from .modules import dropouts
-from .refusal import Refused, number
-from .sources import named_sources, randomise
-
-
-def _other_tensors(module: nn.Module, used: Collection[int]) -> list[tuple[str, Tensor]]:
-    """The module's floating tensors but those used, plain attributes included, by name."""
-    found = [(str(source), tensor) for source, tensor in named_sources(module)]
-    for path, part in module.named_modules():
-        plain = {name: value for name, value in vars(part).items() if isinstance(value, Tensor)}
-        found += [(f"{path}.{name}".lstrip("."), value) for name, value in plain.items() if value.is_floating_point()]
-    return [(name, tensor) for name, tensor in found if id(tensor) not in used and not tensor.is_meta]
+from .own_columns import changed, others
+from .refusal import FollowsOther, Refused, number
 
 
 def check_other_tensors(
@@ -35,16 +26,16 @@ def check_other_tensors(
     Raises:
         Refused: with the names of the tensors that enter the result.
     """
-    others = _other_tensors(probe, used)
+    found = [(name, tensor) for _, name, tensor in others(probe, used)]
     for trained in (True, False):
-        group = [(name, tensor) for name, tensor in others if tensor.requires_grad is trained]
+        group = [(name, tensor) for name, tensor in found if tensor.requires_grad is trained]
         if group and not _proves_without(group, lambda trained=trained: prove(trained), generator):  # type: ignore[misc]
             guilty = [
                 name
                 for name, tensor in group
                 if not _proves_without([(name, tensor)], lambda trained=trained: prove(trained), generator)  # type: ignore[misc]
             ]
-            raise Refused(
+            raise FollowsOther(
                 f"its output depends on {', '.join(guilty or [name for name, _ in group])} beside its layers' weights "
                 "(a normalisation or scale?), which a packed network would not follow when they change"
             )
@@ -53,16 +44,12 @@ def check_other_tensors(
 @torch.no_grad()
 def _proves_without(group: Sequence[tuple[str, Tensor]], prove: Callable[[], None], generator: torch.Generator) -> bool:
     """Whether the proof holds while these tensors hold other numbers."""
-    before = [tensor.clone() for _, tensor in group]
-    randomise([tensor for _, tensor in group], generator)
-    try:
-        prove()
-    except Exception:  # a shape or a solver may fail on random numbers: it depends on them, then
-        return False
-    finally:
-        for (_, tensor), value in zip(group, before):
-            tensor.copy_(value)
-    return True
+    with changed([tensor for _, tensor in group], generator):
+        try:
+            prove()
+        except Exception:  # a shape or a solver may fail on random numbers: it depends on them, then
+            return False
+        return True
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from ..reference import layer_norm
 from ..spec import TIME_EMBEDDINGS, NetworkSpec
 from ..times import time_features
 from .calling import TIMES, UserCall
-from .refusal import Refused, number
+from .refusal import FollowsOther, Refused, number
 from .sources import Source, named_sources
 
 EXACT = 1e-9  # relative, of float64 recomputations
@@ -35,6 +35,11 @@ class LinearCall:
     output: Tensor
     norms: list[nn.LayerNorm] = field(default_factory=list)
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether a LayerNorm over one unit follows, which gives its bias whatever it reads."""
+        return any(tuple(norm.normalized_shape) == (1,) for norm in self.norms)
+
 
 @dataclass
 class Trace:
@@ -43,6 +48,23 @@ class Trace:
     calls: list[LinearCall]
     output: Any
     traceable: bool  # False where Linears ran under vmap: their numbers cannot be read
+
+    def reading(self, other: Trace) -> Trace:
+        """The calls alone whose inputs differ from those of another call of the module, on other actions.
+
+        Raises:
+            Refused: where there are none, or the two calls took different ways.
+        """
+        if [call.linear for call in self.calls] != [call.linear for call in other.calls]:
+            raise Refused("which of its Linears are called depends on the inputs' numbers")
+        calls: list[LinearCall] = []
+        for call, again in zip(self.calls, other.calls):
+            moves = call.input.shape != again.input.shape or not torch.equal(call.input, again.input)
+            if moves or (calls and calls[-1].is_constant and call.input.shape[-1] == 1):
+                calls.append(call)
+        if not calls:
+            raise Refused("none of its Linears reads the actions")
+        return Trace(calls, self.output, self.traceable)
 
     def chains(self) -> list[list[LinearCall]]:
         """The calls member by member: each member starts at a Linear that reads the network's input."""
@@ -77,37 +99,23 @@ def trace(module: nn.Module, call: UserCall, blocks: Sequence[Tensor]) -> Trace:
     return found
 
 
-class _Read(Exception):
-    """The first Linear was called: the rest of a module need not run."""
-
-
-def first_columns(module: nn.Module, call: UserCall, blocks: Sequence[Tensor]) -> Tensor:
-    """What the first Linear that is called reads: [B, D]."""
-
-    def record(_: nn.Module, args: tuple[Any, ...]) -> None:
-        raise _Read(args[0].detach().clone())
-
-    hooks = [m.register_forward_pre_hook(record) for m in module.modules() if isinstance(m, nn.Linear)]
-    try:
-        call(module, blocks)
-    except _Read as read:
-        return read.args[0]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    raise Refused("its first Linear is not called every time")
-
-
 # ---------------------------------------------------------------- the input columns
 
 
 @dataclass(frozen=True)
 class InputColumns:
-    """The order of the blocks among the first layer's columns, and the time embedding."""
+    """The order of the blocks among the first layer's columns, and what they are: as the fields of a NetworkSpec."""
 
     order: tuple[str, ...]
     time_embedding: str = "raw"
     time_embedding_dim: int = 1
+    obs_columns: int | None = None
+    action_columns: tuple[int, ...] | None = None
+
+    @property
+    def are_own(self) -> bool:
+        """Whether the module itself computes some of them."""
+        return self.time_embedding == "module" or (self.obs_columns, self.action_columns) != (None, None)
 
 
 def feature_tolerance(embedding: str, dim: int) -> float:
@@ -132,7 +140,7 @@ def read_columns(columns: Tensor, named: dict[str, Tensor], embedding: str | Non
     spare = columns.shape[1] - sum(block.shape[1] for block in plain.values())
     width = spare // len(times) if times else 0
     if spare != width * len(times) or (times and width < 1):
-        raise Refused(
+        raise FollowsOther(
             f"its first Linear reads {columns.shape[1]} columns, but "
             + ", ".join(f"{name} has {block.shape[1]}" for name, block in plain.items())
             + (f"; {spare} columns do not make {len(times)} time embedding(s)" if times else "")
@@ -161,6 +169,18 @@ def check_plain_columns(columns: Tensor, named: dict[str, Tensor], spec: Network
                 raise Refused(f"its first Linear reads other columns than {name}: off by {number(gap)}")
 
 
+def check_time_columns(columns: Tensor, named: dict[str, Tensor], spec: NetworkSpec) -> None:
+    """Raises Refused unless the times that the module does not compute itself stand where the spec says."""
+    for name, block in named.items():
+        if name in TIMES and spec.time_embedding != "module":
+            kind, width = spec.time_embedding, spec.time_embedding_dim
+            gap = (columns[:, spec.block_slices[name]] - time_features(block, kind, width)).abs().max().item()
+            if not gap <= feature_tolerance(kind, width):
+                raise Refused(
+                    f"its first Linear reads other columns than {kind} features of {name}: off by {number(gap)}"
+                )
+
+
 def _block_at(
     columns: Tensor, plain: dict[str, Tensor], times: dict[str, Tensor], width: int, kinds: Sequence[str]
 ) -> tuple[str, str | None]:
@@ -179,7 +199,7 @@ def _block_at(
                 return name, kind
             closest.append((gap, f"{kind} features of {name} ({width} wide)"))
     gaps = "; ".join(f"{name}: off by {number(gap)}" for gap, name in sorted(closest))
-    raise Refused(
+    raise FollowsOther(
         "its first Linear reads columns that are none of the inputs (is an input normalised, clipped, or encoded, "
         f"is the time embedding learned, of another width, or in another order?): {gaps or 'no block fits the width'}"
     )
@@ -285,6 +305,8 @@ def read_spec(traced: Trace, kind: str, dims: tuple[int, int], columns: InputCol
         time_embedding_dim=columns.time_embedding_dim,
         num_members=len(chains),
         input_order=columns.order,
+        obs_columns=columns.obs_columns,
+        action_columns=columns.action_columns,
         biases=_same("which Linears have a bias", biases),
         norm_weight=_same("LayerNorm's affine weight", [norm.weight is not None for norm in norms]) if norms else True,
         norm_bias=_same("LayerNorm's bias", [norm.bias is not None for norm in norms]) if norms else True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..networks import PackableNetwork, Slots, module_slots
 from ..spec import BoundNetwork, NetworkSpec
 from .calling import OutputLayout, UserCall
+from .own_columns import ModuleColumns, OwnRecognition
 from .sources import Source, submodule
 
 
@@ -23,6 +24,7 @@ class Recognition:
         sources: where each entry of flat_parameters lives.
         call, layout: how it is called, and how its output is read.
         modes: (path, training) of all its parts, where its output follows these; empty where it does not.
+        own: where spec.own_columns says that the module computes some.
     """
 
     spec: NetworkSpec
@@ -30,6 +32,7 @@ class Recognition:
     call: UserCall
     layout: OutputLayout
     modes: tuple[tuple[str, bool], ...] = ()
+    own: OwnRecognition | None = None
 
     def network(self, module: nn.Module) -> ModuleNetwork:
         """The module packed: a FlowModule, CriticModule or MetaFlowMapModule."""
@@ -65,6 +68,7 @@ class ModuleNetwork(PackableNetwork):
         self._dropouts = dropouts(module)
         self._modes = [(module.get_submodule(path), training) for path, training in found.modes]
         self._structure = _structure(module)
+        self._own = None if found.own is None else ModuleColumns(module, found.call, found.spec, found.own)
         self.training = module.training  # not self.train(): parts of the module may be in another mode
 
     def slots(self) -> Slots | None:
@@ -74,7 +78,7 @@ class ModuleNetwork(PackableNetwork):
             (layer.__dict__, name, getattr(layer, name)) for layer in self._dropouts for name in ("training", "p")
         ]
         modes += [(part.__dict__, "training", training) for part, training in self._modes]
-        return module_slots(self) + modes
+        return module_slots(self) + modes + ([] if self._own is None else self._own.slots())
 
     def mode_refusal(self) -> str | None:
         """Why the module, in the mode that it is in now, is not what the packed network computes; None where it is."""
@@ -102,7 +106,17 @@ class ModuleNetwork(PackableNetwork):
                 f"{type(self.module).__name__}.{edited} was {self._structure.get(edited, 'absent')} when from_module "
                 f"read the module, and is {now.get(edited, 'absent')} now; call from_module again."
             )
-        return super().bound()
+        if self._own is None:
+            return super().bound()
+        places = [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in self._own.followed()]
+        plain, cached = super().bound(), self.__dict__.get("_own_bound_cache")
+        if cached is None or cached[0] is not plain or cached[1] != places:
+            cached = (plain, places, replace(plain, own=self._own))
+            self.__dict__["_own_bound_cache"] = cached
+        return cached[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_own_bound_cache"}
 
     def flat_parameters(self) -> list[Tensor]:
         """The user's live parameters, or views of them, layer by layer."""

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..networks import bind
 from ..reference import ReferenceNetwork
-from ..spec import NetworkSpec
-from .calling import BLOCKS_OF_KIND, TIMES, OutputLayout, UserCall
+from ..spec import POSTERIOR_DRAW, BoundNetwork, NetworkSpec, OwnColumns
+from .calling import BLOCKS_OF_KIND, SCALES, TIMES, OutputLayout, UserCall
 from .refusal import Refused, number
 from .sources import Source
 
 TOLERANCE = 1e-8  # relative, float64 against float64
-SCALES = (1.0, 4.0, 40.0)  # larger inputs find a clip inside the module
 MOVING = {"flow": "noisy_actions", "critic": "actions", "meta_flow_map": "noisy_actions"}
 
 
@@ -56,6 +56,21 @@ def evaluate(network: ReferenceNetwork, named: dict[str, Tensor], columns: Tenso
     return network(spec.ordered(blocks))
 
 
+def _own_blocks(network: BoundNetwork, named: dict[str, Tensor], columns: Tensor) -> dict[str, Tensor]:
+    """The blocks among the first layer's columns, where the module computes some of them.
+
+    columns: what its first Linear read, for the features of times that are not its own.
+    """
+    spec = network.spec
+    found = {**named, "obs": network.obs_input(named["obs"])}
+    mapped = network.action_map(named["obs"])
+    if mapped is not None:
+        found["actions"] = mapped(named["actions"])
+    if spec.time_embedding == "module":
+        return found | network.time_inputs(named["t"], len(columns), columns.device)
+    return found | {name: columns[:, spec.block_slices[name]] for name in TIMES if name in named}
+
+
 def to_module_output(spec: NetworkSpec, output: Tensor, named: dict[str, Tensor], layout: OutputLayout) -> Tensor:
     """Our [E, B, out] as the module's own output after layout.apply."""
     if spec.kind == "critic":
@@ -74,6 +89,7 @@ def prove(
     generator: torch.Generator,
     first_columns: object = None,
     scales: Sequence[float] = SCALES,
+    own: OwnColumns | None = None,
 ) -> float:
     """Compares outputs and input gradients on several batches; returns the largest relative difference.
 
@@ -82,6 +98,7 @@ def prove(
         first_columns: function (named) -> the columns that the module's first Linear reads, where they are known:
             then the time features are compared apart, to the precision that the user computes them in.
         scales: of the inputs, one a batch.
+        own: what the module computes of its columns, where it does; of this copy.
 
     Raises:
         Refused: with the numbers, where they differ.
@@ -90,36 +107,42 @@ def prove(
     moving = MOVING[spec.kind]
     dims = (spec.obs_dim, spec.action_dim)
     with torch.no_grad():
-        recognised = ours(spec, [source.find(module).double() for source in sources])
+        bound = replace(bind(spec, [source.find(module).double() for source in sources]), own=own)
+        recognised = ReferenceNetwork(bound, torch.float64)
     for offset, scale in enumerate(scales):
         size = batch_size_apart_from(spec.num_members, offset)
         named = random_blocks(spec.kind, dims, size, generator, scale)
-        leaves = [named[name].requires_grad_() for name in ("obs", moving)]
+        if spec.time_embedding == "module":
+            named |= {name: torch.full_like(named[name], at) for name, at in POSTERIOR_DRAW.items() if name in named}
+        leaf = named[moving].requires_grad_()
         with torch.enable_grad():
             theirs = layout.apply(call(module, list(named.values())))
         cotangent = torch.randn(theirs.shape, generator=generator, dtype=torch.float64)
-        their_grads = _gradients(theirs, leaves, cotangent)
+        their_grad = _gradient(theirs, leaf, cotangent)
         with torch.no_grad():
             columns = first_columns(named) if callable(first_columns) else None
-            output, pullback = evaluate(recognised, named, columns)
+            if own is None or columns is None:
+                output, pullback = evaluate(recognised, named, columns)
+            else:
+                output, pullback = recognised(spec.ordered(_own_blocks(bound, named, columns)))
             expected = to_module_output(spec, output, named, layout)
             d_output = cotangent.unsqueeze(-1) if spec.kind == "critic" else cotangent.unsqueeze(0)
             if spec.kind == "meta_flow_map" and not layout.is_velocity:
                 d_output = d_output * (named["u"] - named["s"])
             d_columns = pullback(d_output).sum(0)
+            d_moving, mapped = d_columns[:, spec.moving_columns], bound.action_map(leaf)
+            expected_grad = d_moving if mapped is None else mapped.pull_back(d_moving, spec.action_dim)
         worst = max(worst, _compare("outputs", expected, theirs.detach(), scale))
-        for name, grad in zip(("obs", moving), their_grads):
-            if spec.block_dim(name):
-                expected = d_columns[:, spec.block_slices[name]]
-                worst = max(worst, _compare(f"gradient with respect to {name}", expected, grad, scale))
+        # that with respect to obs is none of a sampler's business: an encoder may run under no_grad, or in float32
+        worst = max(worst, _compare(f"gradient with respect to {moving}", expected_grad, their_grad, scale))
     return worst
 
 
-def _gradients(output: Tensor, leaves: Sequence[Tensor], cotangent: Tensor) -> Sequence[Tensor]:
+def _gradient(output: Tensor, leaf: Tensor, cotangent: Tensor) -> Tensor:
     if not output.requires_grad:
         raise Refused("its output carries no gradient (does it run under no_grad, or detach?)")
-    grads = torch.autograd.grad(output, leaves, cotangent.to(output.dtype), allow_unused=True)
-    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads)]
+    (grad,) = torch.autograd.grad(output, leaf, cotangent.to(output.dtype), allow_unused=True)
+    return torch.zeros_like(leaf) if grad is None else grad
 
 
 def _compare(what: str, ours: Tensor, theirs: Tensor, scale: float) -> float:

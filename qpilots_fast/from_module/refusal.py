@@ -15,6 +15,10 @@ class Refused(Exception):
         self.cure = cure
 
 
+class FollowsOther(Refused):
+    """What the first Linear reads, or the output, follows more than the inputs as they are."""
+
+
 class NotCallable(Refused):
     """None of the calls tried was accepted."""
 

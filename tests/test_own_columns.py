@@ -1,0 +1,321 @@
+"""Columns that a user's module computes itself: from t, from obs, from the actions; live, frozen, and refused."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering, from_module, ops
+from qpilots_fast.backends import unavailable_reason
+from tests.zoo.own_inputs import CRITICS, Critic, Encoding, Everything, InUnits, Normalising
+from tests.zoo.time_networks import TIMES, A, Flow, H, Map, PlainSinusoidal, S, SinusoidalMLP
+
+DIMS = {"obs_dim": S, "action_dim": A}
+K = 4
+FLOAT32, BFLOAT16 = 2e-5, 3e-2  # of small networks' actions, a few steps
+STEERINGS = {
+    "U": Steering.qpilots_u(),
+    "identity": Steering.qpilots_u(jacobian="identity"),
+    "QGF": Steering.qgf(weight=0.3),
+    "glass": Steering(estimate="glass", num_samples=2, glass_steps=2),
+}
+needs_cpu = pytest.mark.skipif(unavailable_reason("cpu") is not None, reason=str(unavailable_reason("cpu")))
+BACKENDS = ["reference", pytest.param("cpu", marks=needs_cpu)]
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of columns that a critic does not read
+        yield
+
+
+def change(*modules: nn.Module) -> None:
+    """Every number of these, written past autograd."""
+    for module in modules:
+        plain = [v for part in module.modules() for v in vars(part).values() if isinstance(v, Tensor)]
+        for tensor in (*module.parameters(), *module.buffers(), *plain):
+            tensor.data.add_(0.1 * torch.randn_like(tensor))
+
+
+def sampler_of(flow, critic, steering=STEERINGS["U"], backend="cpu", **settings) -> SteeredSampler:
+    return SteeredSampler(
+        flow, critic, steering, backend=backend, num_steps=K, action_low=-0.7, action_high=0.7, **settings
+    )
+
+
+def exact(flow: nn.Module, critic: nn.Module, steering: Steering, *inputs: Tensor | None, **networks) -> Tensor:
+    """The users' modules in float64, called as they are."""
+    double = {name: copy.deepcopy(module).double() for name, module in networks.items()}
+    flow, critic = copy.deepcopy(flow).double(), copy.deepcopy(critic).double()
+    called = {name: (lambda *args, module=module: module(*args)) for name, module in double.items()}
+    reference = sampler_of(
+        lambda *args: flow(*args), lambda *args: critic(*args), steering, "reference", precision="float64", **called
+    )
+    return reference(*(None if value is None else value.double() for value in inputs)).float()
+
+
+def inputs(batch_size: int, steering: Steering) -> tuple[Tensor, Tensor, Tensor | None]:
+    eps = torch.randn(K, batch_size, 2, A) if steering.estimate in ("glass", "mfm") else None
+    return torch.randn(batch_size, S), torch.randn(batch_size, A), eps
+
+
+def agrees(sampler: SteeredSampler, flow: nn.Module, critic: nn.Module, tolerance: float = FLOAT32, **networks) -> None:
+    for batch_size in (1, 5):
+        given = inputs(batch_size, sampler.steering)
+        expected = exact(flow, critic, sampler.steering, *given, **networks)
+        torch.testing.assert_close(sampler(*given), expected, rtol=0, atol=tolerance)
+
+
+# ---------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("time", TIMES)
+def test_time_features(time: str, backend: str) -> None:
+    flow, critic = Flow(TIMES[time]()), Normalising()
+    packed = from_module(flow, "flow", **DIMS)
+    assert packed.spec.time_embedding == "module"
+    assert packed.spec.input_order == ("noisy_actions", "t", "obs")
+    sampler = sampler_of(packed, from_module(critic, "critic", **DIMS), backend=backend)
+    for _ in range(3):
+        agrees(sampler, flow, critic)
+        change(flow)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("steering", STEERINGS)
+@pytest.mark.parametrize("kind", CRITICS)
+def test_critics(kind: str, steering: str, backend: str) -> None:
+    flow, critic = Flow(SinusoidalMLP()), CRITICS[kind]()
+    packed = from_module(flow, "flow", **DIMS), from_module(critic, "critic", **DIMS)
+    sampler = sampler_of(*packed, STEERINGS[steering], backend)
+    for _ in range(3):
+        agrees(sampler, flow, critic)
+        change(flow, critic)
+
+
+@needs_cpu
+@pytest.mark.parametrize("steering", STEERINGS)
+def test_bfloat16(steering: str) -> None:
+    flow, critic = Flow(SinusoidalMLP()), Everything()
+    packed = from_module(flow, "flow", **DIMS), from_module(critic, "critic", **DIMS)
+    sampler = sampler_of(*packed, STEERINGS[steering], precision="bfloat16")
+    for _ in range(2):
+        agrees(sampler, flow, critic, BFLOAT16)
+        change(flow, critic)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_meta_flow_map(backend: str) -> None:
+    flow, critic, posterior = Flow(PlainSinusoidal()), InUnits(), Map()
+    packed = from_module(flow, "flow", **DIMS), from_module(critic, "critic", **DIMS)
+    steering = Steering.qpilots_m(num_samples=2)
+    drawn = from_module(posterior, "meta_flow_map", **DIMS)
+    sampler = sampler_of(*packed, steering, backend, posterior=drawn)
+
+    class Draw(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map = posterior
+
+        def forward(self, obs: Tensor, xbar: Tensor, x: Tensor, t: Tensor) -> Tensor:
+            return self.map(obs, xbar, x, t, torch.zeros_like(t), torch.ones_like(t))
+
+    for _ in range(2):
+        agrees(sampler, flow, critic, posterior=Draw())
+        change(flow, critic, posterior)
+
+
+def test_what_is_known_stays_known() -> None:
+    """Raw time and plain inputs are packed as they always were."""
+
+    class Raw(PlainSinusoidal):
+        width = 1
+
+        def forward(self, t: Tensor) -> Tensor:
+            return t
+
+    assert from_module(Flow(Raw()), "flow", **DIMS).spec.own_columns is None
+    assert from_module(Critic(), "critic", **DIMS).spec.own_columns is None
+
+
+def test_a_normaliser_that_changes_nothing_yet_is_followed() -> None:
+    critic, flow = Normalising(), Flow(PlainSinusoidal())
+    critic.mean.zero_(), critic.std.fill_(1.0)
+    packed = from_module(critic, "critic", **DIMS)
+    assert packed.spec.obs_columns == S
+    change(critic)
+    agrees(sampler_of(from_module(flow, "flow", **DIMS), packed, backend="reference"), flow, critic)
+
+
+# ---------------------------------------------------------------- live, frozen, copied
+
+
+def _writes(flow: Flow, critic: Everything) -> dict[str, Callable[[], object]]:
+    def step() -> None:
+        optimiser = torch.optim.SGD([*flow.time.parameters(), critic.shift], lr=0.5)
+        flow(torch.randn(3, S), torch.randn(3, A), torch.rand(3, 1)).sum().backward()
+        critic.shift.grad = torch.ones_like(critic.shift)
+        optimiser.step()
+
+    def another() -> None:
+        flow.time.net[2].bias = nn.Parameter(torch.randn(flow.time.width))
+        critic.register_buffer("scale", torch.rand(A) + 0.5)
+
+    return {
+        "an optimiser's step": step,
+        "past autograd": lambda: flow.time.net[0].weight.data.mul_(1.5),
+        "another parameter in its place": another,
+        "other memory": lambda: setattr(flow.time.net[0].weight, "data", torch.randn(16, 8)),
+        "a buffer": lambda: critic.scale.mul_(1.5),
+        "the encoder": lambda: critic.encoder[0].weight.data.mul_(1.5),
+    }
+
+
+@needs_cpu
+@pytest.mark.parametrize("write", _writes(Flow(SinusoidalMLP()), Everything()))
+def test_the_next_call_sees_it(write: str) -> None:
+    flow, critic = Flow(SinusoidalMLP()), Everything()
+    sampler = sampler_of(from_module(flow, "flow", **DIMS), from_module(critic, "critic", **DIMS))
+    given = inputs(1, sampler.steering)
+    before = [sampler(*given) for _ in range(3)][-1]  # the quick call, by now
+    assert torch.equal(before, sampler(*given))
+    _writes(flow, critic)[write]()
+    now = sampler(*given)
+    assert not torch.equal(now, before)
+    torch.testing.assert_close(now, exact(flow, critic, sampler.steering, *given), rtol=0, atol=FLOAT32)
+    agrees(sampler, flow, critic)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_keeps_them(backend: str) -> None:
+    flow, critic = Flow(SinusoidalMLP()), Everything()
+    sampler = sampler_of(from_module(flow, "flow", **DIMS), from_module(critic, "critic", **DIMS), backend=backend)
+    sampler.freeze()
+    given = inputs(1, sampler.steering)
+    before = [sampler(*given) for _ in range(3)][-1]
+    change(flow, critic)
+    assert torch.equal(sampler(*given), before)
+    torch.testing.assert_close(
+        sampler.unfreeze()(*given), exact(flow, critic, sampler.steering, *given), atol=2e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_copies_go_their_own_way(backend: str) -> None:
+    flow, critic = Flow(SinusoidalMLP()), Everything()
+    sampler = sampler_of(from_module(flow, "flow", **DIMS), from_module(critic, "critic", **DIMS), backend=backend)
+    given = inputs(2, sampler.steering)
+    before = sampler(*given)
+    copies = copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))
+    change(flow, critic)
+    for made in copies:
+        torch.testing.assert_close(made(*given), before, rtol=0, atol=1e-6)
+
+
+@needs_cpu
+def test_a_sampler_takes_such_modules_as_they_are() -> None:
+    flow, critic = Flow(SinusoidalMLP()), Encoding()
+    sampler = sampler_of(flow, critic)
+    sampler = sampler_of(from_module(flow, "flow", **DIMS), critic)
+    assert "critic Encoding runs packed" in str(sampler.explain())
+    agrees(sampler, flow, critic)
+    change(flow, critic)
+    agrees(sampler, flow, critic)
+    info = sampler(*inputs(3, sampler.steering), return_info=True)[1]
+    assert info.q_values.shape == (2, 3)
+
+
+def test_mixed_with_callables() -> None:
+    flow, critic = Flow(SinusoidalMLP()), Everything()
+    packed = from_module(flow, "flow", **DIMS), from_module(critic, "critic", **DIMS)
+    for pair in ((packed[0], lambda *args: critic(*args)), (lambda *args: flow(*args), packed[1])):
+        agrees(sampler_of(*pair, backend="auto"), flow, critic)
+
+
+def test_the_modules_own_forward_is_what_trains() -> None:
+    critic = Everything()
+    packed = from_module(critic, "critic", **DIMS)
+    packed(torch.randn(3, S), torch.randn(3, A)).sum().backward()
+    assert critic.encoder[0].weight.grad is not None and critic.shift.grad is not None
+
+
+# ---------------------------------------------------------------- refused
+
+
+class Added(Flow):
+    """The time features are added to encoded observations."""
+
+    def __init__(self) -> None:
+        super().__init__(SinusoidalMLP())
+        self.encode = nn.Linear(S, self.time.width)
+        self.net = nn.Sequential(nn.Linear(A + self.time.width, H), nn.Mish(), nn.Linear(H, A))
+
+    def forward(self, obs: Tensor, actions: Tensor, t: Tensor) -> Tensor:
+        return self.net(torch.cat([actions, self.time(t) + self.encode(obs)], -1))
+
+
+class Clipping(Critic):
+    def act(self, actions: Tensor) -> Tensor:
+        return actions.clamp(-2, 2)
+
+
+class ScaledByObs(Critic):
+    def act(self, actions: Tensor) -> Tensor:
+        return actions * self.mean.norm()
+
+    def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(obs, actions * obs[:, :1])
+
+
+class WithoutActivation(Flow):
+    def __init__(self) -> None:
+        super().__init__(SinusoidalMLP(), nn.Identity)
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "reason"),
+    [
+        (Added(), "flow", "follows obs and t together"),
+        (Clipping(), "critic", "no scaled and shifted action: off by"),
+        (ScaledByObs(), "critic", "follows obs and actions together"),
+        (WithoutActivation(), "flow", "no known activation"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_refused(module: nn.Module, kind: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        from_module(module, kind, **DIMS)
+
+
+def test_a_flow_that_scales_its_actions_is_refused() -> None:
+    class Scaled(Flow):
+        def forward(self, obs: Tensor, actions: Tensor, t: Tensor) -> Tensor:
+            return super().forward(obs, 2 * actions, t)
+
+    with pytest.raises(ValueError, match="reads noisy_actions changed"):
+        from_module(Scaled(PlainSinusoidal()), "flow", **DIMS)
+
+
+def test_operators_say_so() -> None:
+    packed = from_module(Encoding(), "critic", **DIMS)
+    with pytest.raises(TypeError, match="own module computes its columns of obs"):
+        ops.critic_values(torch.randn(2, S), torch.randn(2, A), packed)
+
+
+def test_a_spec_says_so() -> None:
+    from qpilots_fast.spec import SamplerSpec
+
+    flow = from_module(Flow(SinusoidalMLP()), "flow", **DIMS).spec
+    spec = SamplerSpec(flow, CriticEnsemble(S, A, 2, (8,)).spec, None)
+    assert spec.own_columns == "the flow's own module computes its columns of times"
+    assert SamplerSpec.from_json(spec.json) == spec
+    assert SamplerSpec(FlowMLP(S, A, (8,)).spec, CriticEnsemble(S, A, 2, (8,)).spec, None).own_columns is None
