@@ -319,3 +319,87 @@ def test_a_spec_says_so() -> None:
     assert spec.own_columns == "the flow's own module computes its columns of times"
     assert SamplerSpec.from_json(spec.json) == spec
     assert SamplerSpec(FlowMLP(S, A, (8,)).spec, CriticEnsemble(S, A, 2, (8,)).spec, None).own_columns is None
+
+
+# ---------------------------------------------------------------- hints
+
+
+class Plain(nn.Module):
+    """TD3's critic on what it is shown."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q = nn.Sequential(nn.Linear(width, H), nn.ReLU(), nn.Linear(H, 1))
+
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        return self.q(torch.cat([obs, actions], -1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_the_critic_is_shown(backend: str) -> None:
+    """obs= with an encoder outside of the module, dims= and a live affine map."""
+    encoder = nn.Sequential(nn.Linear(S, 5), nn.Tanh())
+    scale, shift = torch.rand(2) + 0.5, torch.randn(2)
+    flow, critic = Flow(SinusoidalMLP()), Plain(5 + 2)
+    packed_flow = from_module(flow, "flow", **DIMS)
+    packed = from_module(
+        critic, "critic", like=packed_flow, obs=lambda obs: encoder(obs), dims=[3, 1], action_scale=scale,
+        action_shift=shift,
+    )  # fmt: skip
+    assert packed.spec.action_columns == (3, 1) and packed.spec.obs_columns == 5
+
+    class Shown(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.critic, self.encoder = critic, encoder
+            self.scale, self.shift = nn.Buffer(scale), nn.Buffer(shift)
+
+        def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+            return self.critic(self.encoder(obs), actions[:, [3, 1]] * self.scale + self.shift)
+
+    sampler = sampler_of(packed_flow, packed, backend=backend)
+    given = inputs(1, sampler.steering)
+    for _ in range(4):
+        torch.testing.assert_close(
+            sampler(*given), exact(flow, Shown(), sampler.steering, *given), rtol=0, atol=FLOAT32
+        )
+        agrees(sampler, flow, Shown())
+        scale.mul_(1.2), shift.add_(0.3)
+        change(encoder)
+    torch.testing.assert_close(packed(given[0], given[1]), Shown()(given[0], given[1]).T)
+
+
+class Box:
+    def __init__(self, *shape: int) -> None:
+        self.shape, self.low = shape, 0.0
+
+
+@pytest.mark.parametrize(
+    ("hints", "error", "reason"),
+    [
+        ({"dims": [0, 4]}, ValueError, "dims is .* below action_dim=4"),
+        ({"dims": [0, 0]}, ValueError, "expected different indices"),
+        ({"dims": [0], "action_dim": None}, ValueError, "dims needs action_dim"),
+        ({"dims": [0], "action_scale": torch.ones(2)}, ValueError, "action_scale has 2 numbers; expected 1"),
+        ({"action_scale": "2"}, TypeError, "expected a number, or a floating tensor"),
+        ({"obs": 3}, TypeError, "expected a function of the call's obs"),
+        ({"like": nn.Linear(1, 1)}, TypeError, "like is Linear; expected a packed network"),
+        ({"observation_space": Box(S + 1)}, ValueError, "obs_dim is 7, but the network or space says 8"),
+        ({"action_space": object()}, TypeError, "object does not tell action_dim"),
+    ],
+)
+def test_hints_that_cannot_be(hints: dict, error: type[Exception], reason: str) -> None:
+    with pytest.raises(error, match=reason):
+        from_module(Plain(S + A), "critic", **{**DIMS, **hints})
+
+
+def test_widths_from_spaces_and_networks() -> None:
+    critic = Plain(S + A)
+    for hints in (
+        {"like": FlowMLP(S, A, (8,))},
+        {"observation_space": Box(S), "action_space": Box(2, A // 2)},
+    ):
+        spec = from_module(critic, "critic", **hints).spec
+        assert (spec.obs_dim, spec.action_dim) == (S, A)
+    with pytest.raises(ValueError, match="is for critics"):
+        from_module(Flow(PlainSinusoidal()), "flow", **DIMS, action_scale=2.0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..callables import is_list
-from ..critic_outputs import Layout, read_output
+from ..critic_outputs import Layout, describe, layout_of, read_output
 from ..spec import INPUT_ORDER
 from ..times import time_features
 from .refusal import Refused
@@ -171,3 +171,26 @@ class OutputLayout:
 
     def apply(self, output: Any) -> Tensor:
         return output if self.of_critic is None else read_output(output, self.of_critic)
+
+
+def read_layout(kind: str, output: Any, batch_size: int, members: int) -> OutputLayout:
+    """How a module laid out its output for a batch.
+
+    Raises:
+        Refused: where it is none that is read.
+    """
+    if kind != "critic":
+        if not isinstance(output, Tensor):
+            raise Refused(f"it returns {describe(output)}; expected a tensor [B, action_dim] (use the hint call)")
+        return OutputLayout()
+    try:
+        layout = layout_of(output, batch_size)
+        found = len(read_output(output, layout))
+    except (TypeError, ValueError):
+        found = None
+    if found != members:
+        raise Refused(
+            f"it returns {describe(output)} for a batch of {batch_size} and {members} member(s); expected [E, B], "
+            "[B, E], [E, B, 1], or a list of [B, 1] (use the hint call)"
+        )
+    return OutputLayout(layout)
