@@ -5,11 +5,13 @@ TORCH ?= 2.13.0
 VENV := .venv
 # the Triton that PyTorch 2.11 brings, beside the newest
 TORCH_2_11_TRITON := $(VENV)/triton-3.6.0
+# frameworks that qpilots_fast.integrations drops into, beside the environment: they would bring their own torch
+FRAMEWORKS := $(VENV)/frameworks
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 CXX_FILES := $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint types check bench profile format clean
+.PHONY: demo test test-integrations lint types check bench profile format clean
 
 demo: $(VENV)/.built
 	$(BIN)/qpilots-fast demo
@@ -20,6 +22,9 @@ test: lint types $(TORCH_2_11_TRITON)
 	@if [ -d $(TORCH_2_11_TRITON)/triton ]; then \
 	  PYTHONPATH=$(TORCH_2_11_TRITON) $(BIN)/python -m bench.gpu_static --quick --families triton --targets 80 90; \
 	else echo "skipped: the Triton kernels were not compiled with 3.6.0, which pip did not find"; fi
+
+test-integrations: $(VENV)/.built $(FRAMEWORKS)/.installed
+	PYTHONPATH=$(FRAMEWORKS) $(BIN)/python -m pytest -q -rs tests/frameworks
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
@@ -54,6 +59,10 @@ $(VENV)/.torch:
 
 $(TORCH_2_11_TRITON): $(VENV)/.torch
 	$(BIN)/pip install -q --no-deps --target $@ triton==3.6.0 || mkdir -p $@
+
+$(FRAMEWORKS)/.installed: tests/frameworks/requirements.txt $(VENV)/.torch
+	$(BIN)/pip install -q --no-deps --target $(@D) -r $<
+	touch $@
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	$(BIN)/pip install -q -e ".[demo,bench,examples,triton,dev]"

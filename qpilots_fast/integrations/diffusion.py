@@ -107,21 +107,33 @@ def _noise_and_clean(
     """The network's estimates of e and of x1 at x = alpha x1 + sigma e; they always satisfy that equation."""
     steps = torch.full((x.shape[0],), timestep, dtype=x.dtype, device=x.device)
     predicted = network(obs, x, steps)
+    noise, clean = (of(prediction, predicted, x, alpha, sigma) for of in (noise_of, clean_of))
+    if clip is not None:
+        clean = clean.clamp(-clip, clip)
+        noise = _noise_from(x, clean, alpha, sigma)
+    return noise, clean
+
+
+def noise_of(prediction: str, predicted: Tensor, x: Tensor, alpha: float, sigma: float) -> Tensor:
+    """e of what a network of this kind (see PREDICTIONS) predicts at x = alpha x1 + sigma e."""
+    if prediction == "epsilon":
+        return predicted
+    if prediction == "clean":
+        return _noise_from(x, predicted, alpha, sigma)
+    return (sigma * x + alpha * predicted) / (alpha * alpha + sigma * sigma)  # v = alpha e - sigma x1
+
+
+def clean_of(prediction: str, predicted: Tensor, x: Tensor, alpha: float, sigma: float) -> Tensor:
+    """x1 of the same."""
+    if prediction == "clean":
+        return predicted
     if prediction == "epsilon":
         if alpha == 0:
             raise ValueError(
                 "an epsilon network says nothing about the clean action where alpha = 0; start at alpha > 0."
             )
-        noise, clean = predicted, (x - sigma * predicted) / alpha
-    elif prediction == "clean":
-        noise, clean = _noise_from(x, predicted, alpha, sigma), predicted
-    else:  # v = alpha e - sigma x1
-        size = alpha * alpha + sigma * sigma
-        noise, clean = (sigma * x + alpha * predicted) / size, (alpha * x - sigma * predicted) / size
-    if clip is not None:
-        clean = clean.clamp(-clip, clip)
-        noise = _noise_from(x, clean, alpha, sigma)
-    return noise, clean
+        return (x - sigma * predicted) / alpha
+    return (alpha * x - sigma * predicted) / (alpha * alpha + sigma * sigma)
 
 
 def _noise_from(x: Tensor, clean: Tensor, alpha: float, sigma: float) -> Tensor:
