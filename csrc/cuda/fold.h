@@ -83,18 +83,32 @@ struct RowParts {
     columns += added;
   }
 
-  // The sums that came with tiles [begin, begin + count) of d z.
-  __device__ __forceinline__ void add_sums(Block<Weight, NT>& block, const Phase& p, int member, int row0, int valid,
-                                           int begin, int count) {
-    const int q = lane_quarter(), tiles = p.in_stride / kTile;
+  // The sums that come with tiles [begin, begin + count) of d z: asked for before the operand, added after it.
+  std::uint64_t sum_words[NT][2];
+
+  __device__ __forceinline__ const std::uint64_t* sums_at(const Block<Weight, NT>& block, const Phase& p, int member,
+                                                          int row, int begin) const {
+    return block.words + p.source_sums +
+           (row_index(p, member, row) * (p.in_stride / kTile) + begin + lane_quarter()) * kTileSums;
+  }
+  __device__ __forceinline__ void load_sums(const Block<Weight, NT>& block, const Phase& p, int member, int row0,
+                                            int valid, int begin, int count) {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       const int r = 8 * n + lane_row();
-      const bool wanted = q < count && r < valid;
-      const std::uint64_t* sums =
-          block.words + p.source_sums + (row_index(p, member, row0 + r) * tiles + begin + q) * kTileSums;
-      first[n] += quad_sum(wanted ? receive_number(sums, block.tag, block.patience) : 0.0f);
-      second[n] += quad_sum(wanted ? receive_number(sums + 1, block.tag, block.patience) : 0.0f);
+      const std::uint64_t* at = sums_at(block, p, member, row0 + r, begin);
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        sum_words[n][s] = lane_quarter() < count && r < valid ? load_word(at + s) : tagged_word(0u, block.tag);
+      }
+    }
+  }
+  __device__ __forceinline__ void add_sums(Block<Weight, NT>& block, const Phase& p, int member, int row0, int begin) {
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      const std::uint64_t* at = sums_at(block, p, member, row0 + 8 * n + lane_row(), begin);
+      first[n] += quad_sum(bits_float(await_word(at, sum_words[n][0], block.tag, block.patience)));
+      second[n] += quad_sum(bits_float(await_word(at + 1, sum_words[n][1], block.tag, block.patience)));
     }
   }
 

@@ -5,7 +5,7 @@
 // no barrier between blocks. x and the few numbers of a row are computed by every block for itself (update.h).
 #include "block.h"
 #include "host.h"
-#include "layers.h"
+#include "norms.h"
 #include "update.h"
 
 namespace qpilots {
@@ -72,10 +72,11 @@ __device__ __forceinline__ bool run_product(const SampleArgs& a, Block<Weight, N
     do {
       const int count = slice.end - column < kChunk ? slice.end - column : kChunk;
       OperandWords<Weight, NT> operand;
+      if (work == RowWork::kSums) parts.load_sums(block, p, member, row0, valid, column, count);
       load_operand<Weight, NT>(a, block, p, member, row0, valid, column, count, operand);
       if (row0 == 0 && column == slice.begin) block.stream.await(a);
       if (work == RowWork::kMoments) parts.add_moments(p, operand, column, column + count);
-      if (work == RowWork::kSums) parts.add_sums(block, p, member, row0, valid, column, count);
+      if (work == RowWork::kSums) parts.add_sums(block, p, member, row0, column);
       multiply_group<NT>(weights + column * kTile, stride, operand, count, tiles, partials, column == slice.begin);
       column += kChunk;
     } while (column < slice.end);
