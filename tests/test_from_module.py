@@ -767,9 +767,64 @@ def test_recognised_in_any_context(context):
     assert_packed_runs_as(network, *inputs())
 
 
-def test_cast_to_float32_is_named():
-    with pytest.raises(ValueError, match="proof runs in float64"):
-        from_module(Wrapped(Critic(), before=lambda o, a: (o.float(), a.float())), "critic", **DIMS)
+def test_modules_that_cast_to_float32():
+    """Tianshou's Net makes float32 tensors of whatever it is given: the proof is in float32 then."""
+    module = Wrapped(Critic(act=nn.GELU, norm="pre"), before=lambda o, a: (o.float(), a.float()))
+    network = from_module(module, "critic", **DIMS)
+    assert network.spec.activation == "gelu" and set(network.spec.layer_norm) == {"pre"}
+    assert_packed_runs_as(network, *inputs())
+    off = Wrapped(Critic(), before=lambda o, a: (o.float(), a.float()), after=lambda q: 1.001 * q)
+    with pytest.raises(ValueError, match=r"outputs differ .* \(relative, float32"):
+        from_module(off, "critic", **DIMS)
+
+
+def _state_of(members):
+    return torch.func.stack_module_state(members)[0]
+
+
+def _tensordict_of(members):
+    tensordict = pytest.importorskip("tensordict", reason="tensordict is not installed")
+    return tensordict.from_modules(*members, as_module=True)
+
+
+@pytest.mark.parametrize("stack", [_state_of, _tensordict_of])
+@pytest.mark.parametrize("on_meta", [False, True])
+def test_a_template_and_stacked_parameters(stack, on_meta):
+    members = [mlp(S + A, 1, H, H, norm="post") for _ in range(3)]
+    params = stack(members)
+    template = copy.deepcopy(members[0])
+    network = from_module((template.to("meta") if on_meta else template, params), "critic", **DIMS)
+    assert network.spec.num_members == 3
+    for _ in range(2):
+        assert_packed_runs_as(network, *inputs())
+        with torch.no_grad():
+            for tensor in network.flat_parameters():
+                tensor.add_(0.1)
+    flow = FlowMLP(S, A, (H,))
+    sampler = SteeredSampler(flow, network, Steering.qpilots_u())
+    obs, noise = torch.randn(B, S), torch.randn(B, A)
+    eager = SteeredSampler(flow, lambda o, a: network(o, a), Steering.qpilots_u())
+    torch.testing.assert_close(sampler(obs, noise), eager(obs, noise), **FLOAT32_TOLERANCE)
+
+
+def test_stacked_parameters_alone_are_refused_with_the_advice():
+    params = _tensordict_of([mlp(S + A, 1, H) for _ in range(2)])
+    with pytest.raises(ValueError, match=r"holds parameters .* Give \(template, params\)"):
+        from_module(params, "critic", **DIMS)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_critics_of_stable_baselines3(shared):
+    policies = pytest.importorskip("stable_baselines3.common.policies", reason="stable-baselines3 is not installed")
+    from gymnasium.spaces import Box
+    from stable_baselines3.common.torch_layers import FlattenExtractor
+
+    spaces = Box(-1, 1, (S,)), Box(-1, 1, (A,))
+    extractor = FlattenExtractor(spaces[0])
+    critic = policies.ContinuousCritic(*spaces, [H, H], extractor, S, share_features_extractor=shared)
+    network = from_module(critic, "critic", observation_space=spaces[0], action_space=spaces[1])
+    assert network.spec.num_members == 2 and network.spec.own_columns is None
+    assert_packed_runs_as(network, *inputs())
 
 
 def test_refused_members_that_differ():

@@ -23,7 +23,8 @@ from .modules import ModuleNetwork, Recognition, dropouts
 from .proof import batch_size_apart_from, prove, random_blocks
 from .random_states import kept_random_states
 from .refusal import NotCallable, Refused, first_line
-from .sources import named_sources, randomise, submodule
+from .sources import is_mapping, named_sources, randomise, submodule
+from .template import StackedTemplate, stacked_template
 from .trunk import from_layers
 from .way_out import way_out
 
@@ -42,7 +43,9 @@ def from_module(module: nn.Module | Sequence[nn.Module], kind: str = "flow", **h
         module: called as module(obs, noisy_actions, t) ("flow"), module(obs, actions) ("critic"), or
             module(obs, xbar, noisy_actions, t, s, u) ("meta_flow_map"), t being [B, 1] or [B]; or as
             module(columns) with one tensor, the blocks concatenated in `input_order`. A list, tuple or ModuleList of
-            critics is an ensemble. Critics may return [E, B], [B, E], [E, B, 1], [B, 1], [B], or a list of these last.
+            critics is an ensemble, and so is (template, params): one module, and the stacked parameters of the members,
+            as TensorDictParams or as torch.func.stack_module_state's dict. Critics may return [E, B], [B, E],
+            [E, B, 1], [B, 1], [B], or a list of these last.
         kind: "flow", "critic" or "meta_flow_map".
         hints: what the numbers cannot tell, or what shortens the search:
             obs_dim, action_dim: the widths (read from attributes of that name, or inferred for flows, where absent).
@@ -72,7 +75,10 @@ def from_module(module: nn.Module | Sequence[nn.Module], kind: str = "flow", **h
         if module.spec.kind != kind:
             raise ValueError(f"from_module: kind is {kind!r}, but the module is a packed {module.spec.kind}.")
         return module
-    if is_list(module) or isinstance(module, (list, tuple)):
+    template = stacked_template(module)
+    if template is not None:
+        module = template
+    elif is_list(module) or isinstance(module, (list, tuple)):
         module = [unwrapped(member) for member in module]
         if module and all(isinstance(member, nn.Module) for member in module):
             module = nn.ModuleList(module)
@@ -99,16 +105,30 @@ def recognise(
     Raises:
         Refused: with the reason.
     """
+    if is_mapping(module) and hints.get("call") is None:
+        raise Refused(
+            f"it holds parameters ({type(module).__name__}) and no forward",
+            "Give (template, params), where template is the module whose parameters these are, stacked.",
+        )
     _check_layers(module, in_eval_mode)
-    if hints.get("call") is None:
+    if hints.get("call") is None and not isinstance(module, StackedTemplate):
         check_argument_order(module, kind)
     with (
         torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.device("cpu"), kept_random_states(),
     ):  # fmt: skip
         if hints.get("weights"):
             hints = {**hints, "weights": stacked.roles_from_hints(module, hints)}
-        probe = _double_copy(module)
-        return _recognise(probe.eval() if in_eval_mode else probe, kind, hints), probe
+        probe = _copy_for_proof(module, torch.float64, in_eval_mode)
+        try:
+            return _recognise(probe, kind, hints), probe
+        except NotCallable as refusal:
+            if "dtype" not in str(refusal):
+                raise
+            probe = _copy_for_proof(module, torch.float32, in_eval_mode)  # it casts to float32 on the way
+            try:
+                return _recognise(probe, kind, hints, torch.float32), probe
+            except NotCallable:
+                raise refusal from None
 
 
 def _check_layers(module: nn.Module, in_eval_mode: bool) -> None:
@@ -137,31 +157,32 @@ def cure_for(refusal: Refused, module: nn.Module, kind: str, hints: dict[str, An
 # ---------------------------------------------------------------- recognition
 
 
-def _double_copy(module: nn.Module) -> nn.Module:
-    """A float64 copy on the CPU that shares nothing."""
+def _copy_for_proof(module: nn.Module, dtype: torch.dtype, in_eval_mode: bool) -> nn.Module:
+    """A copy on the CPU in this dtype that shares nothing."""
     try:
         probe = copy.deepcopy(module).to("cpu") if not _has_meta(module) else copy.deepcopy(module)
     except Exception as error:
         raise Refused(f"it cannot be copied for the proof ({type(error).__name__}: {error})") from None
-    probe = probe.double()
+    probe = probe.to(dtype)
     for source, tensor in named_sources(probe):
-        if tensor.dtype != torch.float64 and source.keys:  # a mapping held as a plain attribute: .double() passed it by
+        if tensor.dtype != dtype and source.keys:  # a mapping held as a plain attribute: .to() passed it by
             holder = submodule(probe, source.path)
             holder = getattr(holder, source.name) if source.name else holder
             for key in source.keys[:-1]:
                 holder = holder[key]
-            holder[source.keys[-1]] = tensor.detach().cpu().double().requires_grad_(tensor.requires_grad)
-    return probe
+            holder[source.keys[-1]] = tensor.detach().cpu().to(dtype).requires_grad_(tensor.requires_grad)
+    return probe.eval() if in_eval_mode else probe
 
 
 def _has_meta(module: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in module.parameters())
 
 
-def _recognise(probe: nn.Module, kind: str, hints: dict[str, Any]) -> Recognition:
+def _recognise(probe: nn.Module, kind: str, hints: dict[str, Any], dtype: torch.dtype | None = None) -> Recognition:
     generator = torch.Generator().manual_seed(0)
     reasons: list[str] = []
     for dims, call, named in _attempts(probe, kind, hints, generator):
+        call = replace(call, dtype=dtype)
         blocks = list(named.values())
         try:
             with torch.no_grad():
@@ -177,13 +198,8 @@ def _recognise(probe: nn.Module, kind: str, hints: dict[str, Any]) -> Recognitio
             check_repeats(probe, call, blocks)
             raise
         return replace(found, modes=followed_modes(probe, call, found.layout, blocks))
-    cast = (
-        " (the proof runs in float64, which a cast to float32 inside the module stops)"
-        if "dtype" in str(reasons)
-        else ""
-    )
-    asks = "" if hints.get("call") is not None or cast else " (give the hint call where it takes other arguments)"
-    raise NotCallable("it could not be called: " + "; ".join(reasons[:3]) + cast + asks)
+    asks = "" if hints.get("call") is not None else " (give the hint call where it takes other arguments)"
+    raise NotCallable("it could not be called: " + "; ".join(reasons[:3]) + asks)
 
 
 def _attempts(

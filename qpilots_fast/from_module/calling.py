@@ -35,6 +35,7 @@ class UserCall:
         obs: what the module is shown in place of obs, a function of obs.
         dims: of the flow's actions, those that the critic is shown, in this order; None: all.
         action_scale, action_shift: the critic is shown actions * scale + shift; read at each call.
+        dtype: what the module is called in, where it casts to that itself; None: the inputs' own.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class UserCall:
     dims: tuple[int, ...] | None = None
     action_scale: Tensor | float | None = None
     action_shift: Tensor | float | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -71,7 +73,7 @@ class UserCall:
 
     def _shown(self, blocks: Sequence[Tensor]) -> list[Any]:
         """The blocks as the module is shown them."""
-        obs, actions, *times = blocks
+        obs, actions, *times = blocks if self.dtype is None else [block.to(self.dtype) for block in blocks]
         if self.obs is not None:
             obs = _features(self.obs, obs)
         if self.dims is not None:

@@ -22,7 +22,7 @@ from .calling import TIMES, UserCall
 from .refusal import FollowsOther, Refused, number
 from .sources import Source, named_sources
 
-EXACT = 1e-9  # relative, of float64 recomputations
+EXACT = {torch.float64: 1e-9, torch.float32: 1e-5}  # relative, of recomputations from numbers in a dtype
 COLUMN_TOLERANCE = 1e-6  # a float32 cast inside the module is no other structure
 
 
@@ -90,7 +90,7 @@ def trace(module: nn.Module, call: UserCall, blocks: Sequence[Tensor]) -> Trace:
             found.calls[-1].norms.append(layer)
 
     kinds = (nn.Linear, nn.LayerNorm)
-    hooks = [m.register_forward_hook(record) for m in module.modules() if isinstance(m, kinds)]
+    hooks = [m.register_forward_hook(record) for _, m in module.named_modules() if isinstance(m, kinds)]
     try:
         found.output = call(module, blocks)
     finally:
@@ -122,6 +122,11 @@ def feature_tolerance(embedding: str, dim: int) -> float:
     """Users compute angles in float32: a few roundings of the largest angle."""
     largest = {"raw": 1.0, "sinusoidal": 1e4, "fourier": dim / 2}[embedding]
     return 1e-6 + 4e-7 * largest
+
+
+def column_tolerance(block: Tensor) -> float:
+    """How far columns may be off a block that they hold: a cast to float32 on the way."""
+    return COLUMN_TOLERANCE * max(1.0, block.abs().max().item())
 
 
 def read_columns(columns: Tensor, named: dict[str, Tensor], embedding: str | None = None) -> InputColumns:
@@ -165,7 +170,7 @@ def check_plain_columns(columns: Tensor, named: dict[str, Tensor], spec: Network
     for name, block in named.items():
         if name not in TIMES and block.shape[1]:
             gap = (columns[:, spec.block_slices[name]] - block).abs().max().item()
-            if not gap <= COLUMN_TOLERANCE:
+            if not gap <= column_tolerance(block):
                 raise Refused(f"its first Linear reads other columns than {name}: off by {number(gap)}")
 
 
@@ -189,7 +194,7 @@ def _block_at(
     for name, block in plain.items():
         if block.shape[1] <= columns.shape[1]:
             gap = (columns[:, : block.shape[1]] - block).abs().max().item()
-            if gap <= COLUMN_TOLERANCE:
+            if gap <= column_tolerance(block):
                 return name, None
             closest.append((gap, name))
     for name, block in times.items():
@@ -228,14 +233,14 @@ def matches_between(call: LinearCall, following: Tensor) -> set[Match]:
     gaps = []
     for kind in ACTIVATIONS:
         for placement in ("pre", "post") if call.norms else (None,):
-            h = call.output
+            h = call.output.double()
             if placement == "pre":
                 h = _norm(h, call.norms[0])
             h = ACTIVATIONS[kind].value(h)
             if placement == "post":
                 h = _norm(h, call.norms[0])
             gap = (h - following).abs().max().item() / (1 + following.abs().max().item())
-            if gap <= EXACT:
+            if gap <= EXACT[call.output.dtype]:
                 found.add((kind, placement))
             gaps.append((gap, kind if placement is None else f"{kind}, norm {placement!r}"))
     if not found:
@@ -264,7 +269,8 @@ def choose_matches(layers: Sequence[Sequence[set[Match]]]) -> tuple[str, tuple[s
 def _norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     if tuple(norm.normalized_shape) != (x.shape[-1],):
         raise Refused(f"a LayerNorm is over {list(norm.normalized_shape)}; expected the {x.shape[-1]} hidden units")
-    return layer_norm(x, norm.weight, norm.bias, norm.eps)[0]
+    scale, shift = (None if p is None else p.double() for p in (norm.weight, norm.bias))
+    return layer_norm(x, scale, shift, norm.eps)[0]
 
 
 # ---------------------------------------------------------------- the whole network

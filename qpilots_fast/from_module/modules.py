@@ -139,7 +139,9 @@ class ModuleNetwork(PackableNetwork):
 
 def dropouts(module: nn.Module) -> list[Any]:
     """The dropout layers of a module that drop something in training mode."""
-    return [layer for layer in module.modules() if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0]
+    return [
+        layer for _, layer in module.named_modules() if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0
+    ]
 
 
 def _structure(module: nn.Module) -> dict[str, str]:

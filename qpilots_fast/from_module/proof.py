@@ -15,7 +15,7 @@ from .calling import BLOCKS_OF_KIND, SCALES, TIMES, OutputLayout, UserCall
 from .refusal import Refused, number
 from .sources import Source
 
-TOLERANCE = 1e-8  # relative, float64 against float64
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-5}  # relative, of a module in a dtype against ours in float64
 MOVING = {"flow": "noisy_actions", "critic": "actions", "meta_flow_map": "noisy_actions"}
 
 
@@ -106,6 +106,7 @@ def prove(
     worst = 0.0
     moving = MOVING[spec.kind]
     dims = (spec.obs_dim, spec.action_dim)
+    dtype = call.dtype or torch.float64
     with torch.no_grad():
         bound = replace(bind(spec, [source.find(module).double() for source in sources]), own=own)
         recognised = ReferenceNetwork(bound, torch.float64)
@@ -132,9 +133,9 @@ def prove(
             d_columns = pullback(d_output).sum(0)
             d_moving, mapped = d_columns[:, spec.moving_columns], bound.action_map(leaf)
             expected_grad = d_moving if mapped is None else mapped.pull_back(d_moving, spec.action_dim)
-        worst = max(worst, _compare("outputs", expected, theirs.detach(), scale))
+        worst = max(worst, _compare("outputs", expected, theirs.detach(), scale, dtype))
         # that with respect to obs is none of a sampler's business: an encoder may run under no_grad, or in float32
-        worst = max(worst, _compare(f"gradient with respect to {moving}", expected_grad, their_grad, scale))
+        worst = max(worst, _compare(f"gradient with respect to {moving}", expected_grad, their_grad, scale, dtype))
     return worst
 
 
@@ -145,14 +146,18 @@ def _gradient(output: Tensor, leaf: Tensor, cotangent: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if grad is None else grad
 
 
-def _compare(what: str, ours: Tensor, theirs: Tensor, scale: float) -> float:
+def _compare(what: str, ours: Tensor, theirs: Tensor, scale: float, dtype: torch.dtype) -> float:
     if ours.shape != theirs.shape:
         raise Refused(f"its {what} have shape {list(theirs.shape)}, expected {list(ours.shape)}")
     size = 1 + ours.abs().max().item()
     gap = (ours - theirs).abs().max().item() / size
-    if not gap <= TOLERANCE:
+    if not gap <= TOLERANCE[dtype]:
         raise Refused(
-            f"its {what} differ from those of the recognised structure by {number(gap)} (relative, float64; allowed "
-            f"{number(TOLERANCE)}) on random inputs of scale {scale:g}"
+            f"its {what} differ from those of the recognised structure by {number(gap)} (relative, {_name(dtype)}; "
+            f"allowed {number(TOLERANCE[dtype])}) on random inputs of scale {scale:g}"
         )
     return gap
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -76,13 +76,14 @@ def is_mapping(value: object) -> bool:
     )
 
 
-def _mapping_entries(mapping: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+def mapping_entries(mapping: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    """(keys, tensor) of every tensor inside, at any depth."""
     for key in list(mapping.keys()):
         value = mapping[key]
         if isinstance(value, Tensor):
             yield (*keys, key), value
         elif is_mapping(value):
-            yield from _mapping_entries(value, (*keys, key))
+            yield from mapping_entries(value, (*keys, key))
 
 
 def named_sources(module: nn.Module) -> list[tuple[Source, Tensor]]:
@@ -91,14 +92,14 @@ def named_sources(module: nn.Module) -> list[tuple[Source, Tensor]]:
 
     def visit(owner: Any, path: tuple[str, ...]) -> None:
         if is_mapping(owner):  # a TensorDictParams is a module and a mapping at once
-            found.extend((Source(path, "", keys), tensor) for keys, tensor in _mapping_entries(owner))
+            found.extend((Source(path, "", keys), tensor) for keys, tensor in mapping_entries(owner))
             return
         for name, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
             if tensor is not None:
                 found.append((Source(path, name), tensor))
         for name, value in vars(owner).items():
             if not name.startswith("_") and not isinstance(value, nn.Module) and is_mapping(value):
-                found.extend((Source(path, name, keys), tensor) for keys, tensor in _mapping_entries(value))
+                found.extend((Source(path, name, keys), tensor) for keys, tensor in mapping_entries(value))
         for name, child in owner._modules.items():
             if child is not None:
                 visit(child, (*path, name))

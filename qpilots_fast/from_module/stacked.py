@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..activations import ACTIVATIONS
 from ..spec import INPUT_ORDER, NetworkSpec
 from .calling import TIMES, OutputLayout
-from .proof import evaluate, ours, to_module_output
+from .proof import TOLERANCE, evaluate, ours, to_module_output
 from .refusal import Refused, number
 from .sources import Source, find_source, named_sources
 
@@ -266,7 +266,7 @@ def search(
         for layout in layouts:
             candidate = to_module_output(spec, output_of_first, named, layout)
             gap = (candidate - target).abs().max().item() / (1 + target.abs().max().item())
-            if gap <= 1e-8:
+            if gap <= TOLERANCE[target.dtype]:
                 return spec, layout
             label = (
                 f"{spec.activation}, layer_norm {next((p for p in spec.layer_norm if p), None)!r}, "
