@@ -23,6 +23,7 @@ from .from_module.proof import batch_size_apart_from, random_blocks
 from .from_module.python_state import Fact, check_functions, check_objects, facts_read
 from .from_module.random_states import kept_random_states
 from .from_module.refusal import NotCallable, Refused, first_line
+from .from_module.sources import part_at
 from .networks import PackableNetwork, Slots, module_slots, slots_hold
 from .spec import POSTERIOR_DRAW
 from .steering import Steering
@@ -69,7 +70,7 @@ class _Trial:
             return False
         if _structure(module) != self.structure or (self.found is not None and _hooked(module) is not None):
             return False
-        return all(getattr(module.get_submodule(path), name, None) == value for path, name, value in self.facts)
+        return all(getattr(part_at(module, path), name, None) == value for path, name, value in self.facts)
 
 
 _trials: MutableMapping[nn.Module, list[_Trial]] = weakref.WeakKeyDictionary()  # by the first of the members
@@ -243,7 +244,7 @@ class OwnModule:
         for part in self.module.modules():
             self.slots += [(hooks, None, 0) for hooks in (part._forward_hooks, part._forward_pre_hooks)]
         for path, name, _ in self.trial.facts:
-            attributes = vars(self.module.get_submodule(path))
+            attributes = vars(part_at(self.module, path))
             self.slots.append((attributes, name, attributes[name]))
 
     @property

@@ -403,3 +403,44 @@ def test_widths_from_spaces_and_networks() -> None:
         assert (spec.obs_dim, spec.action_dim) == (S, A)
     with pytest.raises(ValueError, match="is for critics"):
         from_module(Flow(PlainSinusoidal()), "flow", **DIMS, action_scale=2.0)
+
+
+# ---------------------------------------------------------------- wrappers inside, layers that come late
+
+
+@needs_cpu
+@pytest.mark.parametrize("in_place", [False, True])
+def test_parts_that_torch_compiles(in_place: bool) -> None:
+    flow, critic = Flow(SinusoidalMLP()), Everything()
+    for owner, name in ((flow, "net"), (flow, "time"), (critic, "q1"), (critic, "encoder")):
+        part = getattr(owner, name)
+        width = part.width if name == "time" else None
+        if in_place:
+            part.compile(backend="eager")
+        else:
+            setattr(owner, name, torch.compile(part, backend="eager"))
+        if width is not None:
+            getattr(owner, name).width = width
+    sampler = sampler_of(from_module(flow, "flow", **DIMS), from_module(critic, "critic", **DIMS))
+    for _ in range(2):
+        agrees(sampler, flow, critic)
+        change(flow, critic)
+
+
+def test_layers_that_the_first_call_builds() -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q: nn.Module | None = None
+
+        def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+            columns = torch.cat([obs, actions], -1)
+            if self.q is None:
+                self.q = nn.Sequential(nn.Linear(S + A, H), nn.ReLU(), nn.Linear(H, 1)).to(columns.dtype)
+            return self.q(columns)
+
+    critic = Late()
+    with pytest.raises(ValueError, match=r"no q\.0\.weight before its first call.* Call the module once on a batch"):
+        from_module(critic, "critic", **DIMS)
+    critic(torch.randn(2, S), torch.randn(2, A))
+    assert from_module(critic, "critic", **DIMS).spec.hidden_dims == (H,)

@@ -23,7 +23,7 @@ from .modules import ModuleNetwork, Recognition, dropouts
 from .proof import batch_size_apart_from, prove, random_blocks
 from .random_states import kept_random_states
 from .refusal import NotCallable, Refused, first_line
-from .sources import is_mapping, named_sources, randomise, submodule
+from .sources import is_mapping, named_sources, randomise, submodule, unwrap_inside
 from .template import StackedTemplate, stacked_template
 from .trunk import from_layers
 from .way_out import way_out
@@ -120,13 +120,13 @@ def recognise(
             hints = {**hints, "weights": stacked.roles_from_hints(module, hints)}
         probe = _copy_for_proof(module, torch.float64, in_eval_mode)
         try:
-            return _recognise(probe, kind, hints), probe
+            return _held(module, _recognise(probe, kind, hints)), probe
         except NotCallable as refusal:
             if "dtype" not in str(refusal):
                 raise
             probe = _copy_for_proof(module, torch.float32, in_eval_mode)  # it casts to float32 on the way
             try:
-                return _recognise(probe, kind, hints, torch.float32), probe
+                return _held(module, _recognise(probe, kind, hints, torch.float32)), probe
             except NotCallable:
                 raise refusal from None
 
@@ -163,6 +163,8 @@ def _copy_for_proof(module: nn.Module, dtype: torch.dtype, in_eval_mode: bool) -
         probe = copy.deepcopy(module).to("cpu") if not _has_meta(module) else copy.deepcopy(module)
     except Exception as error:
         raise Refused(f"it cannot be copied for the proof ({type(error).__name__}: {error})") from None
+    if not is_mapping(probe):
+        unwrap_inside(probe)
     probe = probe.to(dtype)
     for source, tensor in named_sources(probe):
         if tensor.dtype != dtype and source.keys:  # a mapping held as a plain attribute: .to() passed it by
@@ -172,6 +174,19 @@ def _copy_for_proof(module: nn.Module, dtype: torch.dtype, in_eval_mode: bool) -
                 holder = holder[key]
             holder[source.keys[-1]] = tensor.detach().cpu().to(dtype).requires_grad_(tensor.requires_grad)
     return probe.eval() if in_eval_mode else probe
+
+
+def _held(module: nn.Module, found: Recognition) -> Recognition:
+    """What was found, where the module itself holds the parameters that its copy had after a call."""
+    for source in found.sources:
+        try:
+            source.find(module)
+        except (AttributeError, KeyError, TypeError):
+            raise Refused(
+                f"it has no {source} before its first call, which builds it",
+                "Call the module once on a batch, and try again.",
+            ) from None
+    return found
 
 
 def _has_meta(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from ..networks import PackableNetwork, Slots, module_slots
 from ..spec import BoundNetwork, NetworkSpec
 from .calling import OutputLayout, UserCall
 from .own_columns import ModuleColumns, OwnRecognition
-from .sources import Source, submodule
+from .sources import Source, part_at, submodule
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ModuleNetwork(PackableNetwork):
         self._call_module = found.call
         self._layout = found.layout
         self._dropouts = dropouts(module)
-        self._modes = [(module.get_submodule(path), training) for path, training in found.modes]
+        self._modes = [(part_at(module, path), training) for path, training in found.modes]
         self._structure = _structure(module)
         self._own = None if found.own is None else ModuleColumns(module, found.call, found.spec, found.own)
         self.training = module.training  # not self.train(): parts of the module may be in another mode

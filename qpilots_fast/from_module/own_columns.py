@@ -7,7 +7,7 @@ to the first Linear that reads the actions.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -45,15 +45,27 @@ class _UpTo(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def columns_before(weight: Tensor, module: nn.Module, call: UserCall, blocks: Sequence[Tensor]) -> Tensor:
-    """What the Linear of this weight reads when the module is called on these blocks: [B, D]."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+def columns_before(
+    weight: Tensor, module: nn.Module, call: UserCall, blocks: Sequence[Tensor], compiled: bool = False
+) -> Tensor:
+    """What the Linear of this weight reads when the module is called on these blocks: [B, D].
+
+    compiled: whether torch.compile runs a part of the module; it is then called without.
+    """
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False), eager:
         try:
             with _UpTo(weight):
                 call(module, blocks)
         except _Reached as reached:
             return reached.args[0].detach()
     raise Refused("its first Linear is not called every time")
+
+
+def _has_compiled(module: nn.Module) -> bool:
+    return any(
+        "_orig_mod" in part._modules or part._compiled_call_impl is not None for _, part in module.named_modules()
+    )
 
 
 # ---------------------------------------------------------------- live
@@ -95,6 +107,7 @@ class ModuleColumns(OwnColumns):
 
     def __init__(self, module: nn.Module, call: UserCall, spec: NetworkSpec, found: OwnRecognition) -> None:
         self._module, self._call, self._spec, self._found = module, call, spec, found
+        self._compiled = _has_compiled(module)
 
     def obs(self, obs: Tensor) -> Tensor:
         return self._block("obs", len(obs), obs, obs=obs)
@@ -127,7 +140,7 @@ class ModuleColumns(OwnColumns):
             if value is None:
                 value = torch.full((rows, width), at.get(block, 0.0))
             blocks.append(value.detach().to(weight.device, weight.dtype))
-        columns = columns_before(weight, self._module, self._call, blocks)
+        columns = columns_before(weight, self._module, self._call, blocks, self._compiled)
         return columns[:, spec.block_slices[name]].to(like.device, like.dtype)
 
 

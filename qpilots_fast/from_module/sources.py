@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..callables import unwrapped
+
 
 @dataclass(frozen=True)
 class Source:
@@ -61,10 +63,24 @@ class Source:
 
 
 def submodule(module: nn.Module, path: Sequence[str]) -> Any:
+    """The part of a module at this path, which knows nothing of wrappers on the way."""
     owner: Any = module
     for part in path:
-        owner = owner._modules[part]
+        owner = unwrapped(owner._modules[part])
     return owner
+
+
+def part_at(module: nn.Module, path: str) -> Any:
+    """`submodule` by a dotted path, as named_modules of a copy without wrappers writes it."""
+    return submodule(module, path.split(".") if path else ())
+
+
+def unwrap_inside(module: nn.Module) -> None:
+    """Takes the parts of a copy out of DistributedDataParallel and torch.compile."""
+    for part in module.modules():
+        part._compiled_call_impl = None
+        for name, child in part._modules.items():
+            part._modules[name] = unwrapped(child)
 
 
 def is_mapping(value: object) -> bool:
