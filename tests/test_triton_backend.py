@@ -135,7 +135,7 @@ def test_planes_do_not_grow_with_the_batch() -> None:
     """Beyond a chunk only the report and alpha grow."""
     made = plan(Steering.qpilots_u())
     assert workspace_bytes(made, 131072) - workspace_bytes(made, 65536) == 65536 * (10 * made.spec.num_steps + 4)
-    assert made.chunk == 1024 and plan(Steering.qpilots_m()).chunk == 256  # 1024 draws
+    assert made.chunk == 1664 and plan(Steering.qpilots_m()).chunk == 416  # 1664 draws
 
 
 def test_predictions_grow_with_work_and_shrink_with_precision() -> None:

@@ -14,6 +14,7 @@ from qpilots_fast.backends.triton.launch_table import LaunchTable, dot_mode
 from qpilots_fast.backends.triton.launcher import kernel_of
 from qpilots_fast.backends.triton.packing import OPERAND_DTYPES, PackedBuffers, network_layout, pack_options
 from qpilots_fast.backends.triton.plan import SamplerPlan
+from qpilots_fast.backends.triton.row_pieces import clean_actions_launch, steer_step_launch
 from qpilots_fast.spec import NetworkSpec, SamplerSpec
 from qpilots_fast.steering import Steering
 
@@ -121,17 +122,23 @@ def cases(sm: int, precisions: tuple[str, ...] = ("bfloat16", "float16", "tf32",
                 plan = SamplerPlan(spec, _META, LaunchTable(), sm=sm)
                 launches = [launch for _, program in programs(plan, rows) for launch in program]
                 yield from _new(launches, f"{label}, B = {rows}", precision, quick and half, seen)
+        if half:
+            yield from _new(list(_row_pieces()), "row pieces", precision, False, seen)
         for pull in (False, True):
             launches = _single(paper["critic"], sm, precision, pull)
             yield from _new(launches, "one network", precision, False, seen)
 
 
+def compile_key(launch: Launch) -> tuple[Any, ...]:
+    """The same for launches that are compiled to the same code, of one precision."""
+    names = [parameter.name for parameter in kernel_of(launch.name).params if parameter.is_constexpr]
+    return (launch.name, *(launch.arguments.get(name) for name in (*names, *_OPTIONS)))
+
+
 def _new(launches: list[Launch], label: str, precision: str, quick: bool, seen: set[Any]) -> Iterator[KernelCase]:
     """Those that are compiled anew."""
     for launch in launches:
-        kernel = kernel_of(launch.name)
-        names = [parameter.name for parameter in kernel.params if parameter.is_constexpr]
-        key = (launch.name, *(launch.arguments.get(name) for name in (*names, *_OPTIONS)))
+        key = compile_key(launch)
         if key not in seen:
             seen.add(key)
             yield KernelCase(launch, f"{label}: {_what(launch)}", precision, quick)
@@ -151,6 +158,14 @@ def _pack_launch(kernel: str, precision: str, scale: bool) -> Launch:
     weights = torch.empty(1, dtype=OPERAND_DTYPES[precision], device=_META)
     pointers = dict(item_ptr=table, block_ptr=table, weights_ptr=weights, vectors_ptr=vectors)
     return Launch.of(kernel, (1,), **pointers, **pack_options(kernel, torch.float32, scale))
+
+
+def _row_pieces() -> Iterator[Launch]:
+    rows, row, wide = (torch.empty(shape, device=_META) for shape in ((64, 25), (64,), (64, 1600)))
+    flags = torch.empty(64, dtype=torch.int8, device=_META)
+    yield clean_actions_launch(rows, rows, rows, rows)
+    for steering, std, x in ((Steering.qpilots_u(), None, rows), (Steering.gaf(), row, rows), (Steering(), None, wide)):
+        yield steer_step_launch(x, x, x, std, x[0], 0.1, steering, x, row, flags)
 
 
 def _single(spec: NetworkSpec, sm: int, precision: str, pull: bool) -> list[Launch]:

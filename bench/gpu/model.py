@@ -16,7 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qpilots_fast.backends.cuda.counts import count_call_exchanges, counted_program, phase_counts
-from qpilots_fast.backends.triton.counts import call_counts, hbm_bytes, pack_launches, workspace_bytes
+from qpilots_fast.backends.triton.counts import (
+    call_counts,
+    hbm_bytes,
+    launch_counts,
+    pack_launches,
+    programs,
+    workspace_bytes,
+)
+from qpilots_fast.backends.triton.evaluation import Launch
 from qpilots_fast.backends.triton.launch_table import LaunchTable
 from qpilots_fast.backends.triton.plan import SamplerPlan
 from qpilots_fast.spec import SamplerSpec
@@ -149,6 +157,26 @@ def prediction_table(names: tuple[str, ...], batches: tuple[int, ...]) -> str:
     return _table(f"{ours_header}|eager bf16 in a graph|compiled bf16, bound", rows)
 
 
+def issue_table(names: tuple[str, ...], batches: tuple[int, ...], device: Device = DEVICES[0]) -> str:
+    """Predicted, not measured: what instructions add to the bounds; bfloat16. Compiles the kernels."""
+    from .issue import warp_instructions
+
+    def issued(launch: Launch) -> int:
+        return warp_instructions(launch, device.sm)
+
+    rows = []
+    for name in names:
+        plan = sampler_plan(make_workload(CASES["paper"], name, 1), "bfloat16", device)
+        for batch in batches:
+            total = 0
+            for times, launches in programs(plan, batch):
+                counts = [(launch_counts(launch, plan.operand.itemsize), issued(launch)) for launch in launches]
+                total += times * sum(one.programs * one.warps * instructions for one, instructions in counts)
+            bounds = [1e3 * triton_seconds(plan, batch, device, count) for count in (None, issued)]
+            rows.append((name, str(batch), f"{total / 1e9:.2f}", *(f"{ms:.2f}" for ms in bounds)))
+    return _table("method|B|warp instructions, G|flops and bytes, ms|and instructions, ms", rows)
+
+
 def cuda_table(names: tuple[str, ...], batches: tuple[int, ...]) -> str:
     """The persistent CUDA kernel, predicted: microseconds with the lower and the higher assumed latencies."""
     rows = []
@@ -176,9 +204,11 @@ def cuda_table(names: tuple[str, ...], batches: tuple[int, ...]) -> str:
 
 def main() -> None:
     names = ("U", "M")
-    print(counts_table(names, (1, 16, 256, 4096)))
+    print(counts_table(names, (1, 16, 64, 256, 1024, 4096)))
     print()
-    print(prediction_table(names, (1, 16, 256, 4096)))
+    print(prediction_table(names, (16, 64, 256, 1024, 4096)))
+    print()
+    print(issue_table(names, (1, 16, 64, 256, 1024, 4096)))
     print()
     print(cuda_table(("U", "U-identity", "M"), (1, 16)))
 

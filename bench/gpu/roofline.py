@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from qpilots_fast.backends.cuda.counts import count_call_exchanges, phase_counts
 from qpilots_fast.backends.cuda.plan import Program
-from qpilots_fast.backends.triton.counts import call_counts, hbm_bytes
+from qpilots_fast.backends.triton.counts import KernelCounts, hbm_bytes, launch_counts, programs
+from qpilots_fast.backends.triton.evaluation import Launch
 from qpilots_fast.backends.triton.plan import SamplerPlan
+
+_PER_CLOCK = 2  # instructions that a multiprocessor issues a clock, of at most 4: an assumption
 
 
 @dataclass(frozen=True)
@@ -46,29 +50,39 @@ DEVICES = (
 )  # fmt: skip
 
 
-def triton_seconds(plan: SamplerPlan, batch_size: int, device: Device) -> float:
+def triton_seconds(
+    plan: SamplerPlan, batch_size: int, device: Device, issued: Callable[[Launch], int] | None = None
+) -> float:
     """The launches one after another, with the gap between two of them.
 
-    A launch takes its programs in waves of one a multiprocessor, each wave the slower of flops and L2 bytes; the last
-    one, of fewer programs, gets their share of the flops and at most 64 bytes a clock from L2 for each. Weights that do
-    not fit L2 cross HBM again at every step of the schedule. Latencies and imperfect overlap are left out: a lower
-    bound.
+    A launch takes its programs in waves of one a multiprocessor, each wave the slowest of flops, L2 bytes and (issued:
+    instructions of a warp) instructions at _PER_CLOCK; the last one, of fewer programs, gets their share of the flops
+    and at most 64 bytes a clock from L2 for each. Weights that do not fit L2 cross HBM again at every step of the
+    schedule. Latencies and imperfect overlap are left out: a lower bound.
     """
-    precision, weights = plan.spec.precision, sum(n.num_weights for n in plan.packed_layouts)
+    weights = sum(n.num_weights for n in plan.packed_layouts)
     total = hbm_bytes(plan, batch_size) / device.hbm_bytes_per_s
     if weights * plan.operand.itemsize > device.l2_bytes:
         total *= plan.spec.num_steps
-    for launch in call_counts(plan, batch_size):
-        flops, moved = launch.flops / launch.programs, launch.l2_bytes / launch.programs
-
-        def wave(programs: int) -> float:
-            rate = min(device.l2_bytes_per_s, 64 * device.clock_hz * programs)
-            one = flops * device.multiprocessors / device.flops[precision]  # noqa: B023
-            return max(one, programs * moved / rate) if programs else 0.0  # noqa: B023
-
-        whole, rest = divmod(launch.programs, device.multiprocessors)
-        total += launch.visits * (device.launch_s + whole * wave(device.multiprocessors) + wave(rest))
+    for times, launches in programs(plan, batch_size):
+        for launch in launches:
+            counts = launch_counts(launch, plan.operand.itemsize)
+            instructions = 0 if issued is None else counts.warps * issued(launch)
+            total += times * (device.launch_s + _launch_seconds(counts, instructions, device, plan.spec.precision))
     return total
+
+
+def _launch_seconds(counts: KernelCounts, instructions: int, device: Device, precision: str) -> float:
+    """Of one launch, whose programs issue so many instructions each."""
+    flops, moved = counts.flops / counts.programs, counts.l2_bytes / counts.programs
+    alone = max(flops * device.multiprocessors / device.flops[precision], instructions / (_PER_CLOCK * device.clock_hz))
+
+    def wave(number: int) -> float:
+        rate = min(device.l2_bytes_per_s, 64 * device.clock_hz * number)
+        return max(alone, number * moved / rate) if number else 0.0
+
+    whole, rest = divmod(counts.programs, device.multiprocessors)
+    return whole * wave(device.multiprocessors) + wave(rest)
 
 
 def cuda_seconds(program: Program, device: Device, exchange_s: float, local_s: float) -> float:

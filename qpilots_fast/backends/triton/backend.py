@@ -22,7 +22,8 @@ from .evaluation import Evaluation, Scratch, Tape
 from .launch_table import MAX_ACTION_PAD, LaunchTable, default_table, dot_mode
 from .launcher import launch
 from .packing import OPERAND_DTYPES, PackedBuffers, network_layout, padded_width, parameter_addresses, round_up
-from .plan import SamplerPlan, Workspace, capability, chunk_rows, plane_bytes
+from .plan import SamplerPlan, Workspace, capability, chunk_rows
+from .row_pieces import TritonRows
 
 OLDEST_TRITON = (3, 2)
 _NOT_READY = "this sampler has not run at this batch size yet, or not since its last capture"
@@ -81,7 +82,7 @@ class TritonBackend(Backend):
         new_graph: Callable[[torch.device], Graph] | None = CudaGraph,
     ) -> None:
         self._table, self._fill, self._chunk, self._new_graph = table, fill, chunk, new_graph
-        self._graphs = Cache(_KEPT_GRAPHS)
+        self._graphs, self._rows = Cache(_KEPT_GRAPHS), TritonRows()
         self._lock = threading.RLock()  # launches of two threads on one stream must not interleave in a workspace
         self._plans, self._workspaces, self._live, self._single = (Cache(_KEPT) for _ in range(4))
         self._captured: list[Any] = []  # owned by someone's CUDA graph: never reused, never freed
@@ -268,7 +269,7 @@ class TritonBackend(Backend):
         d_in = inputs.new_empty(0 if cotangent is None else spec.num_members, batch_size, spec.input_dim)
         if batch_size == 0:
             return out if cotangent is None else d_in
-        chunk = chunk_rows(plane_bytes(layout, operand)) if self._chunk is None else self._chunk
+        chunk = chunk_rows(layout, operand) if self._chunk is None else self._chunk
         if cotangent is not None:
             cotangent = cotangent.to(torch.float32).contiguous()
 
@@ -300,6 +301,11 @@ class TritonBackend(Backend):
                     if cotangent is not None:
                         d_in[:, part] = gradient
         return out if cotangent is None else d_in
+
+    def row_kernels(self, device: torch.device) -> TritonRows | None:
+        if self.unavailable_reason() is not None or self._device_refusal(device) is not None:
+            return None
+        return self._rows
 
     # ------------------------------------------------------------ counts
 

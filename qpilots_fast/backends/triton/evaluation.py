@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .packing import NetworkLayout, PackedNetwork, padded_width
 
+_APPROXIMATED = ("gelu_tanh", "silu", "tanh")  # activations with a form by the hardware's tanh
+
 
 @dataclass(frozen=True)
 class Given:
@@ -99,6 +101,12 @@ class Evaluation:
     def _width(self, layer: int) -> int:
         return self._layout.spec.hidden_dims[layer]
 
+    @property
+    def _activation(self) -> str:
+        name = self._layout.spec.activation
+        rounds = self.tape.z.dtype == torch.bfloat16 and self.dot != "emulated"
+        return f"{name}_approx" if rounds and name in _APPROXIMATED else name
+
     def _common(self) -> dict[str, Any]:
         layout = self._layout
         return dict(
@@ -142,7 +150,7 @@ class Evaluation:
                 COLUMN=layout.first_action_column, A_PAD=layout.action_pad, BLOCKS=layout.action_blocks,
                 CLIP=first and bounds is not None,
                 BIAS_STRIDE=0 if first and time is not None else layout.member_vectors,
-                VEC_STRIDE=layout.member_vectors, BELOW_NORM=below, NORM=norm, ACT=spec.activation,
+                VEC_STRIDE=layout.member_vectors, BELOW_NORM=below, NORM=norm, ACT=self._activation,
                 **self._common(), **tile.options(),
             )  # fmt: skip
         last = layout.depth - 1
@@ -155,7 +163,7 @@ class Evaluation:
             sum_ptr=self.out if add is None else add[2],
             depth=layout.padded(self._width(last)), width=self._width(last), scale=1.0 if add is None else add[1],
             OUT_DIM=spec.output_dim, OUT_ROWS=layout.out_pad, ADD=add is not None,
-            VEC_STRIDE=layout.member_vectors, BELOW_NORM=layout.norm(last), ACT=spec.activation,
+            VEC_STRIDE=layout.member_vectors, BELOW_NORM=layout.norm(last), ACT=self._activation,
             **self._common(), **ends.with_columns(layout.out_pad).options(),
         )  # fmt: skip
 
@@ -186,7 +194,7 @@ class Evaluation:
                 depth=layout.padded(self._width(above)), above_width=self._width(above), width=self._width(layer),
                 TOP=top, OUT_DIM=spec.output_dim, OUT_PAD=layout.out_pad, OUT_ROWS=layout.out_pad,
                 VEC_STRIDE=layout.member_vectors, ABOVE_NORM=layout.norm(layer + 1), NORM=layout.norm(layer),
-                BELOW_NORM=layout.norm(layer - 1), ACT=spec.activation, **self._common(), **tile.options(),
+                BELOW_NORM=layout.norm(layer - 1), ACT=self._activation, **self._common(), **tile.options(),
             )  # fmt: skip
         ends = layout.ends.with_columns(through or padded_width(columns))
         yield Launch.of(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -17,12 +16,13 @@ from .evaluation import Evaluation, Given, Launch, Scratch, Tape
 from .launch_table import LaunchTable, dot_mode
 from .launcher import launch
 from .packing import OPERAND_DTYPES, NetworkLayout, PackedBuffers, padded_width, round_up, sampler_layouts
+from .row_pieces import scale_arguments
 
 # The rows of a call go through its K steps in chunks, whose two planes that pass from launch to launch are at most this
-# large: beside 18 MB of weights they stay in the 50 MB of an H100's L2. Pre-activations may leave it: they take less of
-# HBM's time than a launch's operands of L2's. Smaller chunks pay for more boundaries between launches. Counted, not
-# measured.
-PLANE_BYTES = 22 << 20
+# large: 1664 rows of ten 512-wide critics are 13 x 2 x 10 large programs, two waves of an H100. The planes just fit its
+# L2 (50 MB); what leaves it takes less of HBM's time than a launch takes to issue its instructions. Smaller chunks pay
+# for more boundaries between launches. Counted, not measured.
+PLANE_BYTES = 34 << 20
 _KEPT = 8  # programs kept per workspace: one for full chunks and one for the last, of each set of packed weights
 
 
@@ -34,13 +34,9 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def plane_bytes(layout: NetworkLayout, operand: torch.dtype) -> int:
-    """Of one row."""
-    return layout.spec.num_members * layout.hidden_pad * operand.itemsize
-
-
-def chunk_rows(plane: int) -> int:
-    """Rows of a chunk, by the bytes of the widest plane for each."""
+def chunk_rows(layout: NetworkLayout, operand: torch.dtype) -> int:
+    """Rows of a network that go through it together: whole large programs."""
+    plane = layout.spec.num_members * layout.hidden_pad * operand.itemsize  # of one row
     return max(128, PLANE_BYTES // (2 * plane) // 128 * 128)
 
 
@@ -92,10 +88,11 @@ class SamplerPlan:
         self.layouts = sampler_layouts(spec, table, self.capability)
         self.num_draws = spec.num_draws
         self.operand = OPERAND_DTYPES[spec.precision]
-        planes = [
-            rows * plane_bytes(self._layout_of(name), self.operand) for name, (_, rows) in self.evaluations().items()
+        together = [
+            max(1, chunk_rows(self._layout_of(name), self.operand) // times)
+            for name, (_, times) in self.evaluations().items()
         ]
-        self.chunk = chunk_rows(max(planes)) if chunk is None else chunk
+        self.chunk = min(together) if chunk is None else chunk
         self.action_pad = padded_width(spec.flow.action_dim)
         mask = torch.zeros(self.action_pad, dtype=torch.float32, device="cpu")
         mask[: spec.flow.action_dim] = 1.0
@@ -265,10 +262,7 @@ class SamplerPlan:
             out_ptr=target, schedule_ptr=self.schedule, dims_ptr=self.dims, bounds_ptr=self.bounds,
             alpha_ptr=Given("alpha"), norm_ptr=ws.report[0], nonfinite_ptr=ws.report[1], row_std_ptr=ws.report[2],
             gated_ptr=ws.report[3], num_draws=self.num_draws, step=k, report_at=Given("report_at", k),
-            gain=1.0 / steering.gaf_beta, tilt=self._tilt, floor=float(steering.eps),
-            max_grad_norm=float(steering.max_grad_norm), gaf_decay=float(steering.gaf_decay),
-            gaf_min=float(steering.gaf_min),
-            max_disagreement=math.inf if steering.max_disagreement is None else float(steering.max_disagreement),
+            tilt=self._tilt, **scale_arguments(steering),
             STEER=steer, THROUGH=steer and not draws and self.spec.pulls_flow, LAST=k == self.spec.num_steps - 1,
             SCALE=steering.scale,
         )  # fmt: skip

@@ -244,3 +244,44 @@ def _glass_pull_kernel(d_xbar_ptr, d_star_ptr, d_x_ptr, cotangent_ptr, glass_ptr
         tl.store(d_x_ptr + element, tl.zeros_like(d_xbar), mask=mask)
     if ASK:
         tl.store(cotangent_ptr + element, tl.load(glass_ptr + 4) * d_xbar, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows", "row_stride", "column_stride"],
+            do_not_specialize_on_alignment=["x_ptr", "v_ptr", "t_ptr", "out_ptr"])  # fmt: skip
+def _clean_actions_kernel(x_ptr, v_ptr, t_ptr, out_ptr, num_rows, row_stride, column_stride,
+                          ACTION_DIM: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr):  # fmt: skip
+    """x + (1 - t) v [num_rows, ACTION_DIM]; t at any strides, 0 where it is shared."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
+    mask = (rows < num_rows)[:, None] & (offs_a < ACTION_DIM)[None, :]
+    element = rows[:, None] * ACTION_DIM + offs_a[None, :]
+    t = tl.load(t_ptr + rows[:, None] * row_stride + offs_a[None, :] * column_stride, mask=mask, other=0.0)
+    x = tl.load(x_ptr + element, mask=mask, other=0.0)
+    tl.store(out_ptr + element, x + (1.0 - t) * tl.load(v_ptr + element, mask=mask, other=0.0), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"],
+            do_not_specialize_on_alignment=["x_ptr", "v_ptr", "g_ptr", "std_ptr"])  # fmt: skip
+def _steer_step_kernel(x_ptr, v_ptr, g_ptr, std_ptr, dims_ptr, out_ptr, norm_ptr, nonfinite_ptr, num_rows, dt, alpha,
+                       gain, floor, max_grad_norm, gaf_decay, gaf_min, max_disagreement,
+                       STD: tl.constexpr, SCALE: tl.constexpr, ACTION_DIM: tl.constexpr, A_PAD: tl.constexpr,
+                       BLOCK_B: tl.constexpr):  # fmt: skip
+    """x + dt times v steered by g [num_rows, ACTION_DIM]; norms of g, rows whose g is not finite. STD: std is given."""
+    offs_a = tl.arange(0, A_PAD)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    mask_b = rows < num_rows
+    mask_a = mask_b[:, None] & (offs_a < ACTION_DIM)[None, :]
+    element = rows[:, None] * ACTION_DIM + offs_a[None, :]
+    std = tl.zeros((BLOCK_B,), dtype=tl.float32)
+    if STD:
+        std = tl.load(std_ptr + rows, mask=mask_b, other=0.0)
+    dims = tl.load(dims_ptr + offs_a, mask=offs_a < ACTION_DIM, other=0.0)[None, :]
+    v, norm, usable, _ = _steer_velocity(
+        tl.load(v_ptr + element, mask=mask_a, other=0.0), tl.load(g_ptr + element, mask=mask_a, other=0.0), std, dims,
+        tl.zeros((BLOCK_B,), dtype=tl.float32) + alpha, gain, floor, max_grad_norm, gaf_decay, gaf_min,
+        max_disagreement, SCALE,
+    )  # fmt: skip
+    x = tl.load(x_ptr + element, mask=mask_a, other=0.0)
+    tl.store(out_ptr + element, x + dt * v, mask=mask_a)
+    tl.store(norm_ptr + rows, norm, mask=mask_b)
+    tl.store(nonfinite_ptr + rows, tl.where(usable, 0, 1).to(tl.int8), mask=mask_b)
