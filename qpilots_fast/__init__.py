@@ -3,7 +3,7 @@
 from . import heads, networks, objectives, ops
 from .callables import as_critic, as_flow, as_posterior
 from .errors import BackendUnavailable
-from .from_module import from_module
+from .from_module import explain_module, from_module
 from .gate import calibrate_gate
 from .networks import CriticEnsemble, FlowMLP, MetaFlowMap
 from .sampler import SampleInfo, SteeredSampler
@@ -23,6 +23,7 @@ __all__ = [
     "as_flow",
     "as_posterior",
     "calibrate_gate",
+    "explain_module",
     "from_module",
     "heads",
     "networks",

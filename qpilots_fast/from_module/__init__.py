@@ -18,6 +18,7 @@ from ..spec import KINDS, NetworkSpec
 from . import layers, stacked
 from .calling import SCALES, OutputLayout, UserCall, check_argument_order, read_layout
 from .dependence import check_other_tensors, check_repeats, followed_modes
+from .explain import ModuleExplanation, explain_own, explain_packed
 from .hints import calls_to_try, check_hints, dims_to_try
 from .modules import ModuleNetwork, Recognition, dropouts
 from .proof import batch_size_apart_from, prove, random_blocks
@@ -28,7 +29,7 @@ from .template import StackedTemplate, stacked_template
 from .trunk import from_layers
 from .way_out import way_out
 
-__all__ = ["ModuleNetwork", "Recognition", "cure_for", "from_module", "recognise"]
+__all__ = ["ModuleNetwork", "Recognition", "cure_for", "explain_module", "from_module", "recognise"]
 
 
 def from_module(module: nn.Module | Sequence[nn.Module], kind: str = "flow", **hints: Any) -> PackableNetwork:
@@ -68,6 +69,50 @@ def from_module(module: nn.Module | Sequence[nn.Module], kind: str = "flow", **h
             the same: as a callable, which stays PyTorch.
         TypeError: for arguments of the wrong type.
     """
+    module = prepared(module, kind)
+    if isinstance(module, PackableNetwork):
+        return module
+    check_hints(kind, hints)
+    try:
+        return recognise(module, kind, hints)[0].network(module)
+    except Refused as refusal:
+        cure = cure_for(refusal, module, kind, hints)
+        raise ValueError(f"from_module: {name_of(module)} cannot run as a packed {kind}: {refusal}. {cure}") from None
+
+
+def explain_module(module: nn.Module | Sequence[nn.Module], kind: str = "flow", **hints: Any) -> ModuleExplanation:
+    """What `from_module` makes of a module, layer by layer, or where it stopped; prints it, and returns it.
+
+    It also says what the module costs as a callable, measured here on a copy, and the line that runs it so.
+    Arguments and errors for wrong ones as `from_module`.
+    """
+    module = prepared(module, kind)
+    if isinstance(module, PackableNetwork):
+        explanation = explain_packed(module)
+    else:
+        check_hints(kind, hints)
+        found = refusal = None
+        dims: list[tuple[int, int]] = []
+        try:
+            found = recognise(module, kind, hints)[0]
+            dims = [(found.spec.obs_dim, found.spec.action_dim)]
+        except Refused as stopped:
+            refusal = stopped
+            try:
+                dims = dims_to_try(module, kind, hints)
+            except Refused:
+                pass
+        explanation = explain_own(module, kind, hints, dims, found, refusal)
+    print(explanation)
+    return explanation
+
+
+def prepared(module: Any, kind: str) -> nn.Module:
+    """A module, or a packed network, out of what from_module takes.
+
+    Raises:
+        TypeError, ValueError: for anything else.
+    """
     if kind not in KINDS:
         raise ValueError(f"from_module: kind is {kind!r}; expected one of {', '.join(map(repr, KINDS))}.")
     module = unwrapped(module)  # a compiled module would compile anew for the proof
@@ -84,12 +129,7 @@ def from_module(module: nn.Module | Sequence[nn.Module], kind: str = "flow", **h
             module = nn.ModuleList(module)
     if not isinstance(module, nn.Module):
         raise TypeError(f"from_module: module is {type(module).__name__}; expected an nn.Module or a list of them.")
-    check_hints(kind, hints)
-    try:
-        return recognise(module, kind, hints)[0].network(module)
-    except Refused as refusal:
-        cure = cure_for(refusal, module, kind, hints)
-        raise ValueError(f"from_module: {name_of(module)} cannot run as a packed {kind}: {refusal}. {cure}") from None
+    return module
 
 
 def recognise(
@@ -214,7 +254,7 @@ def _recognise(probe: nn.Module, kind: str, hints: dict[str, Any], dtype: torch.
             raise
         return replace(found, modes=followed_modes(probe, call, found.layout, blocks))
     asks = "" if hints.get("call") is not None else " (give the hint call where it takes other arguments)"
-    raise NotCallable("it could not be called: " + "; ".join(reasons[:3]) + asks)
+    raise NotCallable("it could not be called: " + "; ".join(reasons[:3]) + asks, hint="call" * bool(asks))
 
 
 def _attempts(

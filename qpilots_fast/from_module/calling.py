@@ -183,7 +183,9 @@ def read_layout(kind: str, output: Any, batch_size: int, members: int) -> Output
     """
     if kind != "critic":
         if not isinstance(output, Tensor):
-            raise Refused(f"it returns {describe(output)}; expected a tensor [B, action_dim] (use the hint call)")
+            raise Refused(
+                f"it returns {describe(output)}; expected a tensor [B, action_dim] (use the hint call)", hint="call"
+            )
         return OutputLayout()
     try:
         layout = layout_of(output, batch_size)
@@ -193,6 +195,7 @@ def read_layout(kind: str, output: Any, batch_size: int, members: int) -> Output
     if found != members:
         raise Refused(
             f"it returns {describe(output)} for a batch of {batch_size} and {members} member(s); expected [E, B], "
-            "[B, E], [E, B, 1], or a list of [B, 1] (use the hint call)"
+            "[B, E], [E, B, 1], or a list of [B, 1] (use the hint call)",
+            hint="call",
         )
     return OutputLayout(layout)

@@ -125,7 +125,7 @@ def dims_to_try(module: nn.Module, kind: str, hints: dict[str, Any]) -> list[tup
     linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     if not linears or (kind == "critic" and obs_dim is None and action_dim is None):
         missing = [name for name, value in (("obs_dim", obs_dim), ("action_dim", action_dim)) if value is None]
-        raise Refused(f"{' and '.join(missing)} cannot be told from its weights; give the hint(s)")
+        raise Refused(f"{' and '.join(missing)} cannot be told from its weights; give the hint(s)", hint=missing[0])
     width = linears[0].in_features
     if kind == "critic":
         return [(width - action_dim, action_dim) if action_dim is not None else (obs_dim, width - obs_dim)]  # type: ignore[list-item,operator]
@@ -140,7 +140,8 @@ def dims_to_try(module: nn.Module, kind: str, hints: dict[str, Any]) -> list[tup
         what = "none for obs" if obs_dim is None else f"other than obs_dim={obs_dim} for obs"
         raise Refused(
             f"its first Linear reads {width} columns, which with action_dim={action_dim} and t leaves {what}; give the "
-            "hints obs_dim and action_dim"
+            "hints obs_dim and action_dim",
+            hint="obs_dim",
         )
     return found
 

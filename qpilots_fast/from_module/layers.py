@@ -19,7 +19,7 @@ from ..reference import layer_norm
 from ..spec import TIME_EMBEDDINGS, NetworkSpec
 from ..times import time_features
 from .calling import TIMES, UserCall
-from .refusal import FollowsOther, Refused, number
+from .refusal import FollowsOther, Refused, number, stopping_at
 from .sources import Source, named_sources
 
 EXACT = {torch.float64: 1e-9, torch.float32: 1e-5}  # relative, of recomputations from numbers in a dtype
@@ -34,6 +34,10 @@ class LinearCall:
     input: Tensor
     output: Tensor
     norms: list[nn.LayerNorm] = field(default_factory=list)
+    name: str = ""  # in the module
+
+    def __str__(self) -> str:
+        return f"{self.name} (Linear {self.linear.in_features} -> {self.linear.out_features})".lstrip()
 
     @property
     def is_constant(self) -> bool:
@@ -85,11 +89,12 @@ def trace(module: nn.Module, call: UserCall, blocks: Sequence[Tensor]) -> Trace:
         if not args or torch._C._functorch.is_functorch_wrapped_tensor(args[0]):
             found.traceable = False
         elif isinstance(layer, nn.Linear):  # cloned: an in-place activation would change the output
-            found.calls.append(LinearCall(layer, args[0].detach().clone(), output.detach().clone()))
+            name = names.get(id(layer), "")
+            found.calls.append(LinearCall(layer, args[0].detach().clone(), output.detach().clone(), name=name))
         elif isinstance(layer, nn.LayerNorm) and found.calls:
             found.calls[-1].norms.append(layer)
 
-    kinds = (nn.Linear, nn.LayerNorm)
+    kinds, names = (nn.Linear, nn.LayerNorm), {id(layer): name for name, layer in module.named_modules()}
     hooks = [m.register_forward_hook(record) for _, m in module.named_modules() if isinstance(m, kinds)]
     try:
         found.output = call(module, blocks)
@@ -288,15 +293,21 @@ def read_spec(traced: Trace, kind: str, dims: tuple[int, int], columns: InputCol
     shapes = [tuple((c.linear.in_features, c.linear.out_features) for c in chain) for chain in chains]
     shape = _same("the members' layer widths: the shape", shapes)
     if len(shape) < 2:
-        raise Refused("it has no hidden layer")
+        with stopping_at(chains[0][0]):
+            raise Refused("it has no hidden layer")
     if kind != "critic" and len(chains) > 1:
         raise Refused(f"{len(chains)} of its Linears read the input; expected one MLP")
-    _check_output_width(shape[-1][1], kind, dims[1])
+    with stopping_at(chains[0][-1]):
+        _check_output_width(shape[-1][1], kind, dims[1])
     if any(chain[-1].norms for chain in chains):
         raise Refused("a LayerNorm follows the last Linear")
-    act, placements = choose_matches(
-        [[matches_between(chain[i], chain[i + 1].input) for chain in chains] for i in range(len(shape) - 1)]
-    )
+    matches: list[list[set[Match]]] = []
+    for i in range(len(shape) - 1):
+        matches.append([])
+        for chain in chains:
+            with stopping_at(f"what lies between {chain[i]} and {chain[i + 1]}"):
+                matches[-1].append(matches_between(chain[i], chain[i + 1].input))
+    act, placements = choose_matches(matches)
     norms = [call.norms[0] for chain in chains for call in chain if call.norms]
     biases = [tuple(call.linear.bias is not None for call in chain) for chain in chains]
     return NetworkSpec(

@@ -25,7 +25,7 @@ from .own_columns import (
     read_own_columns,
 )
 from .proof import batch_size_apart_from, prove, random_blocks
-from .refusal import FollowsOther, Refused
+from .refusal import FollowsOther, Refused, stopping_at
 from .sources import randomise
 
 
@@ -53,7 +53,8 @@ def from_layers(
     if batch_size_apart_from(members) != len(named["obs"]):
         traced, named = _trunk(probe, kind, dims, call, members, generator)
     try:
-        columns = layers.read_columns(traced.calls[0].input, named, hints.get("time_embedding"))
+        with stopping_at(f"what {traced.calls[0]} reads"):
+            columns = layers.read_columns(traced.calls[0].input, named, hints.get("time_embedding"))
         return _from_trunk(probe, kind, dims, call, traced, named, columns, hints, generator)
     except FollowsOther as refusal:
         if hints.get("time_embedding"):
@@ -81,7 +82,8 @@ def _own_columns(
         with changed(rest, generator):  # a normaliser that was never trained changes nothing
             found = read_own_columns(columns_of, kind, named, generator)
     except Refused as own:
-        raise Refused(f"{refusal}; {own}", refusal.cure) from None
+        with stopping_at(f"what {traced.calls[0]} reads"):
+            raise Refused(f"{refusal}; {own}", refusal.cure) from None
     if not found.are_own:
         raise refusal
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ _OTHER_CALLS = {
     ),
 }
 _AS_IT_IS = "give it to SteeredSampler as it is: it runs as a callable"
+_ROUNDS = 9  # of a measurement
 _BATCH = batch_size_apart_from(0)
 
 
@@ -70,6 +72,26 @@ def way_out(module: nn.Module, kind: str, dims: Sequence[tuple[int, int]], hints
     return f"{_AS_IT_IS[0].upper()}{_AS_IT_IS[1:]}." if works is tried[0] and works.as_it_is else f"{through}."
 
 
+def as_callable(
+    module: nn.Module, kind: str, dims: Sequence[tuple[int, int]], hints: dict[str, Any]
+) -> tuple[str, float | None]:
+    """The line of Python that makes the sampler's network of the module, which stays PyTorch, and seconds a step.
+
+    Seconds: of one forward and one backward at batch 1, on a copy; None where no call is read.
+    """
+    name, arguments, _ = _CALLS[kind]
+    if hints.get("call") is not None:
+        return f"{name} = {_adapted(name, 'call=call')}", None
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.device("cpu"), kept_random_states():
+        tried = [call for pair in dims for call in _tried(module, kind, pair, hints)]
+        works = next((call for call in tried if call.is_read), None)
+        if works is None:
+            return f"{name} = {_adapted(name, f'call=lambda module, {arguments}: ...')}", None
+        as_it_is = works.as_it_is and works is tried[0]
+        line = "module" if as_it_is else _adapted(name, f"call=lambda module, {arguments}: {works.code}")
+        return f"{name} = {line}", works.seconds()
+
+
 def _adapted(name: str, call: str) -> str:
     return f"qpilots_fast.as_{name}(module, {call})"
 
@@ -86,6 +108,7 @@ class _Call:
         self, module: nn.Module, kind: str, code: str, blocks: dict[str, Tensor], shape: Sequence[int]
     ) -> None:
         self.code, self.as_it_is = code, True
+        self._module, self._blocks = module, blocks
         self.is_read, self.has_gradient, self.members = False, False, 1
         moving = blocks["actions" if kind == "critic" else "noisy_actions"]
         try:
@@ -104,6 +127,28 @@ class _Call:
         self.is_read, self.has_gradient = True, _has_gradient(output, moving)
         if kind == "critic" and isinstance(output, Tensor) and output.ndim == 2 and output.shape[0] == _BATCH:
             self.members = output.shape[1]
+
+    def seconds(self) -> float | None:
+        """Of one forward and one backward on one row: the middle of several."""
+        one = {name: block[:1].detach() for name, block in self._blocks.items()}
+        moving = one["actions" if "actions" in one else "noisy_actions"].requires_grad_(self.has_gradient)
+        times = []
+        for _ in range(_ROUNDS):
+            began = time.perf_counter()
+            try:
+                with torch.enable_grad():
+                    output = eval(self.code, {"torch": torch, "module": self._module, **one})
+                    if self.has_gradient:
+                        total = torch.stack([tensor.sum() for tensor in _tensors(output)]).sum()
+                        torch.autograd.grad(total, moving, allow_unused=True)
+            except Exception:  # one row may be too few for it
+                return None
+            times.append(time.perf_counter() - began)
+        return sorted(times)[_ROUNDS // 2]
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [output] if isinstance(output, Tensor) else [t for entry in output for t in _tensors(entry)]
 
 
 def _tried(module: nn.Module, kind: str, dims: tuple[int, int], hints: dict[str, Any]) -> list[_Call]:
