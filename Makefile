@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 CXX_FILES := $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-integrations lint types check bench profile format clean
+.PHONY: demo test test-integrations sanitize lint types bench profile format clean
 
 demo: $(VENV)/.built
 	$(BIN)/qpilots-fast demo
@@ -25,6 +25,10 @@ test: lint types $(TORCH_2_11_TRITON)
 
 test-integrations: $(VENV)/.built $(FRAMEWORKS)/.installed
 	PYTHONPATH=$(FRAMEWORKS) $(BIN)/python -m pytest -q -rs tests/frameworks
+
+sanitize: $(VENV)/.built
+	$(BIN)/pip install -q cmake ninja pybind11 setuptools
+	PATH=$(abspath $(BIN)):$$PATH tests/sanitize.sh $(BIN)/python
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
