@@ -69,7 +69,7 @@ def bind(spec: NetworkSpec, flat: Sequence[Tensor]) -> BoundNetwork:
     return BoundNetwork(spec, tuple(layers))
 
 
-# (dict, key, value): the dict holds the value; (dict, None, size): it holds that many
+# (dict, key, value): the dict holds the value, or for None has no such key; (dict, None, size): it holds that many
 Slots = list[tuple[dict, str | None, object]]
 
 

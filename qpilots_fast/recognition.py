@@ -20,7 +20,7 @@ from .callables import is_list, name_of, unwrapped
 from .from_module import ModuleNetwork, Recognition, cure_for, recognise
 from .from_module.calling import ACTIONS
 from .from_module.proof import batch_size_apart_from, random_blocks
-from .from_module.python_state import Fact, check_functions, check_objects, facts_read
+from .from_module.python_state import Fact, check_functions, check_objects, facts_read, hooks_of_all, surroundings
 from .from_module.random_states import kept_random_states
 from .from_module.refusal import NotCallable, Refused, first_line
 from .from_module.sources import part_at
@@ -52,6 +52,7 @@ class _Trial:
         cure: what to do about the reason, where a sampler cannot call the module as it is.
         facts: plain attributes that the output depends on.
         count: of the module's trials.
+        around: what its forward runs through beside itself.
     """
 
     asked: tuple[str, Dims, tuple[int, int] | None]
@@ -62,6 +63,7 @@ class _Trial:
     cure: str = ""
     facts: tuple[Fact, ...] = ()
     count: int = 1
+    around: Slots = field(default_factory=list)
 
     def holds(self, module: nn.Module) -> bool:
         """Whether the module is still the one that was tried."""
@@ -69,6 +71,8 @@ class _Trial:
         if len(members) != len(self.members) or any(ref() is not m for ref, m in zip(self.members, members)):
             return False
         if _structure(module) != self.structure or (self.found is not None and _hooked(module) is not None):
+            return False
+        if not slots_hold(self.around):
             return False
         return all(getattr(part_at(module, path), name, None) == value for path, name, value in self.facts)
 
@@ -87,6 +91,8 @@ def _structure(module: nn.Module) -> tuple[Any, ...]:
 
 def _hooked(module: nn.Module) -> str | None:
     """The part that has hooks, which a packed network would not call."""
+    if hooks_of_all():
+        return "every module"
     for path, part in module.named_modules():
         if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
             return path or type(part).__name__
@@ -106,7 +112,9 @@ def _tried(module: nn.Module, kind: str, dims: Dims, chunk: tuple[int, int] | No
             return trial
     found, reason, cure, count = None, "", "", known[-1].count + 1 if known else 1
     facts: tuple[Fact, ...] = ()
+    around: Slots = []
     try:
+        around = surroundings(module)
         if count > MOST_TRIALS:
             raise Refused(f"it was edited {MOST_TRIALS} times since it was first tried")
         with warnings.catch_warnings():
@@ -116,7 +124,9 @@ def _tried(module: nn.Module, kind: str, dims: Dims, chunk: tuple[int, int] | No
         reason, cure = str(refusal), refusal.cure
     except Exception as error:  # whatever a user's class does while it is copied or read
         reason = f"it could not be read ({type(error).__name__}: {first_line(error)})"
-    trial = _Trial(asked, _structure(module), tuple(map(weakref.ref, members)), found, reason, cure, facts, count)
+    trial = _Trial(
+        asked, _structure(module), tuple(map(weakref.ref, members)), found, reason, cure, facts, count, around
+    )
     known.append(trial)
     del known[:-TRIALS_KEPT]
     return trial
@@ -237,7 +247,7 @@ class OwnModule:
     slots: Slots = field(init=False)
 
     def __post_init__(self) -> None:
-        self.slots = module_slots(self.given, parameters=False)
+        self.slots = module_slots(self.given, parameters=False) + self.trial.around
         if self.trial.found is None:
             return
         self.network = self.trial.found.network(self.module)

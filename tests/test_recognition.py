@@ -667,3 +667,117 @@ def test_steered_dims_and_rows_of_alpha():
     alpha = torch.tensor([0.0, 0.2, 0.9])
     own = sampler_of(opaque(flow), opaque(critic))
     assert_close(sampler_of(flow, critic)(*inputs(), alpha=alpha), own(*inputs(), alpha=alpha))
+
+
+# ---------------------------------------------------------------- what a forward runs through
+
+SETTINGS = {"scale": 1.0}
+
+
+class Config:
+    scale = 1.0
+
+
+class Slotted:
+    __slots__ = ("scale",)
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+
+def surrounded() -> nn.Module:
+    """A flow whose class has a number and a helper that its forward uses."""
+
+    class Surrounded(nn.Module):
+        scale = 1.0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(S + A + 1, 16), nn.Linear(16, A)
+
+        def helper(self, h):
+            return h
+
+        def forward(self, obs, x, t):
+            return self.helper(self.last(torch.relu(self.first(torch.cat([obs, x, t], -1))))) * self.scale
+
+    return Surrounded()
+
+
+def patched(part: nn.Module) -> None:
+    before = part.forward
+    part.forward = lambda x: 2 * before(x)
+
+
+AROUND = {
+    "a number of its class": lambda m: setattr(type(m), "scale", 3.0),
+    "a part's own forward": lambda m: patched(m.first),
+    "a method of its class": lambda m: setattr(type(m), "helper", lambda self, h: 2 * h),
+    "its class's forward": lambda m: setattr(type(m), "forward", lambda self, obs, x, t: 2 * x),
+    "a method given to the instance": lambda m: setattr(m, "helper", lambda h: 2 * h),
+}
+
+
+@pytest.mark.parametrize("edit", AROUND.values(), ids=AROUND)
+def test_edits_around_a_module_are_seen(edit):
+    module = surrounded()
+    critic, steering = CriticEnsemble(S, A, 2, (16,)), Steering.qpilots_u()
+    sampler = SteeredSampler(module, critic, steering, num_steps=3)
+    obs, noise = torch.randn(4, S), torch.randn(4, A)
+    before = sampler(obs, noise)
+    assert torch.equal(sampler(obs, noise), before) and "packed" in str(sampler.explain().networks[0])
+    edit(module)
+    plain = SteeredSampler(lambda *blocks: module(*blocks), critic, steering, num_steps=3)
+    for _ in range(2):
+        after = sampler(obs, noise)
+        assert (after - plain(obs, noise)).abs().max() < 1e-5 and not torch.equal(after, before)
+
+
+def test_a_hook_of_all_modules_is_seen():
+    module = surrounded()
+    critic = CriticEnsemble(S, A, 2, (16,))
+    sampler = SteeredSampler(module, critic, Steering.unsteered(), num_steps=3)
+    obs, noise = torch.randn(4, S), torch.randn(4, A)
+    sampler(obs, noise)
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda part, args, out: 2 * out if part is module.last else None
+    )
+    try:
+        plain = SteeredSampler(lambda *blocks: module(*blocks), critic, Steering.unsteered(), num_steps=3)
+        assert (sampler(obs, noise) - plain(obs, noise)).abs().max() < 1e-5
+    finally:
+        handle.remove()
+
+
+class ByProperty(nn.Module):
+    """Reads a number of a module-level dict by a property."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(S + A + 1, 16), nn.Linear(16, A)
+
+    @property
+    def scale(self) -> float:
+        return SETTINGS["scale"]
+
+    def forward(self, obs, x, t):
+        return self.last(torch.relu(self.first(torch.cat([obs, x, t], -1)))) * self.scale
+
+
+class ByConfig(nn.Module):
+    """Reads a number of an object that it holds."""
+
+    def __init__(self, config: object) -> None:
+        super().__init__()
+        self.first, self.last, self.config = nn.Linear(S + A + 1, 16), nn.Linear(16, A), config
+
+    def forward(self, obs, x, t):
+        return self.last(torch.relu(self.first(torch.cat([obs, x, t], -1)))) * self.config.scale
+
+
+@pytest.mark.parametrize("make", [ByProperty, lambda: ByConfig(Config()), lambda: ByConfig(Slotted())])
+def test_numbers_in_other_places_keep_a_module_a_callable(make):
+    critic = CriticEnsemble(S, A, 2, (16,))
+    sampler = SteeredSampler(make(), critic, Steering.unsteered(), num_steps=3)
+    sampler(torch.randn(4, S), torch.randn(4, A))
+    assert "runs as a callable" in str(sampler.explain().networks[0])

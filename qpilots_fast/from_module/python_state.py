@@ -5,10 +5,11 @@ from __future__ import annotations
 import dis
 import enum
 import functools
+import gc
 import inspect
 import logging
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import count
 from typing import Any
 
@@ -35,6 +36,93 @@ def own_attributes(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any
                     yield path, part, name, value
 
 
+# ---------------------------------------------------------------- surroundings
+
+
+def surroundings(module: nn.Module) -> list[tuple[dict, str | None, Any]]:
+    """Slots (see networks.Slots) that hold while what a forward runs through is what it is now.
+
+    What a user's class defines, itself or by its bases, torch's own forwards, forwards of single parts, hooks of all
+    modules, and the globals that functions read which a forward can reach.
+    """
+    slots: list[tuple[dict, str | None, Any]] = [(hooks, None, len(hooks)) for hooks in _HOOKS_OF_ALL]
+    classes: dict[type, None] = {}
+    for part in module.modules():
+        methods = {"forward"}
+        for cls in type(part).__mro__:
+            if not cls.__module__.startswith("torch.") and cls is not object:
+                methods |= {name for name, value in vars(cls).items() if isinstance(value, types.FunctionType)}
+        slots += [(vars(part), name, vars(part).get(name)) for name in sorted(methods)]  # an instance's own hides it
+        classes.update(dict.fromkeys(type(part).__mro__))
+    for cls in classes:
+        held = _dict_of(cls)
+        if cls.__module__.startswith("torch."):
+            slots.append((held, "forward", held.get("forward")))
+        elif cls is not object:
+            slots += [(held, name, value) for name, value in held.items() if name not in _KEPT_BY_PYTHON]
+            slots.append((held, None, len(held)))
+    for function in _reached(type(part) for part in module.modules()):
+        names = _global_names(function.__code__)
+        slots += [(function.__globals__, name, function.__globals__.get(name)) for name in names]
+    return slots
+
+
+def hooks_of_all() -> bool:
+    """Whether there are hooks that every module runs."""
+    return any(_HOOKS_OF_ALL)
+
+
+_HOOKS_OF_ALL: tuple[dict, ...] = (
+    torch.nn.modules.module._global_forward_hooks,
+    torch.nn.modules.module._global_forward_pre_hooks,
+)
+# Python itself changes these of a class, or they cannot matter to a forward
+_KEPT_BY_PYTHON = frozenset(
+    {"__doc__", "__annotations__", "__annotations_cache__", "__abstractmethods__", "__weakref__"}
+)
+
+
+def _dict_of(cls: type) -> dict[str, Any]:
+    """The dict behind a class's read-only view of it."""
+    found = gc.get_referents(vars(cls))
+    return found[0] if found and isinstance(found[0], dict) else dict(vars(cls))
+
+
+def _reached(classes: Iterable[type]) -> list[types.FunctionType]:
+    """The forwards of users' classes, and what else of these classes they name: methods, properties and their like."""
+    found: dict[int, types.FunctionType] = {}
+    for cls in dict.fromkeys(classes):
+        if cls.__module__.startswith("torch."):
+            continue
+        names, done = ["forward"], set[str]()
+        while names:
+            name = names.pop()
+            if name in done:
+                continue
+            done.add(name)
+            for function in _functions_of(inspect.getattr_static(cls, name, None)):
+                if (function.__module__ or "").split(".")[0] != "torch":
+                    found[id(function)] = function
+                    names += _attribute_names(function.__code__)
+    return list(found.values())
+
+
+def _functions_of(value: Any) -> list[types.FunctionType]:
+    """What runs when an attribute is read or called."""
+    if isinstance(value, (staticmethod, classmethod)):
+        value = value.__func__
+    if isinstance(value, property):
+        value = value.fget
+    value = getattr(value, "func", value)  # cached_property, partialmethod
+    value = inspect.unwrap(value) if callable(value) else value
+    return [value] if isinstance(value, types.FunctionType) else []
+
+
+def _attribute_names(code: types.CodeType) -> list[str]:
+    inner = [name for c in code.co_consts if isinstance(c, types.CodeType) for name in _attribute_names(c)]
+    return [*code.co_names, *inner]
+
+
 # ---------------------------------------------------------------- functions
 
 
@@ -47,10 +135,36 @@ def check_functions(module: nn.Module) -> None:
     for path, part in module.named_modules():
         if "forward" in vars(part):
             raise Refused(f"{path or 'it'} has a forward of its own, beside its class's")
-        _refuse(type(part).forward, f"{type(part).__name__}.forward", (Tensor, np.ndarray, nn.Module))
+        for function in _reached([type(part)]):
+            owner = f"{type(part).__name__}.{function.__name__}"
+            _refuse(function, owner, (Tensor, np.ndarray, nn.Module))
+            for name in sorted(_global_names(function.__code__)):
+                if _holds_numbers(function.__globals__.get(name)):
+                    raise Refused(f"{owner} reads {name}, which is no part of it and may change")
     for _, _, name, value in own_attributes(module):
         if isinstance(value, _FUNCTIONS):
             _refuse(value, f"its function {name}", (object,))
+
+
+def _holds_numbers(value: Any) -> bool:
+    """Whether a value from outside is a collection or an object whose numbers may change while it stays the same."""
+    if isinstance(value, (Tensor, nn.Module, logging.Logger, *_CONSTANTS, *_FUNCTIONS, tuple)):
+        return False
+    entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, set)) else None
+    if entries is None:
+        entries = [entry for _, entry in _numbers_of(value)]
+    return any(isinstance(entry, (int, float)) or _holds_numbers(entry) for entry in entries)
+
+
+def _numbers_of(value: Any) -> list[tuple[str, Any]]:
+    """The numbers that an object's attributes are: its own, those in its slots, and those of its classes."""
+    names = dict.fromkeys(vars(value)) if hasattr(value, "__dict__") else {}
+    for cls in type(value).__mro__:
+        if cls.__module__ != "builtins" and not cls.__module__.startswith("torch"):
+            names |= dict.fromkeys(name for name in vars(cls) if not name.startswith("__"))
+    found = [(name, inspect.getattr_static(value, name, None)) for name in names]
+    found = [(n, getattr(value, n, None) if isinstance(e, types.MemberDescriptorType) else e) for n, e in found]
+    return [(n, e) for n, e in found if isinstance(e, (int, float)) and not isinstance(e, (bool, enum.Enum))]
 
 
 def _refuse(function: Any, owner: str, changing: tuple[type, ...]) -> None:
@@ -171,9 +285,17 @@ def _change_numbers(value: Any, seen: set[int]) -> bool:
         value += 0.75
         return True
     holder: Any = value if isinstance(value, (dict, list)) else getattr(value, "__dict__", None)
-    if not isinstance(holder, (dict, list)):
-        return False
     changed = False
+    if not isinstance(value, (dict, list)):
+        for name, number in _numbers_of(value):  # in its slots, and of its class
+            if not isinstance(holder, dict) or name not in holder:
+                try:
+                    setattr(value, name, number * 1.5 + 0.75)
+                    changed = True
+                except Exception:  # it takes no assignment: nothing that changes
+                    continue
+    if not isinstance(holder, (dict, list)):
+        return changed
     for key, entry in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
         if isinstance(entry, float) or (isinstance(entry, int) and not isinstance(entry, bool)):
             holder[key] = entry * 1.5 + 0.75

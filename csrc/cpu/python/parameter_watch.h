@@ -24,8 +24,9 @@ inline py::object call_method(PyObject* object, const py::str& name) {
 // Of tensors on any device.
 class ParameterWatch {
  public:
-  // slots: (dict, key, value) where each dict must still hold the value, and a tensor's memory be where it is now, or
-  // (dict, None, size) where it must hold that many. tensor_type: torch.Tensor.
+  // slots: (dict, key, value) where each dict must still hold the value, and a tensor's memory be where it is now;
+  // (dict, key, None) where it may lack the key instead; (dict, None, size) where it must hold that many. tensor_type:
+  // torch.Tensor.
   ParameterWatch(py::list slots, const py::object& tensor_type)
       : slots_(std::move(slots)),
         shape_(interned("shape")),
@@ -50,7 +51,8 @@ class ParameterWatch {
   // May leave a Python error behind: whoever asks clears it.
   bool stayed() const {
     for (const Slot& slot : checked_slots_) {
-      if (PyDict_GetItemWithError(slot.dict, slot.key) != slot.value) return false;
+      PyObject* const held = PyDict_GetItemWithError(slot.dict, slot.key);
+      if ((held == nullptr ? Py_None : held) != slot.value) return false;
     }
     for (const Size& held : sizes_) {
       if (PyDict_Size(held.dict) != held.size) return false;
