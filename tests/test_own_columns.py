@@ -444,3 +444,42 @@ def test_layers_that_the_first_call_builds() -> None:
         from_module(critic, "critic", **DIMS)
     critic(torch.randn(2, S), torch.randn(2, A))
     assert from_module(critic, "critic", **DIMS).spec.hidden_dims == (H,)
+
+
+@needs_cpu
+@pytest.mark.parametrize("time", TIMES)
+def test_widths_that_only_the_flow_tells(time: str) -> None:
+    """The first Linear may be the time network's; its features are as wide as it makes them."""
+    flow, critic = Flow(TIMES[time]()), Everything()
+    sampler = sampler_of(flow, critic)
+    packed = [" runs packed" in line for line in sampler.explain().networks[:2]]
+    assert packed == [time in ("SinusoidalMLP", "GaussianFourier", "StepTable", "PlainSinusoidal")] * 2
+    agrees(sampler, flow, critic)
+
+
+@needs_cpu
+def test_a_followed_tensor_without_its_memory_is_refused() -> None:
+    flow = Flow(SinusoidalMLP())
+    sampler = sampler_of(from_module(flow, "flow", **DIMS), from_module(Critic(), "critic", **DIMS))
+    given = inputs(1, sampler.steering)
+    for _ in range(3):
+        sampler(*given)
+    flow.time.net[0].weight.data.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="expected one on the CPU that has its memory"):
+        sampler(*given)
+
+
+@needs_cpu
+@pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_contexts_change_nothing(context: Callable) -> None:
+    sampler = sampler_of(
+        from_module(Flow(SinusoidalMLP()), "flow", **DIMS), from_module(Everything(), "critic", **DIMS)
+    )
+    given = inputs(2, sampler.steering)
+    expected = sampler(*given)
+    for made in (sampler, copy.deepcopy(sampler)):  # the quick way, and the first call
+        with context():
+            assert torch.equal(made(*given), expected)
+    with context():
+        packed = from_module(Everything(), "critic", **DIMS)
+    assert packed.spec.obs_columns == 9

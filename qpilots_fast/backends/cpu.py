@@ -160,7 +160,14 @@ def _memory(tensor: Tensor) -> tuple[int, int]:
     if not tensor.numel():
         return (0, 0)
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-    return (tensor.data_ptr(), (last + 1) * tensor.element_size())
+    needed = (last + 1) * tensor.element_size()
+    held = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
+    if tensor.device.type != "cpu" or held < needed:
+        raise ValueError(
+            f"backend 'cpu': a network's own columns follow a tensor {list(tensor.shape)} on {tensor.device} with "
+            f"{held} of its {needed} bytes; expected one on the CPU that has its memory."
+        )
+    return (tensor.data_ptr(), needed)
 
 
 def _own_obs(network: BoundNetwork) -> Callable[[Tensor], Tensor] | None:

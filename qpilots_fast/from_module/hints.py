@@ -18,6 +18,7 @@ from ..spec import INPUT_ORDER, TIME_EMBEDDINGS
 from .calling import UserCall
 from .refusal import Refused
 
+_MOST_DIMS = 64  # widths of obs that are tried where none is known
 _HINTS = (
     "obs_dim", "action_dim", "call", "input_order", "time_embedding", "time_embedding_dim", "chunk_shape", "activation",
     "layer_norm", "layer_norm_eps", "weights", "biases", "norm_weights", "norm_biases", "obs", "dims",
@@ -123,6 +124,7 @@ def dims_to_try(module: nn.Module, kind: str, hints: dict[str, Any]) -> list[tup
     if obs_dim is not None and action_dim is not None:
         return [(obs_dim, action_dim)]
     linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    tables = [layer for layer in module.modules() if isinstance(layer, nn.Embedding)]
     if not linears or (kind == "critic" and obs_dim is None and action_dim is None):
         missing = [name for name, value in (("obs_dim", obs_dim), ("action_dim", action_dim)) if value is None]
         raise Refused(f"{' and '.join(missing)} cannot be told from its weights; give the hint(s)", hint=missing[0])
@@ -134,8 +136,12 @@ def dims_to_try(module: nn.Module, kind: str, hints: dict[str, Any]) -> list[tup
     n_times, n_actions = (1, 1) if kind == "flow" else (3, 2)
     embedding = hints.get("time_embedding_dim")
     widths = [embedding] if embedding else list(dict.fromkeys([*TIME_EMBEDDINGS.values(), 8, 32, 128, 256]))
-    left = [width - n_actions * action_dim - n_times * w for w in widths]
-    found = [(rest, action_dim) for rest in left if rest > 0 and obs_dim in (None, rest)]
+    # where a time network makes the features, the first Linear may be its own, and they are as wide as it makes them
+    made = [layer.out_features for layer in linears] + [table.embedding_dim for table in tables]
+    read = dict.fromkeys([width, *(layer.in_features for layer in linears)])
+    features = dict.fromkeys([*(n_times * w for w in widths), *([] if embedding else made)])
+    left = dict.fromkeys(reads - n_actions * action_dim - f for reads in read for f in features)
+    found = [(rest, action_dim) for rest in left if rest > 0 and obs_dim in (None, rest)][:_MOST_DIMS]
     if not found:
         what = "none for obs" if obs_dim is None else f"other than obs_dim={obs_dim} for obs"
         raise Refused(

@@ -7,7 +7,7 @@ to the first Linear that reads the actions.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -52,10 +52,16 @@ def columns_before(
 
     compiled: whether torch.compile runs a part of the module; it is then called without.
     """
-    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False), eager:
+    device = weight.device.type
+    with ExitStack() as stack:  # each costs microseconds at every call
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        if compiled:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
-            with _UpTo(weight):
+            with torch.no_grad(), _UpTo(weight):
                 call(module, blocks)
         except _Reached as reached:
             return reached.args[0].detach()
@@ -98,6 +104,9 @@ class OwnRecognition:
     followed: tuple[Followed, ...]
 
 
+_ELSEWHERE = {**dict.fromkeys(TIMES, 0.5), **POSTERIOR_DRAW}  # times of a call that is about other columns
+
+
 class ModuleColumns(OwnColumns):
     """`OwnColumns` of a user's module, as it is at each call.
 
@@ -132,13 +141,12 @@ class ModuleColumns(OwnColumns):
 
     def _block(self, name: str, rows: int, like: Tensor, **given: Tensor) -> Tensor:
         spec, weight = self._spec, self._found.weight.find(self._module)
-        at = {**dict.fromkeys(TIMES, 0.5), **POSTERIOR_DRAW}
         blocks = []
         for block in BLOCKS_OF_KIND[spec.kind]:
             width = 1 if block in TIMES else spec.obs_dim if block == "obs" else spec.action_dim
             value = given.get(block)
             if value is None:
-                value = torch.full((rows, width), at.get(block, 0.0))
+                value = torch.full((rows, width), _ELSEWHERE.get(block, 0.0), dtype=weight.dtype, device=weight.device)
             blocks.append(value.detach().to(weight.device, weight.dtype))
         columns = columns_before(weight, self._module, self._call, blocks, self._compiled)
         return columns[:, spec.block_slices[name]].to(like.device, like.dtype)
