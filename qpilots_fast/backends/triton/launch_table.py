@@ -32,7 +32,8 @@ class Tile:
         large_from: rows of all members from which programs are larger, to read fewer operand bytes; 0: none. They have
             `taller` times the rows with as many more warps, and `wider` times the columns, of which the epilogue takes
             block_n at a time: what a warp adds up of a row stays the same.
-        max_registers: a thread's; 0: as ptxas likes, which in FMA loops spills to fit more blocks on a multiprocessor.
+        max_registers: a thread's, of large programs 255; 0: as ptxas likes, which may spill to fit more blocks on a
+            multiprocessor.
     """
 
     block_b: int
@@ -55,13 +56,8 @@ class Tile:
         """This tile for a launch over so many rows."""
         if not self.large_from or rows < self.large_from:
             return self
-        return replace(
-            self,
-            block_b=self.most_rows,
-            block_n=self.most_columns,
-            num_warps=self.taller * self.num_warps,
-            large_from=0,
-        )
+        block_b, block_n, warps = self.most_rows, self.most_columns, self.taller * self.num_warps
+        return replace(self, block_b=block_b, block_n=block_n, num_warps=warps, large_from=0, max_registers=255)
 
     def with_columns(self, columns: int) -> Tile:
         """This tile with so many columns."""
@@ -117,7 +113,7 @@ TABLE: tuple[LaunchRow, ...] = (
         "layer",
         _HALF,
         (90, 90),
-        Tile(64, 64, 64, 4, 3, large_from=4096, taller=2, wider=4),
+        Tile(64, 64, 64, 4, 3, large_from=4096, taller=2, wider=4, max_registers=168),
         "64 rows are one warpgroup's MMA height; 64 columns cut a layer of ten 512-wide members into 80 programs at "
         "64 rows. From 4096 rows of all members on 128 x 256 fill half of the GPU and read 2.7 times fewer operand "
         "bytes; larger accumulators spill. 144 KiB in 3 stages.",

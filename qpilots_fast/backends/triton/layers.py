@@ -298,8 +298,10 @@ def _pull(acc, mean, rstd, d_mean, d_spread, z_ptr, d_ptr, sum_ptr, vec_ptr, col
         if NORM == "post" or NORM == "fold":
             if NORM == "post":
                 acc *= gain
-            xhat = (_activation(z, ACT) - mean[:, None]) * rstd[:, None]
-            acc = rstd[:, None] * (acc - d_mean[:, None] - xhat * d_spread[:, None])
+            # d_mean + xhat d_spread, with what is of the row alone taken together
+            slope = rstd * d_spread
+            level = d_mean - mean * slope
+            acc = rstd[:, None] * (acc - (level[:, None] + slope[:, None] * _activation(z, ACT)))
             acc *= _activation_derivative(z, ACT)
         elif NORM == "pre":
             xhat = (z - mean[:, None]) * rstd[:, None]
