@@ -72,6 +72,11 @@ class LoopSteering:
         self._schedule = self.steering.schedule(len(times), [*times, 1.0])
         self._reports = []
 
+    @property
+    def num_steps(self) -> int:
+        """K of the loop that began last."""
+        return len(self._schedule)
+
     def steers(self, k: int) -> bool:
         """Whether step k asks the critic."""
         return self._schedule[k].weight > 0
