@@ -72,6 +72,14 @@ def _per_dimension(name: str, bound: Any, action_dim: int, chunk: tuple[int, ...
     return flat
 
 
+def bounds_width(low: Any, high: Any) -> int | None:
+    """How many numbers a bound has that has one a dimension; None where neither has."""
+    for bound in (low, high):
+        if isinstance(bound, tuple):
+            return sum(len(row) if isinstance(row, tuple) else 1 for row in bound)
+    return None
+
+
 def check_bounds(low: Any, high: Any) -> None:
     """Raises ValueError where bounds of one shape (or a number) leave nothing between them."""
     if not isinstance(low, tuple) and not isinstance(high, tuple):

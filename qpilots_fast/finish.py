@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class Finish:
         if obs is not None and torch.compiler.is_compiling():
             return self._climbed_by_operator(obs, actions, bounds)
         if obs is not None:
-            return self._climbed_here(self._evaluators(obs, actions, None), actions, bounds)
+            return self._climbed_here(_by_rows(self._evaluators(obs, actions, None)), actions, bounds)
         return run_outside_inference(lambda: self._climbed_by_autograd(inputs, actions, bounds))
 
     def _climbed_by_operator(self, obs: Tensor, actions: Tensor, bounds: Bounds) -> Tensor:
@@ -111,6 +112,19 @@ class Finish:
         backend = backends.choose(Request(self.backend, self.precision, like.device, like.dtype)).backend
         asking = self.steering.ascent or _ASKING
         return evaluators(None, self.critic, None, asking, backend, self.precision, obs, self.layout, chunk)
+
+
+def _by_rows(net: reference.Evaluators) -> reference.Evaluators:
+    """The same, each row's members side by side in memory: torch then adds them up row by row, in one order in every
+    batch, and not column by column, whose order depends on how many there are."""
+    ask = net.critic
+    assert ask is not None
+
+    def critic(*arguments: Any) -> tuple[Tensor, Any]:
+        values, pullback = ask(*arguments)
+        return values.t().contiguous().t(), pullback
+
+    return replace(net, critic=critic)
 
 
 def empty_sample(critic: Any, noise: Tensor, num_steps: int) -> tuple[RawSample, Tensor | None]:

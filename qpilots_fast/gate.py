@@ -44,6 +44,11 @@ def calibrate_gate(
     steered = [
         k for k, step in enumerate(sampler.steering.schedule(sampler.num_steps, sampler.time_grid)) if step.weight
     ]
+    if not steered:
+        raise ValueError(
+            "calibrate_gate: this sampler steers at no step (its window, step weights or number of steps leave none); "
+            "expected a schedule with a steered step."
+        )
     std, usable = info.q_std[steered], ~info.nonfinite[steered]
     found = std[usable].double().cpu().numpy()
     if not found.size:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .bounds import bounds_width
 from .candidates import rotated_starts
 from .draws import drawn, drawn_by_row, read_seeds
 from .networks import PackableNetwork
@@ -111,7 +112,8 @@ class Reader:
 
     Args:
         packed: a network that tells S and A. reads_obs: whether a packed one takes part, so that obs must be [..., S].
-        device: the networks'. float64: whether the sampler computes in float64; None: as its inputs say.
+        bounds_width: of bounds that have one number a dimension. device: the networks'.
+        float64: whether the sampler computes in float64; None: as its inputs say.
     """
 
     steering: Steering
@@ -121,6 +123,14 @@ class Reader:
     device: torch.device
     chunk_shape: tuple[int, int] | None
     float64: Callable[[], bool | None]
+    bounds_width: int | None = None
+
+    @property
+    def action_dim(self) -> int | None:
+        """A, as the chunk_shape, a packed network or bounds of each dimension tell it."""
+        if self.chunk_shape:
+            return math.prod(self.chunk_shape)
+        return self.bounds_width if self.packed is None else self.packed.spec.action_dim
 
     def read(
         self, obs: Any, noise: Any, posterior_noise: Any, generator: torch.Generator | None, seeds: Any, alpha: Any
@@ -166,7 +176,10 @@ class Reader:
                 f"obs has shape {list(obs.shape)}; expected [B, {obs_dim}], [{obs_dim}], or more leading dimensions."
             )
         if not obs.is_floating_point():
-            raise TypeError(f"obs is {obs.dtype}; expected a floating dtype, e.g. obs.float().")
+            raise TypeError(
+                f"obs is {obs.dtype}; expected a floating dtype: obs.float() of a tensor, obs.astype('float32') of an "
+                "array, scaled as in training."
+            )
         if obs.device != self.device:
             raise ValueError(f"obs is on {obs.device}, the networks are on {self.device}; move one with .to(...).")
         return obs
@@ -191,7 +204,7 @@ class Reader:
 
     def _layout(self, obs: Any, noise: Tensor | None) -> Layout:
         chunk = self.chunk_shape
-        action_dim = math.prod(chunk) if chunk else None if self.packed is None else self.packed.spec.action_dim
+        action_dim = self.action_dim
         if noise is None:
             rows = None if isinstance(obs, Tensor) else common_rows(obs)
             if rows is None and (not isinstance(obs, Tensor) or obs.ndim < 1):
@@ -201,8 +214,8 @@ class Reader:
                 )
             if action_dim is None:
                 raise ValueError(
-                    "noise is None and no network tells the action width; give noise [B, A], or the sampler a "
-                    "chunk_shape."
+                    "noise is None and no network tells the action width; give noise [B, A], or the sampler bounds of "
+                    "that width (action_low=[-1.0] * A), or, where callables take chunks, a chunk_shape."
                 )
             return Layout(self._lead(obs) if rows is None else (rows,), chunk or (action_dim,), chunk)
         lead = self._lead(obs) if self.reads_obs else self._lead_beside(obs, noise)
@@ -358,5 +371,6 @@ def reader_of(sampler: Any, networks: dict[str, Any]) -> Reader:
     parameter = next(sampler.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     return Reader(
-        steering, sampler.num_steps, tells, bool(asked), device, sampler.chunk_shape, lambda: computes_float64(sampler)
-    )
+        steering, sampler.num_steps, tells, bool(asked), device, sampler.chunk_shape,
+        lambda: computes_float64(sampler), bounds_width(sampler.action_low, sampler.action_high),
+    )  # fmt: skip

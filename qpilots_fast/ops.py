@@ -352,6 +352,10 @@ def sample(
 
 
 def _same_shape(op: str, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            got = getattr(tensor, "dtype", type(tensor).__name__)
+            raise TypeError(f"{op}: {name} is {got}; expected a floating Tensor (torch.as_tensor(..., dtype=...)).")
     (first_name, first), *others = tensors.items()
     if first.ndim not in (2, 3):
         raise ValueError(f"{op}: {first_name} has shape {list(first.shape)}; expected [B, A] or [B, C, D].")

@@ -25,7 +25,20 @@ class Remarks:
 
     def __init__(self) -> None:
         self.calls_left = _CALLS_LOOKED_AT
-        self._padding_open = True
+        self._padding_open = self.no_step_open = True
+
+    def on_no_step(self, steering: Steering, num_steps: int) -> None:
+        """Says that a steering with a strength steers nowhere."""
+        if self.no_step_open:
+            self.no_step_open = False
+            cause = (
+                "its window or step weights" if steering.window or steering.step_weights else "steer_first_step=False"
+            )
+            warn(
+                f"qpilots_fast: alpha is {steering.alpha:g}, but none of the {num_steps} steps is steered ({cause}); "
+                "actions are the flow's own. Pass more steps, steer_first_step=True, or a window that has a step's "
+                "time t_k in it."
+            )
 
     def on_actions(self, actions: Tensor, low: Any, high: Any) -> None:
         """Says where many entries of the actions end on bounds that nobody gave."""

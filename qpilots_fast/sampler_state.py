@@ -80,6 +80,9 @@ class SamplerState(nn.Module):
     def _make_run(self, networks: dict[str, Any] | None = None) -> PackedRun | CallableRun:
         """The way that calls take; made anew where what earlier calls kept must be forgotten."""
         check_settings(self)
+        if self.backend not in ("auto", *backends.BACKENDS):
+            named = ", ".join(map(repr, backends.BACKENDS))
+            raise ValueError(f"backend is {self.backend!r}; expected 'auto' or one of {named}.")
         if self._frozen and "_run" in self.__dict__ and self._run.holds_weights:
             _log.warning(
                 "a frozen SteeredSampler was moved, or a setting of it assigned: its next call packs the parameters as "
@@ -88,6 +91,9 @@ class SamplerState(nn.Module):
         if networks is None:
             self._own = recognised(self._given(), self.steering, self.chunk_shape, self._own)
             networks = self._asked()
+        steering = self.steering
+        if steering.steers and not any(step.weight for step in steering.schedule(self.num_steps, self.time_grid)):
+            self._remarks.on_no_step(steering, self.num_steps)
         slots: dict[str, backends.Slots] = {}
         for name, network in networks.items():
             own = self._own.get(name)
@@ -136,6 +142,7 @@ class SamplerState(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._choices, self._remarks, self._own = Choices(), Remarks(), {}
+        self._remarks.no_step_open = False  # said when the original was made
         self._run = self._make_run()
 
     def extra_repr(self) -> str:

@@ -30,9 +30,12 @@ def warm_up(sampler: Any, batch_sizes: Sequence[int], obs: Any) -> None:
             "warm_up: obs is None, and the networks are callables that read any obs; expected obs, a batch of yours "
             "(its rows are repeated as needed)."
         )
-    action = sampler.chunk_shape or (None if reader.packed is None else (reader.packed.spec.action_dim,))
+    action = sampler.chunk_shape or (None if reader.action_dim is None else (reader.action_dim,))
     if action is None:
-        raise ValueError("warm_up: no network tells the action width; give the sampler a chunk_shape, (1, A) for one.")
+        raise ValueError(
+            "warm_up: no network tells the action width; give the sampler bounds of that width (action_low=[-1.0] * "
+            "A), or, where callables take chunks, a chunk_shape."
+        )
     like = next((p for p in sampler.parameters() if p.is_floating_point()), torch.empty(0))
 
     def zeros(*shape: int) -> Tensor:

@@ -298,3 +298,31 @@ def test_final_values_of_a_case_do_not_depend_on_the_backend(backend):
     steering = replace(Steering.qpilots_u(), final_steps=2, final_step_size=0.2)
     case = make_case(steering)
     assert_close(case.run(backend), case.expected())
+
+
+NOWHERE = replace(Steering.qpilots_u(), window=(0.31, 0.39))
+
+
+@pytest.mark.parametrize("members", [3, 10])
+def test_final_steps_of_a_row_have_the_same_bits_in_any_batch(members):
+    torch.manual_seed(0)
+    flow, critic = FlowMLP(40, 25, (8, 8)), CriticEnsemble(40, 25, members, (8, 8))
+    sampler = SteeredSampler(flow, critic, replace(Steering.qpilots_u(), final_steps=3), num_steps=2)
+    obs, noise = torch.randn(64, 40), torch.randn(64, 25)
+    alone = torch.cat([sampler(obs[i : i + 1], noise[i : i + 1]) for i in range(64)])
+    assert torch.equal(sampler(obs, noise), alone)
+
+
+def test_the_gate_of_a_steering_that_steers_nowhere():
+    sampler = SteeredSampler(FlowMLP(3, 2, (8,)), CriticEnsemble(3, 2, 2, (8,)), NOWHERE, num_steps=10)
+    with pytest.raises(ValueError, match="steers at no step"):
+        calibrate_gate(sampler, torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("steering, steps", [(NOWHERE, 10), (Steering.qpilots_u(), 1)])
+def test_a_steering_that_steers_nowhere_says_so(steering, steps):
+    flow, critic = FlowMLP(3, 2, (8,)), CriticEnsemble(3, 2, 2, (8,))
+    with pytest.warns(UserWarning, match=f"none of the {steps} steps is steered") as caught:
+        sampler = SteeredSampler(flow, critic, steering, num_steps=steps)
+        sampler.num_steps = steps
+    assert len(caught) == 1 and caught[0].filename == __file__

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from qpilots_fast import FlowMLP, SteeredSampler, Steering
+from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering
 from qpilots_fast.testing import make_case
 
 M = Steering.qpilots_m()
@@ -305,3 +305,23 @@ def test_exported_with_a_dynamic_batch(strict):
     for size in (9, 17):
         found = exported.module()(case.obs[:size], case.noise[:size])
         torch.testing.assert_close(found, sampler(case.obs[:size], case.noise[:size]), rtol=0, atol=1e-5)
+
+
+def test_bounds_of_each_dimension_tell_the_width_that_callables_do_not():
+    flow, critic = FlowMLP(3, 6, (8,)), CriticEnsemble(3, 6, 2, (8,))
+    bounds = dict(action_low=[-1.0] * 6, action_high=np.ones(6))
+    sampler = SteeredSampler(
+        lambda obs, x, t: flow(obs["state"], x, t),
+        lambda obs, a: critic(obs["state"], a),
+        Steering.qpilots_u(),
+        **bounds,
+    )
+    obs = {"state": torch.randn(4, 3)}
+    assert sampler.warm_up((2,), obs).act(obs).shape == (4, 6)
+
+
+def test_a_backend_is_checked_when_it_is_assigned():
+    sampler = SteeredSampler(FlowMLP(3, 2, (8,)), None, Steering.unsteered())
+    with pytest.raises(ValueError, match="backend is 'gpu'; expected 'auto' or one of"):
+        sampler.backend = "gpu"
+    assert sampler.backend == "auto"

@@ -166,3 +166,12 @@ def test_numbers_of_numpy_and_dtypes():
     critic, obs = CriticEnsemble(2, 3, 2, (8,)), torch.randn(4, 2)
     assert torch.equal(ops.pessimistic_q(obs, x, critic, half), ops.pessimistic_q(obs, x, critic, 0.5))
     assert ops.steer_step(x, v.double(), 0.3, 0.1, q_grad=g).dtype == torch.float32
+
+
+def test_actions_that_are_no_floating_tensors_are_refused():
+    x, v = torch.ones(2, 3), torch.ones(2, 3)
+    for wrong, words in ((x.long(), "noisy_actions is torch.int64"), (x.numpy(), "noisy_actions is float32")):
+        with pytest.raises(TypeError, match=words):
+            ops.clean_actions(wrong, v, 0.5)
+    with pytest.raises(TypeError, match=r"velocity is torch\.int32"):
+        ops.steer_update(x, v.int(), v, 0.1)

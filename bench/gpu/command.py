@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -154,7 +155,10 @@ class Session:
 
     def save(self) -> None:
         """What is known now, in the run's one file."""
-        self.path = records.save(self.record(), self.options.out, self.path)
+        out = self.options.out
+        if self.device != "cuda" and out == records.RESULTS:  # no result to keep
+            out = Path(tempfile.gettempdir()) / "qpilots_dry_run"
+        self.path = records.save(self.record(), out, self.path)
 
     def check_grid(self, usable: list[str]) -> None:
         """Every setting, activation and norm at small, odd shapes, for as long as there is time."""
