@@ -6,6 +6,7 @@ before the class's methods until the handle is removed.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
@@ -141,8 +142,10 @@ def steer_expert(handle: SteeringHandle, model: Any, loop: LoopSteering, default
     sample, denoise = type(model).sample_actions.__get__(model), model.denoise_step  # a compiled one sees no steering
     of_sample, of_step = inspect.signature(sample), inspect.signature(denoise)
 
+    @functools.wraps(sample)  # its signature
     def sample_actions(*arguments: Any, **named: Any) -> Any:
-        steps = of_sample.bind(*arguments, **named).arguments.get("num_steps")
+        bound = of_sample.bind(*arguments, **named)
+        steps = bound.arguments.get("num_steps", bound.kwargs.get("num_steps"))
         count = default_steps() if steps is None else int(steps)
         loop.begin([k / count for k in range(count)])
         return sample(*arguments, **named)
