@@ -80,9 +80,6 @@ class SamplerState(nn.Module):
     def _make_run(self, networks: dict[str, Any] | None = None) -> PackedRun | CallableRun:
         """The way that calls take; made anew where what earlier calls kept must be forgotten."""
         check_settings(self)
-        if self.backend not in ("auto", *backends.BACKENDS):
-            named = ", ".join(map(repr, backends.BACKENDS))
-            raise ValueError(f"backend is {self.backend!r}; expected 'auto' or one of {named}.")
         if self._frozen and "_run" in self.__dict__ and self._run.holds_weights:
             _log.warning(
                 "a frozen SteeredSampler was moved, or a setting of it assigned: its next call packs the parameters as "
@@ -114,6 +111,9 @@ class SamplerState(nn.Module):
     # ------------------------------------------------------------ nn.Module plumbing
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "backend" and value not in ("auto", *backends.BACKENDS):
+            named = ", ".join(map(repr, backends.BACKENDS))
+            raise ValueError(f"backend is {value!r}; expected 'auto' or one of {named}.")
         before = {known: getattr(self, known, None) for known in (name, "num_steps")}
         self._put(name, read_setting(name, value))
         if name == "time_grid" and self.time_grid is not None:

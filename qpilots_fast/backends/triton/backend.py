@@ -29,6 +29,7 @@ OLDEST_TRITON = (3, 2)
 _NOT_READY = "this sampler has not run at this batch size yet, or not since its last capture"
 _KEPT = 16  # workspaces, packed buffers and plans kept per backend; the least recently used goes first
 _KEPT_GRAPHS = 8  # each has a workspace and weights of its own
+_MOST_NODES = 4096  # of such a graph: the launches of more rows take the GPU longer than the host
 
 
 def interpreting() -> bool:
@@ -190,6 +191,8 @@ class TritonBackend(Backend):
         if self._new_graph is None or (device.type != "cuda" and self._new_graph is CudaGraph):
             return QuickDeviceCall(spec, device, batch_size, slots, enqueue)
         new_graph = self._new_graph
+        if self.footprint(spec, batch_size).launches > _MOST_NODES:
+            return QuickDeviceCall(spec, device, batch_size, slots, enqueue)
 
         def capture() -> CapturedSampler:
             return self.capture(spec, networks, batch_size, packed, new_graph(device))
