@@ -15,7 +15,7 @@ from .bounds import check_bounds, read_bound
 from .callables import CriticList, has_forward, is_list, name_of, unwrapped
 from .critic_outputs import check_layout
 from .integers import as_int
-from .networks import PackableNetwork
+from .networks import JoinedCritics, PackableNetwork, are_alike
 from .spec import PRECISIONS
 from .steering import Steering
 
@@ -33,6 +33,9 @@ def read_setting(name: str, value: Any) -> Any:
     if name == "chunk_shape" and isinstance(value, (tuple, list)):
         return tuple(map(as_int, value))
     if name == "critic" and (is_list(value) or _are_modules(value)):
+        members = [unwrapped(member) for member in value]
+        if are_alike(members):
+            return JoinedCritics(members)
         return CriticList(value)
     if name == "time_grid":
         return _read_time_grid(value)

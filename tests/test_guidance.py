@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering
+from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering, from_module
 from qpilots_fast.integrations import ClassifierFreeGuidance
 
 S, A, B, K = 5, 4, 6, 5
@@ -98,3 +98,14 @@ def test_refusals():
         ClassifierFreeGuidance(flow, NULL, float("nan"))
     with pytest.raises(TypeError, match="flow is int"):
         ClassifierFreeGuidance(3, NULL, 1.0)
+
+
+def test_guidance_says_that_it_stays_a_callable():
+    guided = ClassifierFreeGuidance(FlowMLP(S, A, (16,)), NULL.numpy(), WEIGHT)
+    sampler = SteeredSampler(guided, CriticEnsemble(S, A, 2, (16,)), Steering.qpilots_u(), num_steps=3)
+    assert sampler(torch.randn(B, S)).shape == (B, A)
+    assert "guidance asks its flow twice" in str(sampler.explain().networks[0])
+    with pytest.raises(ValueError, match="guidance asks its flow twice"):
+        from_module(guided, "flow")
+    with pytest.raises(TypeError, match="null_obs is int64"):
+        ClassifierFreeGuidance(FlowMLP(S, A, (16,)), NULL.long().numpy(), WEIGHT)

@@ -15,7 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering, as_critic, as_flow, recognition
+from qpilots_fast import (
+    CriticEnsemble,
+    FlowMLP,
+    SteeredSampler,
+    Steering,
+    as_critic,
+    as_flow,
+    from_module,
+    recognition,
+)
 from qpilots_fast.callables import name_of
 from qpilots_fast.testing import assert_close
 from tests.own_modules import A, Flow, H, S, mlp
@@ -781,3 +790,21 @@ def test_numbers_in_other_places_keep_a_module_a_callable(make):
     sampler = SteeredSampler(make(), critic, Steering.unsteered(), num_steps=3)
     sampler(torch.randn(4, S), torch.randn(4, A))
     assert "runs as a callable" in str(sampler.explain().networks[0])
+
+
+@pytest.mark.parametrize("counts", [(2, 3), (1, 1, 1)])
+def test_packed_critics_in_a_list_are_one_ensemble(counts):
+    flow = FlowMLP(S, A, (16,))
+    critics = [CriticEnsemble(S, A, count, (16, 8)) for count in counts]
+    obs, noise = torch.randn(5, S), torch.randn(5, A)
+    sampler = SteeredSampler(flow, critics, Steering.qpilots_u(), num_steps=3)
+    assert "packed" in str(sampler.explain().networks[1]) and sampler.critic.spec.num_members == sum(counts)
+    plain = SteeredSampler(flow, lambda o, a: torch.cat([c(o, a) for c in critics]), Steering.qpilots_u(), num_steps=3)
+    for _ in range(3):
+        assert_close(sampler(obs, noise), plain(obs, noise).double(), "float32")
+        with torch.no_grad():
+            critics[-1].weights[0].neg_()
+    joined = from_module(critics, "critic")
+    assert torch.equal(joined(obs, noise), torch.cat([c(obs, noise) for c in critics]))
+    others = [CriticEnsemble(S, A, 2, widths) for widths in ((16, 8), (16, 9))]  # asked one after the other
+    assert SteeredSampler(flow, others, Steering.qpilots_u(), num_steps=3)(obs, noise).shape == (5, A)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..callables import is_list, name_of, unwrapped
-from ..networks import PackableNetwork
+from ..networks import JoinedCritics, PackableNetwork, are_alike
 from ..spec import KINDS, NetworkSpec
 from . import layers, stacked
 from .calling import SCALES, OutputLayout, UserCall, check_argument_order, read_layout
@@ -125,6 +125,8 @@ def prepared(module: Any, kind: str) -> nn.Module:
         module = template
     elif is_list(module) or isinstance(module, (list, tuple)):
         module = [unwrapped(member) for member in module]
+        if kind == "critic" and are_alike(module):
+            return JoinedCritics(module)
         if module and all(isinstance(member, nn.Module) for member in module):
             module = nn.ModuleList(module)
     if not isinstance(module, nn.Module):
@@ -150,6 +152,9 @@ def recognise(
             f"it holds parameters ({type(module).__name__}) and no forward",
             "Give (template, params), where template is the module whose parameters these are, stacked.",
         )
+    asks_twice = getattr(type(module), "asks_twice", "")
+    if asks_twice:
+        raise Refused(asks_twice, "SteeredSampler runs it as it is: pass the module itself.")
     _check_layers(module, in_eval_mode)
     if hints.get("call") is None and not isinstance(module, StackedTemplate):
         check_argument_order(module, kind)
@@ -161,7 +166,10 @@ def recognise(
         probe = _copy_for_proof(module, torch.float64, in_eval_mode)
         try:
             return _held(module, _recognise(probe, kind, hints)), probe
-        except NotCallable as refusal:
+        except Refused as refusal:
+            if not isinstance(refusal, NotCallable):
+                raise
+
             if "dtype" not in str(refusal):
                 raise
             probe = _copy_for_proof(module, torch.float32, in_eval_mode)  # it casts to float32 on the way
@@ -169,6 +177,10 @@ def recognise(
                 return _held(module, _recognise(probe, kind, hints, torch.float32)), probe
             except NotCallable:
                 raise refusal from None
+        except Exception as error:  # of the user's code, asked in a way that it was not made for
+            raise Refused(
+                f"its forward raised {type(error).__name__} while it was read: {first_line(error)}"
+            ) from error
 
 
 def _check_layers(module: nn.Module, in_eval_mode: bool) -> None:

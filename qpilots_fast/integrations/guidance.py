@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,12 +33,20 @@ class ClassifierFreeGuidance(nn.Module):
         SteeredSampler(ClassifierFreeGuidance(flow, torch.zeros(40), 1.5), critic, Steering.qpilots_u())
     """
 
+    asks_twice: ClassVar[str] = "guidance asks its flow twice a step, which no packed network does"
+
     def __init__(self, flow: Callable[..., Tensor], null_obs: Any, weight: float) -> None:
         super().__init__()
         if not callable(flow):
             raise TypeError(f"ClassifierFreeGuidance: flow is {type(flow).__name__}; expected a callable.")
         check_number("ClassifierFreeGuidance: weight", weight, -math.inf)
         self.flow = flow
+        if isinstance(null_obs, np.ndarray):
+            if null_obs.dtype.kind != "f":
+                raise TypeError(
+                    f"ClassifierFreeGuidance: null_obs is {null_obs.dtype}; expected floating numbers, e.g. np.float32."
+                )
+            null_obs = torch.from_numpy(null_obs.copy())
         self.null_obs: Any
         if isinstance(null_obs, Tensor) and not isinstance(null_obs, nn.Parameter):
             self.register_buffer("null_obs", null_obs)
