@@ -588,17 +588,24 @@ def test_obs_that_packed_networks_do_not_read_are_given_as_advised(networks):
     with pytest.raises(TypeError, match=r"obs is list, .*: give torch\.as_tensor\(obs\)"):
         sampler(obs.tolist(), noise)
     assert_close(sampler(torch.as_tensor(obs.tolist()), noise), want)
-    with pytest.raises(TypeError, match=r"e\.g\. obs\.float\(\)"):
+    with pytest.raises(TypeError, match=r"obs\.float\(\) of a tensor, obs\.astype\('float32'\) of an array"):
         sampler(obs.long(), noise)
-    assert_close(sampler(obs.long().float(), noise), sampler(obs.trunc(), noise))
+    want = sampler(obs.trunc(), noise)
+    assert_close(sampler(obs.long().float(), noise), want)
+    assert_close(sampler(obs.long().numpy().astype("float32"), noise), want)
     with pytest.raises(ValueError, match=r"give noise \[B, A\]"):
         reads({"state": obs})
 
 
 def test_drawn_noise_of_callables_has_the_width_advised(networks):
     flow, critic = (opaque(network) for network in networks)
-    with pytest.raises(ValueError, match=r"give noise \[B, A\], or the sampler a chunk_shape"):
+    advised = (
+        r"give noise \[B, A\], or the sampler bounds of that width \(action_low=\[-1\.0\] \* A\), or, .* a chunk_shape"
+    )
+    with pytest.raises(ValueError, match=advised):
         SteeredSampler(flow, critic, Steering.qpilots_u())(inputs()[0])
+    bounded = SteeredSampler(flow, critic, Steering.qpilots_u(), action_low=[-1.0] * A)
+    assert bounded(inputs()[0]).shape == (B, A)
     by_rows = lambda network: lambda obs, x, *t: network(obs, x.flatten(1), *t)  # noqa: E731
     sampler = SteeredSampler(
         lambda *b: by_rows(flow)(*b).unflatten(1, (1, A)), by_rows(critic), Steering.qpilots_u(), chunk_shape=(1, A)
