@@ -146,37 +146,59 @@ def _halves(tile):
 
 
 @triton.jit
+def _keep_columns(acc, mean, rstd, bias_ptr, u_ptr, z_ptr, y_ptr, stat_ptr, column, rows, capacity, width,
+                  H_PAD: tl.constexpr, BELOW_NORM: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr,
+                  STAT_N: tl.constexpr):  # fmt: skip
+    """z, y and stat of STAT_N columns of a product; pointers are a program's member and rows."""
+    offs_n = column + tl.arange(0, STAT_N)
+    if BELOW_NORM == "fold":
+        acc = rstd[:, None] * (acc - mean[:, None] * tl.load(u_ptr + offs_n)[None, :])
+    z = acc + tl.load(bias_ptr + offs_n)[None, :]
+    within = (offs_n < width)[None, :]
+    target = tl.arange(0, acc.shape[0])[:, None] * H_PAD + offs_n[None, :]
+    kept = tl.where(within, z, 0.0).to(z_ptr.dtype.element_ty)
+    tl.store(z_ptr + target, kept)
+    if NORM != "pre":
+        kept = tl.where(within, _activation(z, ACT), 0.0).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + target, kept)
+    if NORM != "none":
+        # of what was kept: its reader multiplies that
+        value = kept.to(tl.float32)
+        count = tl.minimum(tl.maximum(width - column, 1), STAT_N).to(tl.float32)
+        tile_mean = tl.sum(value, axis=1) / count
+        deviation = tl.where(within, value - tile_mean[:, None], 0.0)
+        stat_ptr += column // STAT_N * 2 * capacity
+        tl.store(stat_ptr + rows, tile_mean)
+        tl.store(stat_ptr + capacity + rows, tl.sum(deviation * deviation, axis=1))
+
+
+@triton.jit
 def _keep(acc, mean, rstd, bias_ptr, u_ptr, z_ptr, y_ptr, stat_ptr, column, rows, capacity, width,
           H_PAD: tl.constexpr, BELOW_NORM: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr,
           STAT_N: tl.constexpr):  # fmt: skip
     """z, y and stat of a product's columns, STAT_N at a time; pointers are a program's member and rows."""
-    if acc.shape[1] > STAT_N:
+    if acc.shape[1] == STAT_N:
+        _keep_columns(acc, mean, rstd, bias_ptr, u_ptr, z_ptr, y_ptr, stat_ptr, column, rows, capacity,
+                      width, H_PAD, BELOW_NORM, NORM, ACT, STAT_N)  # fmt: skip
+    else:  # halves, or quarters; no recursion, which Triton 3.2 lacks
         left, right = _halves(acc)
-        _keep(left, mean, rstd, bias_ptr, u_ptr, z_ptr, y_ptr, stat_ptr, column, rows, capacity, width,
-              H_PAD, BELOW_NORM, NORM, ACT, STAT_N)  # fmt: skip
-        _keep(right, mean, rstd, bias_ptr, u_ptr, z_ptr, y_ptr, stat_ptr, column + acc.shape[1] // 2, rows, capacity,
-              width, H_PAD, BELOW_NORM, NORM, ACT, STAT_N)  # fmt: skip
-    else:
-        offs_n = column + tl.arange(0, STAT_N)
-        if BELOW_NORM == "fold":
-            acc = rstd[:, None] * (acc - mean[:, None] * tl.load(u_ptr + offs_n)[None, :])
-        z = acc + tl.load(bias_ptr + offs_n)[None, :]
-        within = (offs_n < width)[None, :]
-        target = tl.arange(0, acc.shape[0])[:, None] * H_PAD + offs_n[None, :]
-        kept = tl.where(within, z, 0.0).to(z_ptr.dtype.element_ty)
-        tl.store(z_ptr + target, kept)
-        if NORM != "pre":
-            kept = tl.where(within, _activation(z, ACT), 0.0).to(y_ptr.dtype.element_ty)
-            tl.store(y_ptr + target, kept)
-        if NORM != "none":
-            # of what was kept: its reader multiplies that
-            value = kept.to(tl.float32)
-            count = tl.minimum(tl.maximum(width - column, 1), STAT_N).to(tl.float32)
-            tile_mean = tl.sum(value, axis=1) / count
-            deviation = tl.where(within, value - tile_mean[:, None], 0.0)
-            stat_ptr += column // STAT_N * 2 * capacity
-            tl.store(stat_ptr + rows, tile_mean)
-            tl.store(stat_ptr + capacity + rows, tl.sum(deviation * deviation, axis=1))
+        if acc.shape[1] == 2 * STAT_N:
+            _keep_columns(left, mean, rstd, bias_ptr, u_ptr, z_ptr, y_ptr, stat_ptr, column, rows,
+                          capacity, width, H_PAD, BELOW_NORM, NORM, ACT, STAT_N)  # fmt: skip
+            _keep_columns(right, mean, rstd, bias_ptr, u_ptr, z_ptr, y_ptr, stat_ptr, column + STAT_N,
+                          rows, capacity, width, H_PAD, BELOW_NORM, NORM, ACT, STAT_N)  # fmt: skip
+        else:
+            tl.static_assert(acc.shape[1] == 4 * STAT_N)
+            first, second = _halves(left)
+            third, fourth = _halves(right)
+            _keep_columns(first, mean, rstd, bias_ptr, u_ptr, z_ptr, y_ptr, stat_ptr, column, rows,
+                          capacity, width, H_PAD, BELOW_NORM, NORM, ACT, STAT_N)  # fmt: skip
+            _keep_columns(second, mean, rstd, bias_ptr, u_ptr, z_ptr, y_ptr, stat_ptr, column + STAT_N,
+                          rows, capacity, width, H_PAD, BELOW_NORM, NORM, ACT, STAT_N)  # fmt: skip
+            _keep_columns(third, mean, rstd, bias_ptr, u_ptr, z_ptr, y_ptr, stat_ptr, column + 2 * STAT_N,
+                          rows, capacity, width, H_PAD, BELOW_NORM, NORM, ACT, STAT_N)  # fmt: skip
+            _keep_columns(fourth, mean, rstd, bias_ptr, u_ptr, z_ptr, y_ptr, stat_ptr, column +
+                          3 * STAT_N, rows, capacity, width, H_PAD, BELOW_NORM, NORM, ACT, STAT_N)  # fmt: skip
 
 
 # A caller's tensors are never specialised on alignment: of a rollout [T, S] only some rows obs[i : i + 1] are aligned,
@@ -279,47 +301,69 @@ def _output_kernel(below_ptr, stat_ptr, w_ptr, vec_ptr, add_ptr, out_ptr, sum_pt
 
 
 @triton.jit
+def _pull_columns(acc, mean, rstd, d_mean, d_spread, z_ptr, d_ptr, sum_ptr, vec_ptr, column, rows, capacity, width,
+                  H_PAD: tl.constexpr, NORM: tl.constexpr, BELOW_NORM: tl.constexpr, ACT: tl.constexpr,
+                  STAT_N: tl.constexpr):  # fmt: skip
+    """d and sums of STAT_N columns of a product; pointers are a program's member and rows."""
+    offs_n = column + tl.arange(0, STAT_N)
+    target = tl.arange(0, acc.shape[0])[:, None] * H_PAD + offs_n[None, :]
+    z = tl.load(z_ptr + target).to(tl.float32)
+    if NORM == "post" or NORM == "pre":
+        gain = tl.load(vec_ptr + 2 * H_PAD + offs_n)[None, :]
+    if NORM == "post" or NORM == "fold":
+        if NORM == "post":
+            acc *= gain
+        # d_mean + xhat d_spread, with what is of the row alone taken together
+        slope = rstd * d_spread
+        level = d_mean - mean * slope
+        acc = rstd[:, None] * (acc - (level[:, None] + slope[:, None] * _activation(z, ACT)))
+        acc *= _activation_derivative(z, ACT)
+    elif NORM == "pre":
+        xhat = (z - mean[:, None]) * rstd[:, None]
+        shift = tl.load(vec_ptr + 3 * H_PAD + offs_n)[None, :]
+        acc *= _activation_derivative(xhat * gain + shift, ACT) * gain
+    else:
+        acc *= _activation_derivative(z, ACT)
+    d = tl.where((offs_n < width)[None, :], acc, 0.0).to(d_ptr.dtype.element_ty)
+    tl.store(d_ptr + target, d)
+    d = d.to(tl.float32)
+    sum_ptr += column // STAT_N * 2 * capacity
+    if NORM == "pre":
+        tl.store(sum_ptr + rows, tl.sum(d, axis=1))
+        tl.store(sum_ptr + capacity + rows, tl.sum(d * xhat, axis=1))
+    elif BELOW_NORM == "post" or BELOW_NORM == "fold":
+        tl.store(sum_ptr + rows, tl.sum(d * tl.load(vec_ptr + H_PAD + offs_n)[None, :], axis=1))
+        apart = z - tl.load(vec_ptr + offs_n)[None, :]
+        tl.store(sum_ptr + capacity + rows, tl.sum(d * apart, axis=1))
+
+
+@triton.jit
 def _pull(acc, mean, rstd, d_mean, d_spread, z_ptr, d_ptr, sum_ptr, vec_ptr, column, rows, capacity, width,
           H_PAD: tl.constexpr, NORM: tl.constexpr, BELOW_NORM: tl.constexpr, ACT: tl.constexpr,
           STAT_N: tl.constexpr):  # fmt: skip
     """d and sums of a product's columns, STAT_N at a time; pointers are a program's member and rows."""
-    if acc.shape[1] > STAT_N:
+    if acc.shape[1] == STAT_N:
+        _pull_columns(acc, mean, rstd, d_mean, d_spread, z_ptr, d_ptr, sum_ptr, vec_ptr, column, rows,
+                      capacity, width, H_PAD, NORM, BELOW_NORM, ACT, STAT_N)  # fmt: skip
+    else:  # halves, or quarters; no recursion, which Triton 3.2 lacks
         left, right = _halves(acc)
-        _pull(left, mean, rstd, d_mean, d_spread, z_ptr, d_ptr, sum_ptr, vec_ptr, column, rows, capacity, width,
-              H_PAD, NORM, BELOW_NORM, ACT, STAT_N)  # fmt: skip
-        _pull(right, mean, rstd, d_mean, d_spread, z_ptr, d_ptr, sum_ptr, vec_ptr, column + acc.shape[1] // 2, rows,
-              capacity, width, H_PAD, NORM, BELOW_NORM, ACT, STAT_N)  # fmt: skip
-    else:
-        offs_n = column + tl.arange(0, STAT_N)
-        target = tl.arange(0, acc.shape[0])[:, None] * H_PAD + offs_n[None, :]
-        z = tl.load(z_ptr + target).to(tl.float32)
-        if NORM == "post" or NORM == "pre":
-            gain = tl.load(vec_ptr + 2 * H_PAD + offs_n)[None, :]
-        if NORM == "post" or NORM == "fold":
-            if NORM == "post":
-                acc *= gain
-            # d_mean + xhat d_spread, with what is of the row alone taken together
-            slope = rstd * d_spread
-            level = d_mean - mean * slope
-            acc = rstd[:, None] * (acc - (level[:, None] + slope[:, None] * _activation(z, ACT)))
-            acc *= _activation_derivative(z, ACT)
-        elif NORM == "pre":
-            xhat = (z - mean[:, None]) * rstd[:, None]
-            shift = tl.load(vec_ptr + 3 * H_PAD + offs_n)[None, :]
-            acc *= _activation_derivative(xhat * gain + shift, ACT) * gain
+        if acc.shape[1] == 2 * STAT_N:
+            _pull_columns(left, mean, rstd, d_mean, d_spread, z_ptr, d_ptr, sum_ptr, vec_ptr, column,
+                          rows, capacity, width, H_PAD, NORM, BELOW_NORM, ACT, STAT_N)  # fmt: skip
+            _pull_columns(right, mean, rstd, d_mean, d_spread, z_ptr, d_ptr, sum_ptr, vec_ptr, column +
+                          STAT_N, rows, capacity, width, H_PAD, NORM, BELOW_NORM, ACT, STAT_N)  # fmt: skip
         else:
-            acc *= _activation_derivative(z, ACT)
-        d = tl.where((offs_n < width)[None, :], acc, 0.0).to(d_ptr.dtype.element_ty)
-        tl.store(d_ptr + target, d)
-        d = d.to(tl.float32)
-        sum_ptr += column // STAT_N * 2 * capacity
-        if NORM == "pre":
-            tl.store(sum_ptr + rows, tl.sum(d, axis=1))
-            tl.store(sum_ptr + capacity + rows, tl.sum(d * xhat, axis=1))
-        elif BELOW_NORM == "post" or BELOW_NORM == "fold":
-            tl.store(sum_ptr + rows, tl.sum(d * tl.load(vec_ptr + H_PAD + offs_n)[None, :], axis=1))
-            apart = z - tl.load(vec_ptr + offs_n)[None, :]
-            tl.store(sum_ptr + capacity + rows, tl.sum(d * apart, axis=1))
+            tl.static_assert(acc.shape[1] == 4 * STAT_N)
+            first, second = _halves(left)
+            third, fourth = _halves(right)
+            _pull_columns(first, mean, rstd, d_mean, d_spread, z_ptr, d_ptr, sum_ptr, vec_ptr, column,
+                          rows, capacity, width, H_PAD, NORM, BELOW_NORM, ACT, STAT_N)  # fmt: skip
+            _pull_columns(second, mean, rstd, d_mean, d_spread, z_ptr, d_ptr, sum_ptr, vec_ptr, column +
+                          STAT_N, rows, capacity, width, H_PAD, NORM, BELOW_NORM, ACT, STAT_N)  # fmt: skip
+            _pull_columns(third, mean, rstd, d_mean, d_spread, z_ptr, d_ptr, sum_ptr, vec_ptr, column +
+                          2 * STAT_N, rows, capacity, width, H_PAD, NORM, BELOW_NORM, ACT, STAT_N)  # fmt: skip
+            _pull_columns(fourth, mean, rstd, d_mean, d_spread, z_ptr, d_ptr, sum_ptr, vec_ptr, column +
+                          3 * STAT_N, rows, capacity, width, H_PAD, NORM, BELOW_NORM, ACT, STAT_N)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows", "capacity", "depth", "above_width", "width"],
