@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qpilots_fast import CriticEnsemble, FlowMLP, MetaFlowMap, SteeredSampler, Steering, from_module, ops
+from qpilots_fast import CriticEnsemble, FlowMLP, MetaFlowMap, SteeredSampler, Steering, backends, from_module, ops
 from qpilots_fast.testing import assert_close
 
 OBS, ACTION, STEPS = 6, 3, 3
 U, M = Steering.qpilots_u(), Steering.qpilots_m(num_samples=2)
+
+CPU_REASON = backends.unavailable_reason("cpu")
+needs_cpu = pytest.mark.skipif(CPU_REASON is not None, reason=str(CPU_REASON))
 
 
 class UserCritic(nn.Module):
@@ -141,6 +144,7 @@ def test_operators_check_sizes_too(backend):
         ops.velocity(obs, noise, 0.5, flow, backend=backend)
 
 
+@needs_cpu
 def test_new_storage_from_another_thread():
     """Each call reads old or new weights, which are equal here: memory given back would show, or end the process."""
     torch.manual_seed(0)
@@ -165,6 +169,7 @@ def test_new_storage_from_another_thread():
     assert not wrong
 
 
+@needs_cpu
 def test_freezing_in_another_thread():
     sampler, inputs = build("cpu"), arguments()
     expected, end, wrong = sampler(*inputs), time.monotonic() + 1, []

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering, calibrate_gate
+from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering, backends, calibrate_gate
 from qpilots_fast.reference import aggregate
 from qpilots_fast.testing import assert_close, make_case
 
@@ -18,6 +18,9 @@ S, A, B = 3, 4, 32
 FLOW, CRITIC = FlowMLP(S, A, (16,)), CriticEnsemble(S, A, 3, (16,))
 OBS, NOISE = torch.randn(B, S), torch.randn(B, A)
 BOX = dict(action_low=-1.5, action_high=1.5)
+
+CPU_REASON = backends.unavailable_reason("cpu")
+needs_cpu = pytest.mark.skipif(CPU_REASON is not None, reason=str(CPU_REASON))
 
 
 def opaque(network):
@@ -304,6 +307,7 @@ NOWHERE = replace(Steering.qpilots_u(), window=(0.31, 0.39))
 
 
 @pytest.mark.parametrize("members", [3, 10])
+@needs_cpu
 def test_final_steps_of_a_row_have_the_same_bits_in_any_batch(members):
     torch.manual_seed(0)
     flow, critic = FlowMLP(40, 25, (8, 8)), CriticEnsemble(40, 25, members, (8, 8))

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering
+from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering, backends
 from qpilots_fast.testing import make_case
 
 FLOW, CRITIC = FlowMLP(3, 4, (16,)), CriticEnsemble(3, 4, 2, (16,))
 OBS = torch.randn(5, 3)
 BOX = dict(action_low=-1.0, action_high=1.0)
+
+CPU_REASON = backends.unavailable_reason("cpu")
+needs_cpu = pytest.mark.skipif(CPU_REASON is not None, reason=str(CPU_REASON))
 
 
 SOFTMAX = replace(Steering.best_of_n(3), selection="softmax")
@@ -31,6 +34,7 @@ def test_results_and_draws_are_those_of_a_cold_sampler(steering, backend):
     assert torch.equal(warm(case.obs), expected)  # nothing was drawn in between
 
 
+@needs_cpu
 def test_the_next_call_takes_the_quick_way():
     sampler = SteeredSampler(FLOW, CRITIC, Steering.qpilots_u(), backend="cpu", **BOX)
     assert sampler._run.quick("cpu") is None
