@@ -10,14 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qpilots_fast import CriticEnsemble, FlowMLP, MetaFlowMap, SteeredSampler, Steering, backends, from_module, ops
+from qpilots_fast import CriticEnsemble, FlowMLP, MetaFlowMap, SteeredSampler, Steering, from_module, ops
 from qpilots_fast.testing import assert_close
+from tests.marks import needs_cpu
 
 OBS, ACTION, STEPS = 6, 3, 3
 U, M = Steering.qpilots_u(), Steering.qpilots_m(num_samples=2)
-
-CPU_REASON = backends.unavailable_reason("cpu")
-needs_cpu = pytest.mark.skipif(CPU_REASON is not None, reason=str(CPU_REASON))
 
 
 class UserCritic(nn.Module):

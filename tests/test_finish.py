@@ -10,17 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering, backends, calibrate_gate
+from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering, calibrate_gate
 from qpilots_fast.reference import aggregate
 from qpilots_fast.testing import assert_close, make_case
+from tests.marks import needs_cpu
 
 S, A, B = 3, 4, 32
 FLOW, CRITIC = FlowMLP(S, A, (16,)), CriticEnsemble(S, A, 3, (16,))
 OBS, NOISE = torch.randn(B, S), torch.randn(B, A)
 BOX = dict(action_low=-1.5, action_high=1.5)
-
-CPU_REASON = backends.unavailable_reason("cpu")
-needs_cpu = pytest.mark.skipif(CPU_REASON is not None, reason=str(CPU_REASON))
 
 
 def opaque(network):

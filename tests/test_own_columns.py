@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering, from_module, ops
-from qpilots_fast.backends import unavailable_reason
+from tests.marks import needs_cpu
 from tests.zoo.own_inputs import CRITICS, Critic, Encoding, Everything, InUnits, Normalising
 from tests.zoo.time_networks import TIMES, A, Flow, H, Map, PlainSinusoidal, S, SinusoidalMLP
 
@@ -25,7 +25,6 @@ STEERINGS = {
     "QGF": Steering.qgf(weight=0.3),
     "glass": Steering(estimate="glass", num_samples=2, glass_steps=2),
 }
-needs_cpu = pytest.mark.skipif(unavailable_reason("cpu") is not None, reason=str(unavailable_reason("cpu")))
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_cpu)]
 
 

@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering, backends
+from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering
 from qpilots_fast.testing import make_case
+from tests.marks import needs_cpu
 
 FLOW, CRITIC = FlowMLP(3, 4, (16,)), CriticEnsemble(3, 4, 2, (16,))
 OBS = torch.randn(5, 3)
 BOX = dict(action_low=-1.0, action_high=1.0)
-
-CPU_REASON = backends.unavailable_reason("cpu")
-needs_cpu = pytest.mark.skipif(CPU_REASON is not None, reason=str(CPU_REASON))
 
 
 SOFTMAX = replace(Steering.best_of_n(3), selection="softmax")
