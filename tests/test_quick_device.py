@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qpilots_fast import CriticEnsemble, FlowMLP, MetaFlowMap, SteeredSampler, Steering, backends
 from qpilots_fast.backends import native, quick
+from qpilots_fast.backends.caches import Cache
 from qpilots_fast.backends.cuda import CudaBackend
 
 cuda_emulator = pytest.importorskip("cuda_emulator")
@@ -146,3 +147,26 @@ def test_wrong_inputs_are_still_refused(backend):
         sampler(obs, noise[:, :-1])
     with pytest.raises(ValueError, match="alpha"):
         sampler(obs, noise, alpha=torch.ones(BATCH + 1))
+
+
+def test_a_recorded_call_is_replayed_on_its_own_stream_alone():
+    """Two replays at once would share memory."""
+    current, replays = [7], []
+
+    def plain(obs: Tensor, noise: Tensor, posterior_noise: Tensor | None, alpha: Tensor | None) -> Tensor:
+        return noise
+
+    def capture() -> Any:
+        return lambda obs, noise, posterior_noise: replays.append(1) or noise + 1
+
+    kept = Cache(1)
+    enqueue = quick.GraphedEnqueue(plain, capture, lambda: current[0], kept)
+    x = torch.zeros(1)
+    assert [enqueue(x, x, None, None).item() for _ in range(3)] == [0, 1, 1]
+    current[0] = 8
+    assert enqueue(x, x, None, None).item() == 0 and enqueue(x, x, None, x).item() == 0
+    current[0] = 7
+    assert enqueue(x, x, None, None).item() == 1 and len(replays) == 3
+    quick.GraphedEnqueue(plain, capture, lambda: 7, kept)._record()  # takes the only place
+    kept.obtain("another", capture)
+    assert enqueue(x, x, None, None).item() == 0
