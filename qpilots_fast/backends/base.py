@@ -78,7 +78,23 @@ class RowKernels(Protocol):
     def steer_step(
         self, x: Tensor, v: Tensor, g: Tensor, dt: float, steering: Steering, q_std: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As reference.steer_velocity and a Euler step of it: the next x [B, A], norms of g and non-finite rows [B]."""
+        """x + dt (v + scale(v, g) g) over the steered dims.
+
+        Args:
+            x, v, g: [B, A]. q_std: [B], the critics' std, for scale="gaf" and max_disagreement.
+
+        Returns:
+            The next x [B, A]; norms of g [B]; rows whose g was not finite, which took the plain step [B].
+
+        Raises:
+            ValueError: where q_std is needed and None.
+        """
+
+
+def check_q_std(steering: Steering, q_std: Tensor | None) -> None:
+    """Raises ValueError where a step needs the critics' std and has none."""
+    if q_std is None and (steering.scale == "gaf" or steering.max_disagreement is not None):
+        raise ValueError("q_std is None; scale='gaf' and max_disagreement need the critics' std, [B].")
 
 
 # (obs, noise, posterior noise, alpha; each of the last three or None) -> actions, or None where the general path must

@@ -34,7 +34,7 @@ class ParameterWatch(Protocol):
 
 
 class PythonWatch:
-    """`ParameterWatch` where there is no compiled module: some 40 us for the paper's networks instead of 15."""
+    """`ParameterWatch` where there is no compiled module."""
 
     def __init__(self, slots: Slots) -> None:
         self._slots = slots

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...steering import Steering
+from ..base import check_q_std
 from ..caches import Cache
 from ..captured import refuse_while_capturing
 from ..params import steering_params
@@ -31,16 +32,8 @@ class CudaRows:
     def steer_step(
         self, x: Tensor, v: Tensor, g: Tensor, dt: float, steering: Steering, q_std: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x + dt (v + scale(v, g) g) over the steered dims.
-
-        Args:
-            x, v, g: [B, A]. q_std: [B], the critics' std, for scale="gaf" and max_disagreement.
-
-        Returns:
-            The next x [B, A]; norms of g [B]; rows whose g was not finite, which took the plain step [B].
-        """
-        if q_std is None and (steering.scale == "gaf" or steering.max_disagreement is not None):
-            raise ValueError("q_std is None; scale='gaf' and max_disagreement need the critics' std, [B].")
+        """See `RowKernels`."""
+        check_q_std(steering, q_std)
         norms = torch.empty(len(x), dtype=torch.float32, device=x.device)
         nonfinite = torch.empty(len(x), dtype=torch.bool, device=x.device)
         read = {"v": float32_rows(v), "g": float32_rows(g), "q_std": None if q_std is None else float32_rows(q_std)}

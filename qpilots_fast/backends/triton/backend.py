@@ -29,7 +29,7 @@ OLDEST_TRITON = (3, 2)
 _NOT_READY = "this sampler has not run at this batch size yet, or not since its last capture"
 _KEPT = 16  # workspaces, packed buffers and plans kept per backend; the least recently used goes first
 _KEPT_GRAPHS = 8  # each has a workspace and weights of its own
-_MOST_NODES = 4096  # of such a graph: the launches of more rows take the GPU longer than the host
+_MOST_NODES = 4096  # of such a graph: a call of more rows is long enough to hide its host's time, by the model
 
 
 def interpreting() -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...steering import Steering
+from ..base import check_q_std
 from ..caches import Cache
 from ..captured import refuse_while_capturing
 from .evaluation import Launch
@@ -63,16 +64,8 @@ class TritonRows:
     def steer_step(
         self, x: Tensor, v: Tensor, g: Tensor, dt: float, steering: Steering, q_std: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x + dt (v + scale(v, g) g) over the steered dims.
-
-        Args:
-            x, v, g: [B, A]. q_std: [B], the critics' std, for scale="gaf" and max_disagreement.
-
-        Returns:
-            The next x [B, A]; norms of g [B]; rows whose g was not finite, which took the plain step [B].
-        """
-        if q_std is None and (steering.scale == "gaf" or steering.max_disagreement is not None):
-            raise ValueError("q_std is None; scale='gaf' and max_disagreement need the critics' std, [B].")
+        """See `RowKernels`."""
+        check_q_std(steering, q_std)
         x, std = _rows(x), None if q_std is None else _rows(q_std)
         result, norms = torch.empty_like(x), x.new_empty(len(x))
         nonfinite = torch.empty(len(x), dtype=torch.bool, device=x.device)
