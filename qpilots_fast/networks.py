@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from .activations import ACTIVATIONS
 from .integers import as_int
-from .spec import TIME_EMBEDDINGS, BoundNetwork, LayerParameters, NetworkSpec, NormPlacement
+from .row_ops import ROW_OPS
+from .spec import TIME_EMBEDDINGS, BoundNetwork, LayerParameters, NetworkSpec, NormParameters, NormPlacement
 from .times import time_features
 
 
@@ -62,10 +63,14 @@ def bind(spec: NetworkSpec, flat: Sequence[Tensor]) -> BoundNetwork:
     for index, has_bias in enumerate(spec.biases):
         weight = members()
         bias = members() if has_bias else None
-        normed = index < len(spec.hidden_dims) and spec.layer_norm[index] is not None
-        norm_weight = members() if normed and spec.norm_weight else None
-        norm_bias = members() if normed and spec.norm_bias else None
-        layers.append(LayerParameters(weight, bias, norm_weight, norm_bias))
+        ops = spec.row_chains[index] if index < len(spec.hidden_dims) else ()
+        norms = [
+            NormParameters(members() if op.weight else None, members() if op.bias else None)
+            for op in ops
+            if ROW_OPS[op.kind].has_weight
+        ]
+        first = norms[0] if norms else NormParameters()
+        layers.append(LayerParameters(weight, bias, *first, more_norms=tuple(norms[1:])))
     return BoundNetwork(spec, tuple(layers))
 
 

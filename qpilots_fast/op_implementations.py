@@ -97,7 +97,7 @@ def _reference_place(tensors: Sequence[Tensor], parameters: Sequence[Tensor]) ->
 def _backend_place(tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> _Place:
     def place(spec: NetworkSpec, precision: str, backend: str) -> tuple[BoundNetwork, NetworkCall]:
         network = bind(spec, [p.detach() for p in parameters])
-        return network, backend_call(_network_backend(backend, precision, tensors[1]), network, precision)
+        return network, backend_call(_network_backend(backend, precision, tensors[1], spec), network, precision)
 
     return place
 
@@ -172,8 +172,8 @@ def _bind_sampler(spec: SamplerSpec, parameters: Sequence[Tensor]) -> BoundNetwo
 # ---------------------------------------------------------------- forward on a backend
 
 
-def _network_backend(name: str, precision: str, like: Tensor) -> Backend:
-    return backends.choose(Request(name, precision, like.device, like.dtype)).backend
+def _network_backend(name: str, precision: str, like: Tensor, spec: NetworkSpec) -> Backend:
+    return backends.choose(Request(name, precision, like.device, like.dtype, networks=(spec,))).backend
 
 
 def _blocks(spec: NetworkSpec, named: dict[str, Tensor], like: Tensor) -> list[Tensor]:
@@ -192,7 +192,7 @@ def _run_network(
     tensors: Sequence[Tensor], parameters: Sequence[Tensor], spec_json: str, precision: str, backend: str
 ) -> Tensor:
     spec = network_spec_from_json(spec_json)
-    chosen = _network_backend(backend, precision, tensors[1])
+    chosen = _network_backend(backend, precision, tensors[1], spec)
     blocks = _blocks(spec, _named_inputs(spec, tensors), tensors[1])
     return chosen.forward(bind(spec, [p.detach() for p in parameters]), blocks, precision)
 
@@ -306,7 +306,7 @@ def _backend_vjp(
     """The backend's own product, for gradients with respect to obs and actions alone."""
     spec = network_spec_from_json(args[0])
     precision, backend = args[-2:]
-    chosen = _network_backend(backend, precision, tensors[1])
+    chosen = _network_backend(backend, precision, tensors[1], spec)
     handle = chosen.prepare(bind(spec, [p.detach() for p in parameters]), precision)
     blocks = _blocks(spec, _named_inputs(spec, tensors), tensors[1])
     if name == "velocity":

@@ -16,11 +16,7 @@ import torch
 from torch import Tensor
 
 from .bounds import Bounds
-from .reference_mlp import (
-    ReferenceNetwork,
-    layer_norm,
-    layer_norm_vjp,
-)
+from .reference_mlp import ReferenceNetwork
 from .spec import Pullback, RawSample, StepReport
 from .steering import Steering
 from .times import GlassCoefficients, Step, glass_coefficients
@@ -35,8 +31,6 @@ __all__ = [
     "ensemble_std",
     "glass_coefficients",
     "glass_draw",
-    "layer_norm",
-    "layer_norm_vjp",
     "member_weights",
     "posterior_weights",
     "row_norm",

@@ -1,43 +1,15 @@
-"""The reference's networks: LayerNorm and MLP ensembles with explicit vector-Jacobian products."""
+"""The reference's networks: ensembles of equal chains of Linears with explicit vector-Jacobian products."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .activations import ACTIVATIONS
+from .reference_row_ops import KeepingPullback, run_chain
 from .spec import BoundNetwork, NetworkSpec, Pullback
-
-
-@dataclass(frozen=True)
-class _Norm:
-    """What LayerNorm's pullback needs."""
-
-    normalised: Tensor
-    inverse_std: Tensor
-    weight: Tensor | None
-
-
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, _Norm]:
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis, population variance."""
-    centred = x - x.mean(-1, keepdim=True)
-    inverse_std = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-    normalised = centred * inverse_std
-    y = normalised if weight is None else normalised * weight
-    return (y if bias is None else y + bias), _Norm(normalised, inverse_std, weight)
-
-
-def layer_norm_vjp(d_y: Tensor, norm: _Norm) -> Tensor:
-    """d_x = inverse_std * (h - mean(h) - normalised * mean(h * normalised)), h = d_y * weight."""
-    h = d_y if norm.weight is None else d_y * norm.weight
-    projection = (h * norm.normalised).mean(-1, keepdim=True)
-    return norm.inverse_std * (h - h.mean(-1, keepdim=True) - norm.normalised * projection)
-
-
-# ---------------------------------------------------------------- networks
 
 _OPERAND_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,8 +18,7 @@ _OPERAND_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 class _StackedLayer:
     weight: Tensor  # [E, out, in]
     bias: Tensor | None  # [E, 1, out]
-    norm_weight: Tensor | None
-    norm_bias: Tensor | None
+    norms: tuple[tuple[Tensor | None, Tensor | None], ...]  # weight and bias of each, [E, 1, out]
 
 
 class ReferenceNetwork:
@@ -74,43 +45,49 @@ class ReferenceNetwork:
         for layer in network.layers:
             weight = stack(layer.weight, vector=False)
             assert weight is not None
-            vectors = (stack(p, vector=True) for p in (layer.bias, layer.norm_weight, layer.norm_bias))
-            self._layers.append(_StackedLayer(weight, *vectors))
+            norms = tuple((stack(norm.weight, vector=True), stack(norm.bias, vector=True)) for norm in layer.norms)
+            self._layers.append(_StackedLayer(weight, stack(layer.bias, vector=True), norms))
 
     def _round(self, x: Tensor) -> Tensor:
         return x if self._operand_dtype is None else x.to(self._operand_dtype).to(self._dtype)
 
     def __call__(self, blocks: Sequence[Tensor]) -> tuple[Tensor, Pullback]:
-        """Output [E, B, out], and the pullback of [E, B, out] to all input columns per member, [E, B, in]."""
-        spec, act = self.spec, ACTIVATIONS[self.spec.activation]
-        h = torch.cat([block.to(self._dtype) for block in blocks], dim=-1)
+        """Output [E, B, out], and the pullback of [E, B, out] to all input columns per member, [E, B, in].
+
+        Args:
+            blocks: as `NetworkSpec.ordered` gives them.
+        """
+        spec = self.spec
+        columns = blocks[: len(blocks) - bool(spec.film_dim)]
+        modulations = self._modulations(blocks[-1])
+        h = torch.cat([block.to(self._dtype) for block in columns], dim=-1)
         h = h.expand(spec.num_members, *h.shape)
-        tape: list[tuple[Tensor, _Norm | None]] = []
-        for layer, placement in zip(self._layers[:-1], spec.layer_norm):
-            z = self._linear(h, layer)
-            norm = None
-            if placement == "pre":
-                z, norm = layer_norm(z, layer.norm_weight, layer.norm_bias, spec.layer_norm_eps)
-            h = act.value(z)
-            if placement == "post":
-                h, norm = layer_norm(h, layer.norm_weight, layer.norm_bias, spec.layer_norm_eps)
-            tape.append((z, norm))
+        kept: Tensor | None = None
+        tape = []
+        for layer, chain in zip(self._layers[:-1], spec.row_chains):
+            film_of_layer = [next(modulations) for op in chain if op.name == "film"]
+            h, kept, pullbacks = run_chain(chain, self._linear(h, layer), layer.norms, film_of_layer, kept)
+            tape.append(pullbacks)
         return self._linear(h, self._layers[-1]), lambda d_output: self._pull_back(d_output, tape)
+
+    def _modulations(self, film: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Scale and shift [B, H] of each "film", of all side by side [B, film_dim]."""
+        at = 0
+        for width, chain in zip(self.spec.hidden_dims, self.spec.row_chains):
+            for _ in range(sum(op.name == "film" for op in chain)):
+                scale, shift = film[:, at : at + width], film[:, at + width : at + 2 * width]
+                yield scale.to(self._dtype), shift.to(self._dtype)
+                at += 2 * width
 
     def _linear(self, h: Tensor, layer: _StackedLayer) -> Tensor:
         z = self._round(h) @ layer.weight.transpose(1, 2)
         return z if layer.bias is None else z + layer.bias
 
-    def _pull_back(self, d_output: Tensor, tape: list[tuple[Tensor, _Norm | None]]) -> Tensor:
-        d_h, act = self._round(d_output) @ self._layers[-1].weight, ACTIVATIONS[self.spec.activation]
-        rows = zip(reversed(self._layers[:-1]), reversed(self.spec.layer_norm), reversed(tape))
-        for layer, placement, (z, norm) in rows:
-            if placement == "post":
-                assert norm is not None
-                d_h = layer_norm_vjp(d_h, norm)
-            d_z = d_h * act.derivative(z)
-            if placement == "pre":
-                assert norm is not None
-                d_z = layer_norm_vjp(d_z, norm)
-            d_h = self._round(d_z) @ layer.weight
+    def _pull_back(self, d_output: Tensor, tape: list[list[KeepingPullback]]) -> Tensor:
+        d_h = self._round(d_output) @ self._layers[-1].weight
+        d_kept: Tensor | None = None
+        for layer, pullbacks in zip(reversed(self._layers[:-1]), reversed(tape)):
+            for pull_back in reversed(pullbacks):
+                d_h, d_kept = pull_back(d_h, d_kept)
+            d_h = self._round(d_h) @ layer.weight
         return d_h

@@ -21,7 +21,7 @@ from .info import Explanation
 from .inputs import Inputs, check_actions, check_all_finite
 from .networks import PackableNetwork
 from .remarks import Remarks
-from .spec import BoundNetworks, RawSample, SamplerSpec, StepReport
+from .spec import BoundNetworks, NetworkSpec, RawSample, SamplerSpec, StepReport
 from .steering import Steering
 from .times import Step
 from .user_warning import warn
@@ -229,8 +229,10 @@ class CallableRun:
         return not all_packed(networks, self._steering)
 
     def __init__(
-        self, steering: Steering, schedule: tuple[Step, ...], precision: str, critic_layout: str, remarks: Remarks
-    ) -> None:
+        self, steering: Steering, schedule: tuple[Step, ...], precision: str, critic_layout: str, remarks: Remarks,
+        packed: tuple[NetworkSpec, ...],
+    ) -> None:  # fmt: skip
+        self._packed_specs = packed
         self._steering, self._schedule, self._precision = steering, schedule, precision
         self._critic_layout, self._remarks = critic_layout, remarks
         self._chosen: dict[tuple[str, torch.device, torch.dtype], Choice] = {}
@@ -275,7 +277,9 @@ class CallableRun:
     def _choose(self, backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
         key = (backend, device, dtype)
         if key not in self._chosen:
-            self._chosen[key] = backends.choose(Request(backend, self._precision, device, dtype))
+            self._chosen[key] = backends.choose(
+                Request(backend, self._precision, device, dtype, networks=self._packed_specs)
+            )
         return self._chosen[key]
 
 
@@ -296,7 +300,8 @@ def make_run(
         bounds = box_of(*bounds, tells.action_dim, sampler.chunk_shape)
     if not all_packed(networks, steering):
         schedule = steering.schedule(sampler.num_steps, sampler.time_grid)
-        return CallableRun(steering, schedule, sampler.precision, sampler.critic_layout, remarks)
+        packed = tuple(spec for spec in specs.values() if spec is not None)
+        return CallableRun(steering, schedule, sampler.precision, sampler.critic_layout, remarks, packed)
     spec = SamplerSpec(
         **specs,  # type: ignore[arg-type]
         steering=steering,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .bounds import Bound, Bounds, as_operands
+from .row_ops import Chain, RowOp, check_chains, plain_layer
 from .steering import Steering
 from .times import GlassCoefficients, Step, glass_coefficients, time_features
 
@@ -46,6 +47,10 @@ class NetworkSpec:
     activation, LayerNorm. A last Linear follows without activation. The input columns are the blocks
     named in input_order.
 
+    Other structures have chains, one a hidden layer: what is done to the rows of that Linear's output, in this order.
+    Residual blocks are "keep" and "add", a distribution's expectation is "softmax" before a last Linear of its support.
+    activation and layer_norm say nothing then; chains that they could say become these.
+
     Some blocks may be columns that the network's own module computes (`OwnColumns`, which a BoundNetwork has then):
     the times where time_embedding is "module", those of s and u then empty, since the map is asked at s = 0, u = 1; the
     observations where obs_columns is their number; the critic's actions where action_columns are the indices of the
@@ -70,8 +75,12 @@ class NetworkSpec:
     stacked: bool = False
     obs_columns: int | None = None
     action_columns: tuple[int, ...] | None = None
+    chains: tuple[Chain, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.chains:
+            check_chains(self.chains, self.hidden_dims)
+            self._set_plain()
         if not self.biases:
             object.__setattr__(self, "biases", (True,) * (len(self.hidden_dims) + 1))
         if not self.layer_norm:
@@ -81,6 +90,36 @@ class NetworkSpec:
         object.__setattr__(self, "json", json.dumps(asdict(self), sort_keys=True))
 
     json: ClassVar[str]  # this spec as text, ready before torch.compile traces through
+
+    def _set_plain(self) -> None:
+        """Says by activation and layer_norm what can be said so."""
+        layers = [plain_layer(chain) for chain in self.chains]
+        plain = [layer for layer in layers if layer is not None]
+        norms = {norm for *_, norm in plain if norm is not None}
+        if len(plain) < len(layers) or len(norms) > 1 or len({activation for activation, *_ in plain}) > 1:
+            return
+        fields: dict[str, Any] = {"chains": (), "activation": plain[0][0], "layer_norm": tuple(p for _, p, _ in plain)}
+        for norm in norms:
+            fields |= {"layer_norm_eps": norm.numbers[0], "norm_weight": norm.weight, "norm_bias": norm.bias}
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    @cached_property
+    def row_chains(self) -> tuple[Chain, ...]:
+        """What is done to the rows of each hidden Linear's output, whichever way the spec says it."""
+        if self.chains:
+            return self.chains
+        activation = RowOp(self.activation)
+        norm = RowOp("layer_norm", (self.layer_norm_eps,), self.norm_weight, self.norm_bias)
+        of = {None: (activation,), "pre": (norm, activation), "post": (activation, norm)}
+        return tuple(of[placement] for placement in self.layer_norm)
+
+    @property
+    def film_dim(self) -> int:
+        """Numbers that the "film" operations read at a flow time: scale and shift of each layer's, in order."""
+        return sum(
+            2 * width * sum(op.name == "film" for op in chain) for width, chain in zip(self.hidden_dims, self.chains)
+        )
 
     def block_dim(self, block: str) -> int:
         """Columns of one input block."""
@@ -99,6 +138,7 @@ class NetworkSpec:
             "obs": self.obs_columns is not None,
             "times": self.time_embedding == "module",
             "actions": self.action_columns is not None,
+            "film": self.film_dim > 0,
         }
         named = " and ".join(name for name, is_own in own.items() if is_own)
         return f"the {self.kind}'s own module computes its columns of {named}" if named else None
@@ -132,8 +172,8 @@ class NetworkSpec:
         lead, copies = ((self.num_members,), 1) if self.stacked else ((), self.num_members)
         shapes: list[tuple[int, ...]] = []
         for index, (fan_in, fan_out) in enumerate(self.layer_dims):
-            normed = index < len(self.hidden_dims) and self.layer_norm[index] is not None
-            vectors = self.biases[index] + (self.norm_weight + self.norm_bias if normed else 0)
+            ops = self.row_chains[index] if index < len(self.hidden_dims) else ()
+            vectors = self.biases[index] + sum(op.weight + op.bias for op in ops)
             shapes += [(*lead, fan_out, fan_in)] * copies + [(*lead, fan_out)] * (copies * vectors)
         return tuple(shapes)
 
@@ -167,8 +207,8 @@ class NetworkSpec:
         return self.time_inputs(at, len(times), at.device)
 
     def ordered(self, named: dict[str, Tensor]) -> list[Tensor]:
-        """The input blocks in the order of the first layer's columns."""
-        return [named[block] for block in self.input_order]
+        """The input blocks in the order of the first layer's columns; last, where it has any, those of "film"."""
+        return [named[block] for block in (*self.input_order, *(("film",) if self.film_dim else ()))]
 
     def head(self, output: Tensor) -> tuple[Tensor, Pullback]:
         """q_values [E, B] of a critic's output [E, B, out], and the pullback of [E, B] to the output."""
@@ -194,26 +234,44 @@ class OwnColumns(ABC):
     def times(self, t: Tensor) -> Tensor:
         """[n, 1] -> [n, time_embedding_dim]."""
 
+    def film(self, t: Tensor) -> Tensor:
+        """[n, 1] -> [n, film_dim]."""
+        raise NotImplementedError
+
     @abstractmethod
     def actions(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and shift [len(action_columns)] of each column, in like's dtype, on its device."""
 
     @abstractmethod
     def followed(self) -> list[Tensor]:
-        """The tensors that `times` and `actions` follow."""
+        """The tensors that `times`, `film` and `actions` follow."""
+
+
+class NormParameters(NamedTuple):
+    """E tensors [out] each, or None."""
+
+    weight: tuple[Tensor, ...] | None = None
+    bias: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)
 class LayerParameters:
-    """One Linear of every member, with its LayerNorm: views of live parameters, never copies.
+    """One Linear of every member, with the norms of its chain: views of live parameters, never copies.
 
-    weight: E tensors [out, in], any strides. bias, norm_weight, norm_bias: E tensors [out], or None.
+    weight: E tensors [out, in], any strides. bias, norm_weight, norm_bias: E tensors [out], or None; these of the
+    first norm. more_norms: those of a chain's further ones.
     """
 
     weight: tuple[Tensor, ...]
     bias: tuple[Tensor, ...] | None
     norm_weight: tuple[Tensor, ...] | None = None
     norm_bias: tuple[Tensor, ...] | None = None
+    more_norms: tuple[NormParameters, ...] = ()
+
+    @property
+    def norms(self) -> tuple[NormParameters, ...]:
+        """The parameters of each norm of the chain; one at least, which a layer without norms does not read."""
+        return (NormParameters(self.norm_weight, self.norm_bias), *self.more_norms)
 
 
 @dataclass(frozen=True)
@@ -233,7 +291,11 @@ class BoundNetwork:
 
     def parameters(self) -> list[Tensor]:
         """Every tensor of `layers`, layer by layer."""
-        groups = (g for layer in self.layers for g in (layer.weight, layer.bias, layer.norm_weight, layer.norm_bias))
+        groups = (
+            group
+            for layer in self.layers
+            for group in (layer.weight, layer.bias, *(group for norm in layer.norms for group in norm))
+        )
         return [tensor for group in groups for tensor in group or ()]
 
     @cached_property
@@ -252,12 +314,16 @@ class BoundNetwork:
 
     def time_inputs(self, t: float | Tensor, batch_size: int, device: torch.device) -> dict[str, Tensor]:
         """Every time block at flow time t, a number or [B, 1], by name: [B, d] each, float64."""
-        if self.spec.time_embedding != "module":
-            return self.spec.time_inputs(t, batch_size, device)
-        assert self.own is not None
         at = torch.as_tensor(t, dtype=torch.float64, device=device).reshape(-1, 1)
+        film = {}
+        if self.spec.film_dim:
+            assert self.own is not None
+            film = {"film": self.own.film(at).expand(batch_size, -1)}
+        if self.spec.time_embedding != "module":
+            return film | self.spec.time_inputs(t, batch_size, device)
+        assert self.own is not None
         rows = self.own.times(at).expand(batch_size, -1)
-        return {"t": rows} | {name: rows[:, :0] for name in POSTERIOR_DRAW if name in self.spec.input_order}
+        return film | {"t": rows} | {name: rows[:, :0] for name in POSTERIOR_DRAW if name in self.spec.input_order}
 
     def time_rows(self, times: Sequence[float]) -> dict[str, Tensor]:
         """The time blocks at each of these flow times: [len(times), d] each, float64, CPU."""
@@ -443,6 +509,7 @@ def _network_from_dict(values: dict | None) -> NetworkSpec | None:
     if values is None:
         return None
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    fields["chains"] = tuple(tuple(RowOp.of(op) for op in chain) for chain in fields["chains"])
     return NetworkSpec(**fields)
 
 

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 
 from ..errors import BackendUnavailable
-from ..spec import SamplerSpec
+from ..spec import NetworkSpec, SamplerSpec
 from .base import Backend, Call, Footprint, QuickCall, RowKernels, Slots
 from .captured import capturing
 from .quick import ByBatchSize
@@ -96,6 +96,7 @@ class Request:
     Args:
         name: "auto" or a backend's name. dtype: of obs and actions.
         batch_size: where given, "auto" leaves batches over a backend's max_batch_size to the next one.
+        networks: the single ones, where they are known.
     """
 
     name: str
@@ -104,8 +105,13 @@ class Request:
     dtype: torch.dtype = torch.float32
     spec: SamplerSpec | None = None
     batch_size: int | None = None
+    networks: tuple[NetworkSpec, ...] = ()
 
     def refusal(self, backend: Backend) -> str | None:
+        reasons = map(backend.structure_refusal, self.networks if self.spec is None else self.spec.networks.values())
+        reason = next((reason for reason in reasons if reason is not None), None)
+        if reason is not None:
+            return reason
         if self.spec is None:
             return backend.network_refusal(self.precision, self.device)
         return backend.refusal(self.spec, self.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import BackendUnavailable
 from ..networks import Slots
-from ..spec import BoundNetwork, BoundNetworks, RawSample, SamplerSpec
+from ..spec import BoundNetwork, BoundNetworks, NetworkSpec, RawSample, SamplerSpec
 from ..steering import Steering
 
 
@@ -110,6 +110,7 @@ class Backend(ABC):
     max_batch_size: ClassVar[int | None] = None  # "auto" takes the next backend for larger batches
     keeps: ClassVar[str] = "nothing by batch size"  # how much of it stays ready for a next call, in words
     auto_for_networks: ClassVar[bool] = True  # whether "auto" may take it to run single networks
+    runs_chains: ClassVar[bool] = False  # whether it runs networks with NetworkSpec.chains
     quick_by_batch_size: ClassVar[bool] = False  # whether a `quick_call` is for one batch size alone
 
     @abstractmethod
@@ -124,6 +125,12 @@ class Backend(ABC):
         """Why this backend cannot run single networks on tensors of this device, or None where it can."""
         if precision not in self.precisions:
             return f"precision {precision!r} is not one of {', '.join(self.precisions)}"
+        return None
+
+    def structure_refusal(self, network: NetworkSpec) -> str | None:
+        """Why this backend cannot run a network of this structure, or None where it can."""
+        if network.chains and not self.runs_chains:
+            return f"the {network.kind} has residual blocks, a head or other row operations, which it does not run"
         return None
 
     @abstractmethod

@@ -20,6 +20,7 @@ class ReferenceBackend(Backend):
     """Readable, unfused; what every other backend is compared with."""
 
     name = "reference"
+    runs_chains = True
     precisions = ("float32", "bfloat16", "float16", "float64")
 
     def unavailable_reason(self) -> str | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import ACTIVATIONS
-from ..reference import layer_norm
+from ..reference_row_ops import layer_norm
 from ..spec import TIME_EMBEDDINGS, NetworkSpec
 from ..times import time_features
 from .calling import TIMES, UserCall

@@ -21,6 +21,7 @@ from .. import backends, reference
 from ..backends import Request
 from ..bounds import as_lists, as_operands
 from ..evaluators import evaluators
+from ..networks import PackableNetwork
 from ..sampler import SampleInfo
 from ..steering import Steering, check_choice
 
@@ -255,7 +256,8 @@ def ddim_steered_sample(
     if any(b >= a for a, b in pairwise(lambdas)):
         raise ValueError(f"ddim_steered_sample: timesteps is {list(timesteps)}; expected indices from noise to clean.")
     drift = _DDIMDrift(network, prediction, clip)
-    chosen = backends.choose(Request(backend, "float32", noise.device, noise.dtype)).backend
+    packed = tuple(n.spec for n in (network, critic) if isinstance(n, PackableNetwork))
+    chosen = backends.choose(Request(backend, "float32", noise.device, noise.dtype, networks=packed)).backend
     net = evaluators(drift, critic, None, steering, chosen, "float32", obs, critic_layout)
     low, high = as_lists(action_low, action_high, noise.shape[-1], noise.shape[1:])
     bounds = as_operands(low, high, noise)

@@ -108,7 +108,8 @@ class LoopSteering:
         chunk = tuple(v.shape[1:])
         rows, velocity, at = (value.flatten(1).to(dtype) for value in given)
         self._check_obs(obs, at)
-        chosen = backends.choose(Request(self._backend, "float32", at.device, dtype)).backend
+        packed = (self._critic.spec,) if isinstance(self._critic, PackableNetwork) else ()
+        chosen = backends.choose(Request(self._backend, "float32", at.device, dtype, networks=packed)).backend
         net = evaluators(
             None, self._critic, None, self.steering, chosen, "float32", obs, self._layout,
             chunk if len(chunk) > 1 else None,  # type: ignore[arg-type]
