@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from qpilots_fast import CriticEnsemble, FlowMLP, MetaFlowMap, SteeredSampler, Steering
+from qpilots_fast.networks import PackableNetwork
 from qpilots_fast.spec import NormPlacement
+
+from . import structures
 
 METHODS: dict[str, Steering] = {
     "U": Steering.qpilots_u(),
@@ -28,6 +31,7 @@ class Case:
     Args:
         flow_norm: LayerNorm of each hidden layer of the flow. critic_norm: of every hidden layer of the critics.
         methods: the keys of METHODS that this case is run with when none is asked for.
+        structure: makes flow and critics of another structure from obs_dim, action_dim and num_critics; None: MLPs.
     """
 
     name: str
@@ -41,9 +45,15 @@ class Case:
     time_embedding: str = "raw"
     num_steps: int = 10
     methods: tuple[str, ...] = ("U", "M")
+    structure: structures.Structure | None = None
 
-    def networks(self, seed: int = 0, device: str = "cpu") -> tuple[FlowMLP, CriticEnsemble, MetaFlowMap]:
-        """Randomly initialised flow, critics and meta flow map, without gradients for their parameters."""
+    def networks(self, seed: int = 0, device: str = "cpu") -> tuple[PackableNetwork, ...]:
+        """Randomly initialised flow, critics and (of MLPs) meta flow map, without gradients for their parameters."""
+        if self.structure is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                made = self.structure(self.obs_dim, self.action_dim, self.num_critics)
+            return tuple(n.requires_grad_(False).eval().to(device) for n in made)
         sizes = (self.obs_dim, self.action_dim, self.hidden_dims)
         timed = dict(layer_norm=self.flow_norm, time_embedding=self.time_embedding)
         with torch.random.fork_rng(devices=[]):
@@ -53,7 +63,7 @@ class Case:
                 self.obs_dim, self.action_dim, self.num_critics, self.hidden_dims, layer_norm=self.critic_norm
             )
             posterior = MetaFlowMap(*sizes, **timed)  # type: ignore[arg-type]
-        return tuple(n.requires_grad_(False).eval().to(device) for n in (flow, critic, posterior))  # type: ignore[return-value]
+        return tuple(n.requires_grad_(False).eval().to(device) for n in (flow, critic, posterior))
 
 
 CASES: dict[str, Case] = {
@@ -65,6 +75,15 @@ CASES: dict[str, Case] = {
             "qgf", "QGF (arXiv 2606.11087): 2 critics, LayerNorm before the activation, sinusoidal time", 28, 5,
             num_critics=2, flow_norm=("pre", "pre", "pre", None), critic_norm="pre", time_embedding="sinusoidal",
             methods=("QGF",),
+        ),
+        Case(
+            "residual",
+            "IDQL's flow (3 blocks 256 -> 1024 -> 256, a learned time MLP), BroNet critics (2 blocks of 512)",
+            40, 25, (256,) * 3, methods=("U",), structure=structures.residual,
+        ),
+        Case(
+            "c51", "2 critics 512-256-128 with LayerNorm and 101 atoms, as FastTD3's; the paper's flow",
+            40, 25, num_critics=2, methods=("U",), structure=structures.c51,
         ),
         Case("wide", "the paper's observation and action widths with QGF's 1024-wide layers", 40, 25, (1024,) * 4),
     )
@@ -78,9 +97,9 @@ class Workload:
     case: Case
     method: str
     batch_size: int
-    flow: FlowMLP
-    critic: CriticEnsemble
-    posterior: MetaFlowMap | None
+    flow: PackableNetwork
+    critic: PackableNetwork
+    posterior: PackableNetwork | None
     steering: Steering
     obs: Tensor  # [B, S]
     noise: Tensor  # [B, A]
@@ -140,8 +159,10 @@ def make_workload(
     steering = METHODS[method]
     if num_samples is not None:
         steering = replace(steering, num_samples=num_samples)
-    flow, critic, posterior = case.networks(seed, device)
-    drawn_by = posterior if steering.estimate == "mfm" else None
+    flow, critic, *maps = case.networks(seed, device)
+    if steering.estimate == "mfm" and not maps:
+        raise ValueError(f"case {case.name!r} has no meta flow map for {method}; expected one of {case.methods}.")
+    drawn_by = maps[0] if steering.estimate == "mfm" else None
     draw = torch.Generator().manual_seed(seed + 1)
     obs = torch.randn(batch_size, case.obs_dim, generator=draw)
     noise = torch.randn(batch_size, case.action_dim, generator=draw)

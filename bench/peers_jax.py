@@ -41,7 +41,7 @@ def _arrays(network: StackedNetwork) -> dict[str, Any]:
         "first": {block: _array(weight) for block, weight in network.first.items()},
         "biases": [_array(bias) for bias in network.biases],
         "weights": [_array(weight) for weight in network.weights],
-        "norms": [(_array(weight), _array(bias)) for weight, bias in network.norms],
+        "norms": [[(_array(weight), _array(bias)) for weight, bias in norms] for norms in network.norms],
         "time": _array(network.time),
     }
 
@@ -51,27 +51,34 @@ def _rest(arrays: dict[str, Any], spec: Any, z: Any) -> Any:
     import jax
     import jax.numpy as jnp
 
-    activation = {
+    activations = {
         "gelu_tanh": lambda h: jax.nn.gelu(h, approximate=True),
         "gelu": lambda h: jax.nn.gelu(h, approximate=False),
         "relu": jax.nn.relu, "silu": jax.nn.silu, "mish": jax.nn.mish, "tanh": jnp.tanh,
         "elu": jax.nn.elu,
-    }[spec.activation]  # fmt: skip
+    }  # fmt: skip
 
-    def normalise(h: Any, index: int) -> Any:
-        weight, bias = arrays["norms"][index]
+    def normalise(h: Any, weight: Any, bias: Any, eps: float) -> Any:
         wide = h.astype(jnp.float32)
         mean = wide.mean(-1, keepdims=True)
-        wide = (wide - mean) * jax.lax.rsqrt(wide.var(-1, keepdims=True) + spec.layer_norm_eps)
+        wide = (wide - mean) * jax.lax.rsqrt(wide.var(-1, keepdims=True) + eps)
         wide = wide if weight is None else wide * weight
         return (wide if bias is None else wide + bias).astype(h.dtype)
 
-    for index, placement in enumerate(spec.layer_norm):
-        if placement == "pre":
-            z = normalise(z, index)
-        z = activation(z)
-        if placement == "post":
-            z = normalise(z, index)
+    kept = None
+    for index, chain in enumerate(spec.row_chains):
+        norms = iter(arrays["norms"][index])
+        for op in chain:
+            if op.name == "keep":
+                kept = z
+            elif op.name == "add":
+                z = z + kept
+            elif op.kind == "layer_norm":
+                z = normalise(z, *next(norms), op.numbers[0])
+            elif op.name == "softmax":
+                z = jax.nn.softmax(z, axis=-1)
+            else:
+                z = activations[op.name](z)
         z = arrays["biases"][index + 1] + z @ arrays["weights"][index]
     return z
 

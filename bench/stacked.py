@@ -32,10 +32,7 @@ class StackedNetwork:
             self._row(layer.bias or tuple(w.new_zeros(w.shape[0]) for w in layer.weight)) for layer in network.layers
         ]
         self.norms = [
-            (
-                None if layer.norm_weight is None else self._row(layer.norm_weight),
-                None if layer.norm_bias is None else self._row(layer.norm_bias),
-            )
+            [tuple(None if vector is None else self._row(vector) for vector in norm) for norm in layer.norms]
             for layer in network.layers
         ]
         self.weights = weights[1:]  # of the layers after the first
@@ -58,7 +55,7 @@ class StackedNetwork:
             return None
         first = network.layers[0].weight[0]
         table = first.new_zeros(num_steps, spec.hidden_dims[0], dtype=torch.float64)
-        for block, features in spec.time_rows([k / num_steps for k in range(num_steps)]).items():
+        for block, features in network.time_rows([k / num_steps for k in range(num_steps)]).items():
             table = table + features.to(first.device) @ first[:, spec.block_slices[block]].double().T
         return table.unsqueeze(1).to(self.dtype)
 
@@ -74,26 +71,34 @@ class StackedNetwork:
 
     def rest(self, z: Tensor) -> Tensor:
         """Everything after the first layer's product z [.., B, H]; returns [.., B, out]."""
-        spec = self.spec
-        activation = ACTIVATIONS[spec.activation].function
-        for index, placement in enumerate(spec.layer_norm):
-            if placement == "pre":
-                z = self._normalise(z, index)
-            z = activation(z)
-            if placement == "post":
-                z = self._normalise(z, index)
+        kept: Tensor | None = None
+        for index, chain in enumerate(self.spec.row_chains):
+            norms = iter(self.norms[index])
+            for op in chain:
+                if op.name == "keep":
+                    kept = z
+                elif op.name == "add":
+                    assert kept is not None
+                    z = z + kept
+                elif op.kind == "layer_norm":
+                    z = self._normalise(z, *next(norms), op.numbers[0])
+                elif op.name == "softmax":
+                    z = z.softmax(-1)
+                elif op.kind == "activation":
+                    z = ACTIVATIONS[op.name].function(z)
+                else:
+                    raise ValueError(
+                        f"the peers have no {op.name!r}; expected activations, layer_norm, blocks, softmax."
+                    )
             z = self.linear(self.biases[index + 1], z, self.weights[index])
         return z
 
-    def _normalise(self, z: Tensor, index: int) -> Tensor:
-        weight, bias = self.norms[index]
+    def _normalise(self, z: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         width = z.shape[-1:]
         if not self.ensemble:
-            return F.layer_norm(
-                z, width, None if weight is None else weight[0], None if bias is None else bias[0],
-                self.spec.layer_norm_eps,
-            )  # fmt: skip
-        z = F.layer_norm(z, width, eps=self.spec.layer_norm_eps)  # members differ in scale and shift
+            vectors = (None if vector is None else vector[0] for vector in (weight, bias))
+            return F.layer_norm(z, width, *vectors, eps)
+        z = F.layer_norm(z, width, eps=eps)  # members differ in scale and shift
         if weight is not None and bias is not None:
             return torch.addcmul(bias, z, weight)
         z = z if weight is None else z * weight

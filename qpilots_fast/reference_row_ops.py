@@ -115,8 +115,13 @@ def run_chain(
             pullbacks.append(lambda d, d_kept: (d, d if d_kept is None else d + d_kept))
             continue
         z, pull_back = _apply(op, z, normed, modulated)
-        pullbacks.append(lambda d, d_kept, pull_back=pull_back: (pull_back(d), d_kept))
+        pullbacks.append(_passing_by(pull_back))
     return z, kept, pullbacks
+
+
+def _passing_by(pull_back: Pullback) -> KeepingPullback:
+    """Of an operation that neither keeps nor adds."""
+    return lambda d, d_kept: (pull_back(d), d_kept)
 
 
 def _apply(
