@@ -175,7 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
 def make_plan(options: argparse.Namespace) -> list[tuple[str, str, int]]:
     """(case, method, batch size) in the order of measurement."""
     if options.table == "targets":
-        wanted = dict.fromkeys(("paper", t.method, t.batch_size) for t in targets.TARGETS)
+        wanted = dict.fromkeys((t.case, t.method, t.batch_size) for t in targets.TARGETS)
         return [key for key in wanted if options.batch is None or key[2] in options.batch]
     if options.quick:
         return [("paper", "U", 1), ("paper", "U", 16), ("paper", "M", 1)]

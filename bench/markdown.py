@@ -65,8 +65,8 @@ def goals(records: Sequence[dict[str, Any]]) -> str:
     runs = " | ".join(f"run {i + 1}" for i in range(len(records)))
     lines = [f"| | B | goal | {runs} | at the limits |", "|---|---:" + "|---:" * (len(records) + 2) + "|"]
     for target in TARGETS:
-        name = f"{target.method} {target.precision} B={target.batch_size}"
-        row = [f"{target.method} {target.precision}", str(target.batch_size), f"{target.required:.1f}"]
+        case, name = "" if target.case == "paper" else f"{target.case} ", target.name
+        row = [f"{case}{target.method} {target.precision}", str(target.batch_size), f"{target.required:.1f}"]
         ceiling = ""
         for record in records:
             verdict = next((v for v in record.get("verdicts", []) if v["name"] == name), None)

@@ -20,6 +20,13 @@ class Target:
     precision: str
     batch_size: int
     required: float
+    case: str = "paper"
+
+    @property
+    def name(self) -> str:
+        """Of its verdict."""
+        case = "" if self.case == "paper" else f"{self.case} "
+        return f"{case}{self.method} {self.precision} B={self.batch_size}"
 
     @property
     def against(self) -> str | None:
@@ -27,8 +34,8 @@ class Target:
         return "float32" if self.precision == "float32" else None
 
 
-def _targets(method: str, precision: str, ratios: dict[int, float]) -> tuple[Target, ...]:
-    return tuple(Target(method, precision, batch, ratio) for batch, ratio in ratios.items())
+def _targets(method: str, precision: str, ratios: dict[int, float], case: str = "paper") -> tuple[Target, ...]:
+    return tuple(Target(method, precision, batch, ratio, case) for batch, ratio in ratios.items())
 
 
 TARGETS: tuple[Target, ...] = (
@@ -36,6 +43,8 @@ TARGETS: tuple[Target, ...] = (
     *_targets("U", "bfloat16", {1: 6.0, 16: 3.5, 64: 2.0, 256: 1.7, 1024: 1.7}),
     *_targets("M", "float32", {1: 3.0, 16: 1.8, 64: 1.5}),
     *_targets("M", "bfloat16", {1: 5.0, 16: 2.0, 64: 1.7}),
+    *_targets("U", "float32", {1: 3.0, 16: 2.0, 256: 1.4}, "residual"),
+    *_targets("U", "float32", {1: 3.0, 16: 2.0, 256: 1.4}, "c51"),
 )
 
 PERCENT_OF_PEAK_AT_256 = 65.0
@@ -89,10 +98,10 @@ def judge_ratios(
     """A verdict for every target of these precisions whose cell was measured; with peaks also how far it could go."""
     verdicts = []
     for target in TARGETS:
-        cell = find(cells, target.method, target.batch_size)
+        cell = find(cells, target.method, target.batch_size, target.case)
         if cell is None or target.precision not in precisions:
             continue
-        name = f"{target.method} {target.precision} B={target.batch_size}"
+        name = target.name
         ratio = cell.ratio(target.precision, target.against)
         peer = cell.best_peer(target.against)
         if ratio is None or peer is None:

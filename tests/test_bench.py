@@ -314,8 +314,9 @@ def test_the_share_of_the_peak_is_that_of_multiply_adds() -> None:
 def test_the_table_holds_every_required_row() -> None:
     options = cli.build_parser().parse_args(["--table", "targets"])
     plan = cli.make_plan(options)
-    assert plan == [("paper", "U", b) for b in (1, 16, 64, 256, 1024)] + [("paper", "M", b) for b in (1, 16, 64)]
-    assert len(targets.TARGETS) == 16
+    paper = [("paper", "U", b) for b in (1, 16, 64, 256, 1024)] + [("paper", "M", b) for b in (1, 16, 64)]
+    assert plan == paper + [(case, "U", b) for case in ("residual", "c51") for b in (1, 16, 256)]
+    assert len(targets.TARGETS) == 22
 
 
 def test_only_winners_run_at_the_largest_batch() -> None:
