@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from . import plots, records, report, targets
+from .busy import measure_under_load
 from .cases import BATCH_SIZES, CASES, METHODS, PRECISIONS, Workload, make_workload
 from .contestants import PeerChoice, forget_compiled, native_backend, our_contestants, peer_contestants
 from .loops import (
@@ -160,6 +161,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, help="interleaved rounds a cell (default: as many as fit --budget)")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of rounds a cell (default 20)")
     parser.add_argument("--control-loop", action="store_true", help="B=1 back to back, and after a torch operation")
+    parser.add_argument(
+        "--load",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --control-loop: beside N busy processes, and nothing else",
+    )
     parser.add_argument("--scaling", action="store_true", help="time against B, E, N, K and H with fitted exponents")
     parser.add_argument("--gpu", action="store_true", help="the GPU's table: every kernel's correctness, then times")
     parser.add_argument("--minutes", type=float, default=8.0, help="after which --gpu begins nothing new (default 8)")
@@ -271,6 +279,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.quick:
         session.budget_s, session.min_rounds = 3.0, 3
         console.print("quick: eager torch is the only peer, so these speed-ups are not the ones to publish")
+    if options.load:
+        if not options.control_loop:
+            parser.error("--load needs --control-loop")
+        rows = measure_under_load(options.load, options.precision)
+        console.print(report.row_table(f"control loop, B=1, beside {options.load} busy processes", rows))
+        record = header("load", without_paths(arguments), None) | {"cells": [], "verdicts": [], "under_load": rows}
+        console.print(f"saved {records.save(record, options.out)}", soft_wrap=True)
+        return 0
     plan = make_plan(options)
     console.print(
         f"{len(plan)} cells, backend {native_backend()}, {torch.get_num_threads()} threads; about "

@@ -120,6 +120,17 @@ struct Amx {
 
 // ---- call/: rows, threads and where things lie
 
+// When a call on several threads takes one instead (call/crowd.h).
+struct Crowded {
+  // Longer calls span many of the scheduler's slices, and threads take their items from queues.
+  static constexpr double kLongest = 0.05;                            // seconds. Not measured.
+  static constexpr double kCrowded = 0.25, kCrowdedSeconds = 0.5e-3;  // lost by a thread of several
+  static constexpr double kCalm = 0.1, kCalmSeconds = 0.2e-3;         // lost by one alone
+  static constexpr int kStrikes = 2;                                  // crowded calls in a row before one is alone
+  static constexpr int kFirst = 8, kMost = 4096;                      // calm calls before it is no more
+  static constexpr int kForget = 256;                                 // calls on several threads that begin anew
+};
+
 struct Call {
   // Rows that keep a weight in registers long enough to hide its load, so that a range of them is worth dealing to a
   // thread: U bfloat16 at B=16 12.84 -> 12.66 ms. Zen 4, 45bf618

@@ -1,11 +1,14 @@
 #include "call/sampler.h"
 
 #include <pthread.h>
+#include <time.h>
 
+#include <atomic>
 #include <chrono>
 #include <new>
 #include <utility>
 
+#include "call/crowd.h"
 #include "call/sample_run.h"
 #include "qpilots/number.h"
 
@@ -190,8 +193,20 @@ std::size_t workspace_bytes(const SamplerPlan& plan, int batch, int threads) {
   return SampleRun(plan, args, std::max(1, threads)).carve(nullptr);
 }
 
+namespace {
+
+Crowd crowd;
+
+double seconds_of(clockid_t clock) {
+  timespec now;
+  clock_gettime(clock, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
+}  // namespace
+
 void sample(const SamplerPlan& plan, const SampleArgs& args, WorkspacePool& pool) {
-  const int threads = usable_threads(args.threads);
+  const int wanted = usable_threads(args.threads), threads = crowd.threads(wanted);
   std::unique_ptr<Workspace> workspace = pool.acquire();
   SampleRun run(plan, args, threads);
   run.carve(workspace->scratch.reserve(run.carve(nullptr)));
@@ -202,7 +217,22 @@ void sample(const SamplerPlan& plan, const SampleArgs& args, WorkspacePool& pool
     }
   }
   run.set_arenas(live);
-  parallel_region(threads, [&](int thread, int count) { run.run(thread, count); });
+  if (wanted == 1) {
+    parallel_region(threads, [&](int thread, int count) { run.run(thread, count); });
+  } else {
+    const double start = seconds_of(CLOCK_MONOTONIC);
+    std::atomic<double> most_lost{0.0};
+    parallel_region(threads, [&](int thread, int count) {
+      const double ran_before = seconds_of(CLOCK_THREAD_CPUTIME_ID);
+      run.run(thread, count);
+      const double ran = seconds_of(CLOCK_THREAD_CPUTIME_ID) - ran_before;
+      const double lost = seconds_of(CLOCK_MONOTONIC) - start - ran;
+      double most = most_lost.load();
+      while (lost > most && !most_lost.compare_exchange_weak(most, lost)) {
+      }
+    });
+    crowd.note(threads, {seconds_of(CLOCK_MONOTONIC) - start, most_lost.load()});
+  }
   for (auto& lease : live) {
     if (lease != nullptr) lease->refreshed();
     lease.reset();
