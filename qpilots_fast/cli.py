@@ -1,4 +1,4 @@
-"""The `qpilots-fast` command: info, demo, bench, profile, build-cuda."""
+"""The `qpilots-fast` command: info, demo, bench, profile, relabel, build-cuda."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ _COMMANDS = {
     "demo": "a real policy in a real environment, unsteered and steered",
     "bench": "speed against the best PyTorch and JAX versions of the same loop",
     "profile": "where the time of one call goes",
+    "relabel": "a data set of observations in, steered actions and Q before / after out",
     "build-cuda": "compile the CUDA kernels with nvcc",
 }
 
@@ -39,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .demo import command as demo
 
         return demo.main(rest)
+    if command == "relabel":
+        from .relabel import command as relabel
+
+        return relabel.main(rest)
     if command == "build-cuda":
         return _build_cuda(rest)
     return _from_clone("bench", ["profile", *rest] if command == "profile" else rest)

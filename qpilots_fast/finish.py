@@ -48,7 +48,7 @@ class Finish:
             raw = RawSample(self._climbed(inputs, raw.actions, bounds), raw.report)
         if not several and not values_wanted:
             return raw, None
-        q_values = self._values(inputs, raw.actions)
+        q_values = self.values(inputs, raw.actions)
         return keep_one(raw, q_values, self.steering, inputs.selection) if several else (raw, q_values)
 
     def _packed_obs(self, inputs: Inputs) -> Tensor | None:
@@ -57,8 +57,8 @@ class Finish:
             return as_rows(inputs.obs, inputs.noise.shape[1])
         return None
 
-    def _values(self, inputs: Inputs, actions: Tensor) -> Tensor:
-        """q_values [E, B n]."""
+    def values(self, inputs: Inputs, actions: Tensor) -> Tensor:
+        """q_values [E, B n] at actions [B n, A]."""
         obs, count = self._packed_obs(inputs), inputs.noise.shape[1]
         if obs is not None:
             if torch.compiler.is_compiling():
