@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from relabel_case import ACTION_DIM, columns, observations, same_bytes, sampler_file
 
 from qpilots_fast import SteeredSampler, Steering, cli, ops
 from qpilots_fast.relabel.worker import load_sampler
-from tests.relabel_case import ACTION_DIM, columns, observations, same_bytes, sampler_file
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed; the extra dev brings it")
 parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from relabel_case import columns, observations, same_bytes, sampler_file
 
 from qpilots_fast import cli
-from tests.relabel_case import columns, observations, same_bytes, sampler_file
 
 pytest.importorskip("ray", reason="ray is not installed")
 
