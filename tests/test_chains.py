@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from qpilots_fast import SteeredSampler, Steering, backends
 from qpilots_fast.activations import ACTIVATIONS
-from qpilots_fast.networks import bind
+from qpilots_fast.networks import PackableNetwork, bind
 from qpilots_fast.reference import ReferenceNetwork
 from qpilots_fast.row_ops import ROW_OPS, RowOp, plain_layer
-from qpilots_fast.spec import NetworkSpec, network_spec_from_json
+from qpilots_fast.spec import NetworkSpec, OwnColumns, network_spec_from_json
+from qpilots_fast.testing import TOLERANCES
 
 S, A, B = 5, 3, 7
 
@@ -174,3 +178,171 @@ def test_kept_rows_must_be_as_wide() -> None:
 def test_the_table_of_chains_has_every_operation() -> None:
     used = {op.kind for chains in CHAINS.values() for chain in chains for op in chain}
     assert used == set(ROW_OPS) - {"film"}
+
+
+# ---------------------------------------------------------------- backends
+
+
+class Packed(PackableNetwork):
+    """A network that is its spec and its parameters."""
+
+    def __init__(self, spec: NetworkSpec, seed: int = 0) -> None:
+        super().__init__()
+        self.spec = spec
+        self.flat = torch.nn.ParameterList(p.float() for p in parameters_of(spec, seed)).requires_grad_(False)
+
+    def flat_parameters(self) -> list[Tensor]:
+        return list(self.flat)
+
+
+class Film(OwnColumns):
+    """Scale and shift of every "film" from a time, by a Linear and a tanh."""
+
+    def __init__(self, dim: int) -> None:
+        self.weight = torch.randn(dim, 1, generator=torch.Generator().manual_seed(3))
+
+    def film(self, t: Tensor) -> Tensor:
+        return torch.tanh(t @ self.weight.to(t.dtype).T)
+
+    def obs(self, obs: Tensor) -> Tensor:
+        raise AssertionError("not asked")
+
+    times = actions = obs  # type: ignore[assignment]
+
+    def followed(self) -> list[Tensor]:
+        return [self.weight]
+
+
+class Modulated(Packed):
+    """A flow with "film" operations."""
+
+    def __init__(self, spec: NetworkSpec, seed: int = 0) -> None:
+        super().__init__(spec, seed)
+        self.film = Film(spec.film_dim)
+
+    def bound(self):
+        bound = super().bound()
+        if self.__dict__.get("_with_own", (None,))[0] is not bound:
+            self.__dict__["_with_own"] = (bound, replace(bound, own=self.film))
+        return self.__dict__["_with_own"][1]
+
+
+CPU = pytest.mark.skipif(backends.unavailable_reason("cpu") is not None, reason="the CPU backend is not built")
+STEERINGS = {
+    "U": Steering.qpilots_u(),
+    "identity": Steering.qpilots_u(jacobian="identity"),
+    "M": Steering.qpilots_m(num_samples=2),
+    "QGF": Steering.qgf(weight=0.3),
+    "GLASS": replace(Steering.qpilots_m(num_samples=2), estimate="glass", glass_steps=2),
+}
+FILM = ((RowOp("film"), RowOp("silu"), RowOp("keep")), (RowOp("film"), RowOp("mish"), RowOp("add")))
+
+
+def networks(name: str, width: int) -> dict[str, Packed]:
+    """A flow, critics and a map of one structure, of hidden layers as wide as this."""
+
+    def widened(spec: NetworkSpec) -> NetworkSpec:
+        return replace(spec, hidden_dims=(width,) * len(spec.hidden_dims))
+
+    chains = CHAINS[name]
+    return {
+        "flow": Packed(widened(spec_of(chains, "flow", 1)), 1),
+        "critic": Packed(widened(spec_of(chains, "critic", 3)), 2),
+        "posterior": Packed(widened(spec_of(chains, "meta_flow_map", 1)), 3),
+    }
+
+
+def actions(parts: dict, steering: Steering, backend: str, precision: str, obs: Tensor, noise: Tensor) -> Tensor:
+    parts = dict(parts)
+    posterior = parts.pop("posterior") if steering.estimate == "mfm" else None
+    sampler = SteeredSampler(
+        **{"flow": parts["flow"], "critic": parts["critic"]}, steering=steering, posterior=posterior, num_steps=4,
+        backend=backend, precision=precision, action_low=-1.0, action_high=1.0,
+    )  # fmt: skip
+    eps = None
+    if steering.uses_posterior:
+        draw = torch.Generator().manual_seed(9)
+        eps = torch.randn(4, len(obs), 2, A, generator=draw, dtype=torch.float64).to(noise.dtype)
+    return sampler(obs, noise, eps)
+
+
+def inputs(batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(4)
+    return torch.randn(batch, S, generator=draw).to(dtype), torch.randn(batch, A, generator=draw).to(dtype)
+
+
+@CPU
+@pytest.mark.parametrize("method", STEERINGS)
+@pytest.mark.parametrize("name", CHAINS)
+def test_samplers_on_the_cpu(name: str, method: str) -> None:
+    width = 6 if name == "lowest" else 21
+    parts = networks(name, width)
+    obs, noise = inputs(17)
+    expected = actions(parts, STEERINGS[method], "reference", "float64", *inputs(17, torch.float64))
+    found = actions(parts, STEERINGS[method], "cpu", "float32", obs, noise)
+    assert (found - expected).abs().max() <= TOLERANCES["float32"].max_error
+    alone = actions(parts, STEERINGS[method], "cpu", "float32", obs[:1], noise[:1])
+    if not STEERINGS[method].uses_posterior:  # whose noise is drawn for the batch
+        assert torch.equal(alone[0], found[0])
+
+
+@CPU
+@pytest.mark.parametrize("name", ["pre-norm blocks", "softmax", "normed blocks"])
+def test_bfloat16_is_as_near_as_torchs(name: str) -> None:
+    parts = networks(name, 64)
+    obs, noise = inputs(257)
+    expected = actions(parts, STEERINGS["U"], "reference", "float64", *inputs(257, torch.float64))
+    ours = (actions(parts, STEERINGS["U"], "cpu", "bfloat16", obs, noise) - expected).abs().mean()
+    rounded = (actions(parts, STEERINGS["U"], "reference", "bfloat16", obs, noise) - expected).abs().mean()
+    assert ours <= 1.5 * rounded and ours <= TOLERANCES["bfloat16"].mean_error
+
+
+@CPU
+@pytest.mark.parametrize("name", CHAINS)
+def test_one_network_and_its_pullback_on_the_cpu(name: str) -> None:
+    cpu = backends.get("cpu")
+    spec = spec_of(CHAINS[name])
+    flat = parameters_of(spec)
+    network = bind(spec, [p.float() for p in flat])
+    obs, act = inputs(B)
+    output, pull_back = ReferenceNetwork(bind(spec, flat), torch.float64)([obs.double(), act.double()])
+    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(cpu.forward(network, [obs, act], "float32").double(), output, rtol=2e-5, atol=2e-5)
+    pulled = cpu.vjp(network, [obs, act], cotangent, "float32").double()
+    torch.testing.assert_close(pulled, pull_back(cotangent.double()).sum(0), rtol=5e-5, atol=5e-5)
+
+
+@CPU
+@pytest.mark.parametrize("method", ["U", "GLASS"])
+def test_film_on_the_cpu(method: str) -> None:
+    flow = Modulated(NetworkSpec("flow", S, A, (21, 21), chains=FILM), 1)
+    parts = {**networks("softmax", 21), "flow": flow}
+    obs, noise = inputs(3)
+
+    def compare() -> Tensor:
+        expected = actions(parts, STEERINGS[method], "reference", "float64", *inputs(3, torch.float64))
+        found = actions(parts, STEERINGS[method], "cpu", "float32", obs, noise)
+        assert (found - expected).abs().max() <= TOLERANCES["float32"].max_error
+        return found
+
+    before = compare()
+    flow.film.weight.mul_(-1)
+    assert not torch.allclose(compare(), before)
+
+
+@CPU
+def test_norms_of_chains_are_live_and_freeze() -> None:
+    parts = networks("pre-norm blocks", 21)
+    obs, noise = inputs(3)
+    sampler = SteeredSampler(parts["flow"], parts["critic"], STEERINGS["U"], num_steps=4, backend="cpu")
+    for _ in range(3):
+        before = sampler(obs, noise)
+    frozen = SteeredSampler(parts["flow"], parts["critic"], STEERINGS["U"], num_steps=4, backend="cpu").freeze()
+    assert torch.equal(frozen(obs, noise), before)
+    norms = [p for p, shape in zip(parts["critic"].flat, parts["critic"].spec.parameter_shapes) if len(shape) == 1]
+    for vector in norms:
+        vector.add_(0.3)
+    after = sampler(obs, noise)
+    expected = actions(parts, STEERINGS["U"], "reference", "float64", *inputs(3, torch.float64))
+    assert (after - expected).abs().max() <= TOLERANCES["float32"].max_error
+    assert not torch.allclose(after, before) and torch.equal(frozen(obs, noise), before)

@@ -93,6 +93,40 @@ struct ActivateVjpArgs {
   std::ptrdiff_t dz_stride;
 };
 
+// One operation of a chain on the rows of a hidden layer.
+struct ChainOp {
+  RowOpKind kind;
+  Activation activation;
+  float numbers[2];         // as qpilots_fast/row_ops.py says
+  std::size_t gamma, beta;  // of a norm: bytes, within a member's arena
+  std::size_t saved, rstd;  // bytes per saved row, within saves
+  int film;                 // where a time's scale and shift stand among its film numbers
+  bool keeps_values;        // whether derivatives need [padded width] numbers of it
+  bool is_added;            // keep: an add follows; add: another add of the same row follows
+};
+
+// Forward: z through the chain, written as the next product's operand h. Backward: dz, written as h, from dL/dh, which
+// is in z, or d for every row.
+struct ChainArgs {
+  const ChainOp* ops;
+  int count;
+  int rows, width;
+  float* z;  // [rows, width padded]; scratch afterwards
+  std::ptrdiff_t z_stride;
+  const char* arena;  // the member's
+  float* kept;        // [rows, width padded], forward the kept rows, backward their cotangents; or null
+  std::ptrdiff_t kept_stride;
+  const float* film;  // of row r at film + r film_stride, or null
+  std::ptrdiff_t film_stride;
+  const char* saves;  // null: no derivative will be asked
+  int saved_rows, first_saved;
+  void* h;
+  std::ptrdiff_t h_stride;  // bytes
+  float* spare;             // forward: [width padded]
+  const float* d;           // backward: [width padded] or null
+  const float* d_scale;     // of d, per row, or null
+};
+
 // dst = src as an operand; clamped to [low, high] first where there are bounds (NaN stays NaN).
 struct ConvertArgs {
   int rows, width;  // padded width
@@ -167,6 +201,8 @@ struct FormatKernels {
   void (*activate[kCount<Activation>][kCount<NormPlacement>])(const ActivateArgs&);
   void (*activate_vjp[kCount<NormPlacement>])(const ActivateVjpArgs&);
   void (*activate_vjp_f32[kCount<NormPlacement>])(const ActivateVjpArgs&);  // dz as plain float32
+  void (*chain)(const ChainArgs&);
+  void (*chain_vjp)(const ChainArgs&);
   void (*to_operand)(const ConvertArgs&);
   void (*head)(const HeadArgs&);
   void (*pack_panel)(const Block&, const Source&, int panel, char* arena);

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..spec import BoundNetwork, BoundNetworks, NetworkSpec, RawSample, SamplerSpec, StepReport
+from ..row_ops import ROW_OPS, Chain, RowOp, plain_layer
+from ..spec import BoundNetwork, BoundNetworks, NetworkSpec, NormParameters, RawSample, SamplerSpec, StepReport
 from .base import Backend, Call, Footprint, QuickCall, Slots
 from .caches import Cache
 from .counts import count_flops
@@ -31,6 +32,7 @@ from .native import (
 from .params import steering_params
 
 _DTYPE_CODES = {getattr(torch, name): code for code, name in enumerate(DTYPES)}
+_MOST_NORMS = 3  # of a layer, as in csrc/cpu/call/network.h
 _KEPT = 1024  # plans, and tables of parameters, beside those whose sampler or network is gone
 
 
@@ -56,8 +58,25 @@ def _format(precision: str, networks: Iterable[NetworkSpec]) -> str:
     Their normalised values are +-1 up to eps: rounded to bfloat16 they leave nothing of the derivative, and a norm
     match makes that rounding the whole gradient (50 times torch's error in the actions; over 3 units as torch's).
     """
-    norms = ((width, norm) for spec in networks for width, norm in zip(spec.hidden_dims, spec.layer_norm))
-    return "float32" if any(width == 2 and norm is not None for width, norm in norms) else precision
+    layers = ((width, chain) for spec in networks for width, chain in zip(spec.hidden_dims, spec.row_chains))
+    return "float32" if any(width == 2 and any(map(_is_norm, chain)) for width, chain in layers) else precision
+
+
+def _is_norm(op: RowOp) -> bool:
+    return ROW_OPS[op.kind].has_weight
+
+
+def _hidden(chain: Chain) -> dict[str, Any]:
+    """A hidden layer as the native module takes it: an activation with at most one LayerNorm, or a chain."""
+    plain = plain_layer(chain)
+    if plain is None:
+        return {"chain": [(op.kind, op.name, list(op.numbers)) for op in chain]}
+    activation, placement, norm = plain
+    return {
+        "activation": activation,
+        "norm": placement,
+        "layer_norm_eps": 0.0 if norm is None else norm.numbers[0],
+    }
 
 
 @lru_cache(maxsize=256)
@@ -66,9 +85,7 @@ def _network(spec: NetworkSpec, precision: str, isa: str) -> Any:
     shape = {
         "members": spec.num_members,
         "widths": [*spec.hidden_dims, spec.output_dim],
-        "norms": list(spec.layer_norm),
-        "activation": spec.activation,
-        "layer_norm_eps": spec.layer_norm_eps,
+        "hidden": [_hidden(chain) for chain in spec.row_chains],
         "scalar_head": spec.kind == "critic",
         "inputs": inputs,
     }
@@ -125,7 +142,8 @@ def _sources(network: BoundNetwork, handle: Any) -> Any:
     rows = []
     for member in range(network.spec.num_members):
         for layer in network.layers:
-            vectors = (layer.bias, layer.norm_weight, layer.norm_bias)
+            norms = [*layer.norms, *[NormParameters()] * _MOST_NORMS][:_MOST_NORMS]
+            vectors = (layer.bias, *(vector for norm in norms for vector in norm))
             parts = [_table_entry(layer.weight[member])]
             parts += [_table_entry(None if vector is None else vector[member]) for vector in vectors]
             rows.append([value for part in parts for value in part])
@@ -176,13 +194,18 @@ def _own_obs(network: BoundNetwork) -> Callable[[Tensor], Tensor] | None:
     return lambda obs: network.obs_input(obs).contiguous()
 
 
-def _compute_own_rows(network: BoundNetwork, times: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(times, scale, shift), float32; empty where the network has no own ones."""
+def _compute_own_rows(network: BoundNetwork, times: Sequence[float]) -> tuple[np.ndarray, ...]:
+    """(times, scale, shift, film), float32; empty where the network has no own ones."""
     nothing = np.zeros(0, np.float32)
     is_own = network.spec.time_embedding == "module"
-    rows = network.time_rows(times)["t"].to(torch.float32).contiguous().numpy() if is_own else nothing
+    named = network.time_rows(times) if is_own or network.spec.film_dim else {}
+    rows, film = (
+        named[name].to(torch.float32).contiguous().numpy() if wanted else nothing
+        for name, wanted in (("t", is_own), ("film", network.spec.film_dim > 0))
+    )
     mapped = network.action_map(torch.zeros(0, dtype=torch.float32, device=network.device))
-    return (rows, nothing, nothing) if mapped is None else (rows, mapped.scale.numpy(), mapped.shift.numpy())
+    maps = (nothing, nothing) if mapped is None else (mapped.scale.numpy(), mapped.shift.numpy())
+    return (rows, *maps, film)
 
 
 @lru_cache(maxsize=1)
@@ -202,6 +225,7 @@ class CpuBackend(Backend):
 
     name = "cpu"
     precisions = ("float32", "bfloat16")
+    runs_chains = True
     keeps = f"{_KEPT} plans for any batch size, and a workspace of the largest one for each of concurrent calls"
 
     def __init__(self) -> None:
@@ -219,6 +243,12 @@ class CpuBackend(Backend):
 
     def refusal(self, spec: SamplerSpec, device: torch.device) -> str | None:
         return self.network_refusal(spec.precision, device)
+
+    def structure_refusal(self, network: NetworkSpec) -> str | None:
+        most = max((sum(map(_is_norm, chain)) for chain in network.row_chains), default=0)
+        if most > _MOST_NORMS:
+            return f"a layer of the {network.kind} has {most} norms; it runs at most {_MOST_NORMS}"
+        return super().structure_refusal(network)
 
     def network_refusal(self, precision: str, device: torch.device) -> str | None:
         if device.type != "cpu":
@@ -363,9 +393,13 @@ class CpuBackend(Backend):
         for name, block in zip(spec.input_order, blocks):
             _check(block, (batch, spec.block_dim(name)), name)
             pointers[_input_kind(name)] = block.data_ptr()
+        film = blocks[-1] if spec.film_dim else None
+        if film is not None:
+            _check(film, (batch, spec.film_dim), "film")
         load_module().cpu_network_apply(
             self._bind(network, handle),
             pointers,
+            _pointer(film),
             _pointer(cotangent),
             out.data_ptr(),
             batch,

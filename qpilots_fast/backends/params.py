@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
 from ..activations import ACTIVATIONS
+from ..row_ops import ROW_OPS
 from ..steering import AGGREGATIONS, CLIPS, ESTIMATES, SCALES, Steering
 
 NORM_PLACEMENTS = (None, "pre", "post")
@@ -15,6 +16,7 @@ Q_SCALES = ("none", "number", "batch_std")
 ENUMS: dict[str, tuple[str | None, ...]] = {  # in C++ -> the values' names, in order
     "Activation": tuple(ACTIVATIONS),
     "NormPlacement": NORM_PLACEMENTS,
+    "RowOpKind": tuple(ROW_OPS),
     "Aggregation": AGGREGATIONS,
     "Scale": SCALES,
     "Clip": CLIPS,

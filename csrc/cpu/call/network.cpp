@@ -45,14 +45,31 @@ Network::Network(NetworkShape shape, Format format, const KernelTable& table)
     layer.padded_width = padded(layer.width);
     layer.bias = vector(layer.width);
     if (l + 1 < count) {
-      layer.norm = shape_.norms[l];
-      layer.slope = saves_per_row_;
-      saves_per_row_ += fk().a_bytes * layer.padded_width;
-      if (layer.norm != NormPlacement::kNone) {
-        layer.gamma = vector(layer.width);
-        layer.beta = vector(layer.width);
-        layer.xhat = saves_per_row_;
+      layer.hidden = shape_.hidden[l];
+      for (ChainOp& op : layer.hidden.chain) {
+        const bool is_norm = op.kind == RowOpKind::kLayerNorm || op.kind == RowOpKind::kRmsNorm;
+        if (is_norm) {
+          op.gamma = vector(layer.width);
+          op.beta = vector(layer.width);
+        }
+        if (op.kind == RowOpKind::kFilm) {
+          op.film = film_dim_;
+          film_dim_ += 2 * layer.width;
+        }
+        keeps_ = keeps_ || op.kind == RowOpKind::kKeep;
+        op.keeps_values = op.kind != RowOpKind::kKeep && op.kind != RowOpKind::kAdd && op.kind != RowOpKind::kFilm;
+        op.saved = saves_per_row_;
+        if (op.keeps_values) saves_per_row_ += sizeof(float) * layer.padded_width;
+      }
+      if (!layer.hidden.is_chain) {
+        layer.slope = saves_per_row_;
         saves_per_row_ += fk().a_bytes * layer.padded_width;
+        if (layer.hidden.norm != NormPlacement::kNone) {
+          layer.gamma = vector(layer.width);
+          layer.beta = vector(layer.width);
+          layer.xhat = saves_per_row_;
+          saves_per_row_ += fk().a_bytes * layer.padded_width;
+        }
       }
     }
     if (l > 0 && head_ && l + 1 == count) {
@@ -72,7 +89,24 @@ Network::Network(NetworkShape shape, Format format, const KernelTable& table)
   }
   for (Layer& layer : layers_) {  // behind the rows, which stay aligned whatever their number
     layer.rstd = saves_per_row_;
-    if (layer.norm != NormPlacement::kNone) saves_per_row_ += sizeof(float);
+    if (layer.hidden.norm != NormPlacement::kNone) saves_per_row_ += sizeof(float);
+    for (ChainOp& op : layer.hidden.chain) {
+      op.rstd = saves_per_row_;
+      if (op.kind == RowOpKind::kLayerNorm || op.kind == RowOpKind::kRmsNorm) saves_per_row_ += sizeof(float);
+    }
+  }
+  ChainOp *kept = nullptr, *added = nullptr;
+  for (Layer& layer : layers_) {
+    for (ChainOp& op : layer.hidden.chain) {
+      if (op.kind == RowOpKind::kKeep) {
+        kept = &op;
+        added = nullptr;
+      } else if (op.kind == RowOpKind::kAdd) {
+        kept->is_added = true;
+        if (added != nullptr) added->is_added = true;
+        added = &op;
+      }
+    }
   }
   member_bytes_ = round_up(member_bytes_, 4096) + 4096;
   for (int member = 0; member < shape_.members; ++member) {
@@ -106,9 +140,16 @@ void Network::pack(int unit, const LayerSource* sources, char* arena) const {
   for (int l = 0; l < layers(); ++l) {
     const Layer& layer = layers_[l];
     vector(own[l].bias, layer.width, 0.0f, false, layer.bias);
-    if (layer.norm != NormPlacement::kNone) {
-      vector(own[l].gamma, layer.width, 1.0f, false, layer.gamma);
-      vector(own[l].beta, layer.width, 0.0f, false, layer.beta);
+    if (layer.hidden.norm != NormPlacement::kNone) {
+      vector(own[l].gamma[0], layer.width, 1.0f, false, layer.gamma);
+      vector(own[l].beta[0], layer.width, 0.0f, false, layer.beta);
+    }
+    int norms = 0;
+    for (const ChainOp& op : layer.hidden.chain) {
+      if (op.kind != RowOpKind::kLayerNorm && op.kind != RowOpKind::kRmsNorm) continue;
+      vector(own[l].gamma[norms], layer.width, 1.0f, false, op.gamma);
+      vector(own[l].beta[norms], layer.width, 0.0f, false, op.beta);
+      ++norms;
     }
   }
   if (head_) {
@@ -169,12 +210,12 @@ int row_pitch(int width) {
 }
 }  // namespace
 
-std::size_t PassScratch::bytes(int rows, int width) {
+std::size_t PassScratch::bytes(int rows, int width, bool keeps) {
   const std::size_t pitch = row_pitch(width);
-  return 5 * round_up(4 * pitch * rows, 4096) + round_up(sizeof(void*) * rows, 4096);
+  return (keeps ? 6 : 5) * round_up(4 * pitch * rows, 4096) + round_up(sizeof(void*) * rows, 4096);
 }
 
-PassScratch PassScratch::carve(char* memory, int rows, int width) {
+PassScratch PassScratch::carve(char* memory, int rows, int width, bool keeps) {
   PassScratch s{};
   s.pitch = row_pitch(width);
   const std::size_t each = round_up(4 * s.pitch * rows, 4096);
@@ -184,7 +225,8 @@ PassScratch PassScratch::carve(char* memory, int rows, int width) {
     s.operand[i] = memory + (1 + i) * each;
     s.d_operand[i] = memory + (3 + i) * each;
   }
-  s.init = reinterpret_cast<const float**>(memory + 5 * each);
+  s.kept = keeps ? reinterpret_cast<float*>(memory + 5 * each) : nullptr;
+  s.init = reinterpret_cast<const float**>(memory + (keeps ? 6 : 5) * each);
   return s;
 }
 
@@ -203,6 +245,30 @@ SavedRows saved_rows(const Network& net, const Network::Layer& layer, const Save
   const std::size_t first = saves.row + row, all = saves.rows, stride = net.fk().a_bytes * layer.padded_width;
   return {saves.data + layer.slope * all + first * stride, saves.data + layer.xhat * all + first * stride,
           reinterpret_cast<float*>(saves.data + layer.rstd * all) + first, static_cast<std::ptrdiff_t>(stride)};
+}
+
+// What both passes of a chain have in common, for the rows [begin, end) of the pass.
+ChainArgs chain_args(const Pass& pass, const Network::Layer& layer, const Saves& saves, int begin, int end, void* h,
+                     std::ptrdiff_t h_stride) {
+  const PassScratch& s = pass.scratch;
+  ChainArgs chain{};
+  chain.ops = layer.hidden.chain.data();
+  chain.count = static_cast<int>(layer.hidden.chain.size());
+  chain.rows = end - begin;
+  chain.width = layer.width;
+  chain.z = s.z + begin * s.pitch;
+  chain.z_stride = s.pitch;
+  chain.arena = pass.arena;
+  chain.kept = s.kept == nullptr ? nullptr : s.kept + begin * s.pitch;
+  chain.kept_stride = s.pitch;
+  chain.film = pass.film == nullptr ? nullptr : pass.film + begin * pass.film_stride;
+  chain.film_stride = pass.film_stride;
+  chain.saves = saves.data;
+  chain.saved_rows = saves.rows;
+  chain.first_saved = saves.row + begin;
+  chain.h = h;
+  chain.h_stride = h_stride;
+  return chain;
 }
 
 // Panels of this team member, and the columns that they cover.
@@ -257,9 +323,19 @@ void forward_pass(const Pass& pass, InputKind moving, const float* add, Saves sa
     if (l > 0) product.init_shared = reinterpret_cast<const float*>(pass.arena + layer.bias);
     fk.forward(product);
     if (last) return;
-    const bool own_columns = layer.norm == NormPlacement::kNone;
+    const HiddenShape& hidden = layer.hidden;
+    const bool own_columns = !hidden.is_chain && hidden.norm == NormPlacement::kNone;
     if (!own_columns) team.wait();
     const int begin = own_columns ? 0 : team.begin(pass.rows), end = own_columns ? pass.rows : team.end(pass.rows);
+    if (hidden.is_chain) {
+      ChainArgs chain =
+          chain_args(pass, layer, saves, begin, end, s.operand[1 - current] + begin * operand_pitch, operand_pitch);
+      chain.spare = reinterpret_cast<float*>(s.d_operand[0] + begin * s.d_pitch());
+      fk.chain(chain);
+      team.wait();
+      current = 1 - current;
+      continue;
+    }
     const SavedRows saved = saved_rows(net, layer, saves, begin);
     ActivateArgs activate{};
     activate.rows = end - begin;
@@ -270,14 +346,14 @@ void forward_pass(const Pass& pass, InputKind moving, const float* add, Saves sa
     activate.z_stride = s.pitch;
     activate.gamma = reinterpret_cast<const float*>(pass.arena + layer.gamma);
     activate.beta = reinterpret_cast<const float*>(pass.arena + layer.beta);
-    activate.layer_norm_eps = net.shape().layer_norm_eps;
+    activate.layer_norm_eps = hidden.layer_norm_eps;
     activate.h = s.operand[1 - current] + begin * operand_pitch;
     activate.h_stride = operand_pitch;
     activate.slope = saved.slope;
     activate.xhat = saved.xhat;
     activate.rstd = saved.rstd;
     activate.save_stride = saved.stride;
-    fk.activate[static_cast<int>(net.shape().activation)][static_cast<int>(layer.norm)](activate);
+    fk.activate[static_cast<int>(hidden.activation)][static_cast<int>(hidden.norm)](activate);
     team.wait();
     current = 1 - current;
   }
@@ -308,9 +384,20 @@ int backward_pass(const Pass& pass, const float* d_out, std::ptrdiff_t d_out_pit
       backward_product(pass, net.layer(l + 1).block, fk, first_column, last_column, current, s.z, s.pitch);
       current = 1 - current;
     }
-    const bool own_columns = layer.norm == NormPlacement::kNone;
+    const HiddenShape& shape = layer.hidden;
+    const bool own_columns = !shape.is_chain && shape.norm == NormPlacement::kNone;
     if (!own_columns) team.wait();
     const int begin = own_columns ? 0 : team.begin(pass.rows), end = own_columns ? pass.rows : team.end(pass.rows);
+    if (shape.is_chain) {
+      ChainArgs chain = chain_args(pass, layer, saves, begin, end, s.d_operand[current] + begin * d_pitch, d_pitch);
+      if (seed) {
+        chain.d = reinterpret_cast<const float*>(pass.arena + net.head_offset());
+        chain.d_scale = d_out == nullptr ? nullptr : d_out + begin;
+      }
+      (l == 0 && as_float ? net.table().formats[0] : fk).chain_vjp(chain);
+      team.wait();
+      continue;
+    }
     const SavedRows saved = saved_rows(net, layer, saves, begin);
     ActivateVjpArgs vjp{};
     vjp.rows = end - begin;
@@ -327,7 +414,7 @@ int backward_pass(const Pass& pass, const float* d_out, std::ptrdiff_t d_out_pit
     vjp.save_stride = saved.stride;
     vjp.dz = s.d_operand[current] + begin * d_pitch;
     vjp.dz_stride = d_pitch;
-    const int norm = static_cast<int>(layer.norm);
+    const int norm = static_cast<int>(shape.norm);
     (l == 0 && as_float ? fk.activate_vjp_f32 : fk.activate_vjp)[norm](vjp);
     team.wait();
   }

@@ -16,27 +16,36 @@ namespace qpilots::cpu {
   X(kObs, "obs") X(kX, "x") /* (noisy) actions */ X(kXbar, "xbar") X(kT, "t") X(kS, "s") X(kU, "u")
 enum InputKind { QPILOTS_INPUT_KINDS(QPILOTS_ENUMERATOR) kInputKinds };
 
+inline constexpr int kMostNorms = 3;  // in one layer
+
+// What is done to the rows of a hidden Linear: an activation with at most one LayerNorm, or a chain.
+struct HiddenShape {
+  Activation activation = Activation::kGeluTanh;
+  NormPlacement norm = NormPlacement::kNone;
+  float layer_norm_eps = 1e-6f;
+  bool is_chain = false;
+  std::vector<ChainOp> chain;  // kind, activation and numbers; the network fills in the rest
+};
+
 struct NetworkShape {
   int members = 1;
-  std::vector<int> widths;           // hidden widths, then the output width
-  std::vector<NormPlacement> norms;  // one per hidden layer
-  Activation activation = Activation::kGeluTanh;
-  float layer_norm_eps = 1e-6f;
+  std::vector<int> widths;  // hidden widths, then the output width
+  std::vector<HiddenShape> hidden;
   bool scalar_head = false;          // a critic: its last layer is one dot product a row
   int input_dims[kInputKinds] = {};  // 0: absent
   int input_columns[kInputKinds] = {};
 };
 
-// One live Linear of one member with its LayerNorm.
+// One live Linear of one member with its norms.
 struct LayerSource {
-  Source weight, bias, gamma, beta;
+  Source weight, bias, gamma[kMostNorms], beta[kMostNorms];
 };
 
 class Network {
  public:
   struct Layer {
     int width, padded_width;
-    NormPlacement norm = NormPlacement::kNone;
+    HiddenShape hidden;                         // of the last layer: not used
     Block block;                                // unused in the first layer, which has one block per input
     std::size_t bias = 0, gamma = 0, beta = 0;  // bytes, within a member's arena
     std::size_t slope = 0, xhat = 0, rstd = 0;  // bytes per saved row, within saves
@@ -52,7 +61,9 @@ class Network {
   const Layer& layer(int l) const { return layers_[l]; }
   const Block& input(InputKind kind) const { return inputs_[kind]; }
   bool has(InputKind kind) const { return shape_.input_dims[kind] > 0; }
-  bool head() const { return head_; }  // the output is one number: a dot product
+  bool keeps() const { return keeps_; }       // some chain keeps rows
+  int film_dim() const { return film_dim_; }  // numbers that the chains read at a time
+  bool head() const { return head_; }         // the output is one number: a dot product
   int out_padded() const { return layers_.back().padded_width; }
   int first_padded() const { return layers_.front().padded_width; }
   int max_padded() const { return max_padded_; }
@@ -82,7 +93,8 @@ class Network {
   const KernelTable* table_;
   std::vector<Layer> layers_;
   Block inputs_[kInputKinds] = {};
-  bool head_ = false;
+  bool head_ = false, keeps_ = false;
+  int film_dim_ = 0;
   std::size_t head_weight_ = 0;
   int max_padded_ = kPad;
   std::size_t member_bytes_ = 0;
@@ -96,14 +108,15 @@ struct PassScratch {
   char* operand[2];           // forward operands, side by side; scratch of the products in the backward pass
   std::size_t operand_bytes;  // of each
   char* d_operand[2];         // backward operands
+  float* kept;                // of chains: kept rows, then their cotangents; null where no network keeps any
   const float** init;         // [capacity]
   std::ptrdiff_t pitch;       // elements
 
   // bytes between rows of d_operand: whatever the format, a delta may be float32
   std::ptrdiff_t d_pitch() const { return pitch * static_cast<std::ptrdiff_t>(sizeof(float)); }
 
-  static std::size_t bytes(int rows, int width);
-  static PassScratch carve(char* memory, int rows, int width);
+  static std::size_t bytes(int rows, int width, bool keeps);
+  static PassScratch carve(char* memory, int rows, int width, bool keeps);
 };
 
 // What the derivative of a range of rows needs, for `rows` saved rows in all, of which the range starts at `row`.
@@ -119,6 +132,8 @@ struct Pass {  // one range of rows through one member
   const Team& team;
   PassScratch& scratch;
   int rows;
+  const float* film = nullptr;  // of row r at film + r film_stride
+  std::ptrdiff_t film_stride = 0;
 };
 
 // The first layer's sum starts from scratch.init[r] (+ add) and adds the block `moving` of scratch.operand[0].

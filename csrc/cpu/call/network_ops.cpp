@@ -11,11 +11,12 @@ namespace {
 class NetworkRun {
  public:
   NetworkRun(const Network& net, const LayerSource* sources, LiveArena& live, const float* const (&blocks)[kInputKinds],
-             int batch, int threads)
+             const float* film, int batch, int threads)
       : net_(net),
         sources_(sources),
         live_(live),
         blocks_(blocks),
+        film_(film),
         batch_(batch),
         threads_(threads),
         members_(net.shape().members),
@@ -53,7 +54,7 @@ class NetworkRun {
     Carver c(memory);
     all_ = c.take<Barrier>(1);
     partial_ = c.take<float>(static_cast<std::size_t>(members_) * batch_ * input_dim);
-    scratch_bytes_ = PassScratch::bytes(rows_together_, net_.max_padded());
+    scratch_bytes_ = PassScratch::bytes(rows_together_, net_.max_padded(), net_.keeps());
     scratch_ = c.take<char>(scratch_bytes_ * threads_);
     saves_bytes_ = Carver::rounded(net_.saves_bytes(rows_together_));
     saves_ = c.take<char>(saves_bytes_ * threads_);
@@ -69,8 +70,11 @@ class NetworkRun {
     const char* member = arena_ + net_.member_bytes() * j;
     const FormatKernels& fk = net_.fk();
     const Team alone{0, 1, nullptr};
-    PassScratch scratch = PassScratch::carve(scratch_ + scratch_bytes_ * thread, rows_together_, net_.max_padded());
-    const Pass pass{net_, member, alone, scratch, rows};
+    PassScratch scratch =
+        PassScratch::carve(scratch_ + scratch_bytes_ * thread, rows_together_, net_.max_padded(), net_.keeps());
+    const std::ptrdiff_t film_dim = net_.film_dim();
+    const Pass pass{net_,    member, alone, scratch, rows, film_ == nullptr ? nullptr : film_ + begin * film_dim,
+                    film_dim};
     float* base = rows_ + 2 * rows_floats_ * thread;
     float* wide = base + rows_floats_;
     const std::ptrdiff_t first = net_.first_padded(), out_padded = net_.out_padded();
@@ -145,6 +149,7 @@ class NetworkRun {
   const LayerSource* sources_;
   LiveArena& live_;
   const float* const (&blocks_)[kInputKinds];
+  const float* film_;
   const int batch_, threads_, members_, rows_together_, ranges_;
   char *arena_ = nullptr, *scratch_ = nullptr, *saves_ = nullptr;
   Barrier* all_ = nullptr;
@@ -155,15 +160,15 @@ class NetworkRun {
 }  // namespace
 
 void network_forward(const Network& net, const LayerSource* sources, LiveArena& live,
-                     const float* const (&blocks)[kInputKinds], int batch, int threads, float* out,
+                     const float* const (&blocks)[kInputKinds], const float* film, int batch, int threads, float* out,
                      WorkspacePool& pool) {
-  NetworkRun(net, sources, live, blocks, batch, usable_threads(threads)).run(nullptr, 0, out, pool);
+  NetworkRun(net, sources, live, blocks, film, batch, usable_threads(threads)).run(nullptr, 0, out, pool);
 }
 
 void network_vjp(const Network& net, const LayerSource* sources, LiveArena& live,
-                 const float* const (&blocks)[kInputKinds], const float* cotangent, int batch, int threads,
-                 int input_dim, float* dx, WorkspacePool& pool) {
-  NetworkRun(net, sources, live, blocks, batch, usable_threads(threads)).run(cotangent, input_dim, dx, pool);
+                 const float* const (&blocks)[kInputKinds], const float* film, const float* cotangent, int batch,
+                 int threads, int input_dim, float* dx, WorkspacePool& pool) {
+  NetworkRun(net, sources, live, blocks, film, batch, usable_threads(threads)).run(cotangent, input_dim, dx, pool);
 }
 
 }  // namespace qpilots::cpu

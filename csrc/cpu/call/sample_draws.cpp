@@ -35,8 +35,8 @@ void SampleRun::estimate_posterior(int k, RowRange rows, const Worker& w) {
     fk.to_operand({end - begin, pitch_, row(a_, draws.begin + begin), pitch_, nullptr, nullptr,
                    w.scratch.operand[0] + begin * operand_pitch, operand_pitch});
     team.wait();
-    forward_pass(pass(posterior, arenas_[2], w, draws.count()), kXbar, nullptr,
-                 {posterior_saves_, draw_rows_, draws.begin}, row(vhat_, draws.begin), pitch_);
+    forward_pass(pass(2, w, draws.count(), k), kXbar, nullptr, {posterior_saves_, draw_rows_, draws.begin},
+                 row(vhat_, draws.begin), pitch_);
     team.wait();
     for (int i = draws.begin + begin; i < draws.begin + end; ++i) {
       for (int c = 0; c < pitch_; ++c) row(a_, i)[c] += row(vhat_, i)[c];
@@ -62,7 +62,7 @@ void SampleRun::estimate_glass(int k, RowRange rows, const Worker& w) {
         for (int d = 0; d < pitch_; ++d) row(jg_, i)[d] = px * row(x_, i / draws_)[d] + pa * row(a_, i)[d];
       }
       const std::size_t at = plan_.steps() + static_cast<std::size_t>(k) * m + s;
-      flow_forward(draws, w, jg_, draws_, flow_time_ + at * plan_.flow->first_padded(),
+      flow_forward(draws, w, jg_, draws_, at,
                    {flow_saves_ + plan_.flow->saves_bytes(draw_rows_) * s, draw_rows_, draws.begin}, vhat_);
       for (int i = begin; i < end; ++i) {
         for (int d = 0; d < pitch_; ++d) {
@@ -91,7 +91,7 @@ void SampleRun::weigh_draws(RowRange rows, const Worker& w) {
 }
 
 // jg = (dX/dx)^T g_n summed over the draws: their first-layer deltas are summed, then meet the columns of x once.
-void SampleRun::pull_back_posterior(RowRange rows, const Worker& w) {
+void SampleRun::pull_back_posterior(int k, RowRange rows, const Worker& w) {
   const Network& posterior = *plan_.posterior;
   const FormatKernels& fk = posterior.fk();
   const Team& team = w.team;
@@ -103,7 +103,7 @@ void SampleRun::pull_back_posterior(RowRange rows, const Worker& w) {
     std::memset(delta_sum_ + r * first + from, 0, sizeof(float) * (to - from));
   }
   for_draw_rows(rows, [&](RowRange draws) {
-    const int which = backward_pass(pass(posterior, arenas_[2], w, draws.count()), row(g_, draws.begin), pitch_,
+    const int which = backward_pass(pass(2, w, draws.count(), k), row(g_, draws.begin), pitch_,
                                     {posterior_saves_, draw_rows_, draws.begin}, true);
     const std::ptrdiff_t delta_pitch = w.scratch.pitch;
     const float* delta = reinterpret_cast<const float*>(w.scratch.d_operand[which]);
@@ -119,7 +119,7 @@ void SampleRun::pull_back_posterior(RowRange rows, const Worker& w) {
   fk.to_operand({end - begin, static_cast<int>(first), delta_sum_ + (rows.begin + begin) * first, first, nullptr,
                  nullptr, w.scratch.d_operand[0] + begin * d_pitch, d_pitch});
   team.wait();
-  input_vjp(pass(posterior, arenas_[2], w, rows.count()), posterior.input(kX), fk, 0, row(jg_, rows.begin), pitch_);
+  input_vjp(pass(2, w, rows.count(), k), posterior.input(kX), fk, 0, row(jg_, rows.begin), pitch_);
   team.wait();
 }
 
@@ -140,7 +140,7 @@ void SampleRun::pull_back_glass(int k, RowRange rows, const Worker& w) {
         for (int d = 0; d < pitch_; ++d) row(vhat_, i)[d] = cv * row(g_, i)[d];
       }
       w.team.wait();
-      const Pass p = pass(flow, arenas_[0], w, draws.count());
+      const Pass p = pass(0, w, draws.count(), plan_.steps() + static_cast<std::size_t>(k) * m + s);
       const int which = backward_pass(p, row(vhat_, draws.begin), pitch_,
                                       {flow_saves_ + flow.saves_bytes(draw_rows_) * s, draw_rows_, draws.begin}, false);
       input_vjp(p, flow.input(kX), flow.fk(), which, row(jg_, draws.begin), pitch_);

@@ -86,9 +86,10 @@ void SampleRun::prepare_item(int item, const Worker& w) {
 
 // ---------------------------------------------------------------- denoise and project
 
-// out = flow(obs, src, t) on `rows`, where the observation of row r is r / group. Synchronised before and after.
-void SampleRun::flow_forward(RowRange rows, const Worker& w, const float* src, int group, const float* time,
-                             Saves saves, float* out) {
+// out = flow(obs, src, t) on `rows`, t its time `at`, where the observation of row r is r / group. Synchronised before
+// and after.
+void SampleRun::flow_forward(RowRange rows, const Worker& w, const float* src, int group, std::size_t at, Saves saves,
+                             float* out) {
   const Network& flow = *plan_.flow;
   const std::ptrdiff_t operand_pitch = w.scratch.pitch * flow.fk().a_bytes;
   const int begin = w.team.begin(rows.count()), end = w.team.end(rows.count());
@@ -98,7 +99,8 @@ void SampleRun::flow_forward(RowRange rows, const Worker& w, const float* src, i
   flow.fk().to_operand({end - begin, pitch_, src + static_cast<std::size_t>(rows.begin + begin) * pitch_, pitch_,
                         nullptr, nullptr, w.scratch.operand[0] + begin * operand_pitch, operand_pitch});
   w.team.wait();
-  forward_pass(pass(flow, arenas_[0], w, rows.count()), kX, time, saves, row(out, rows.begin), pitch_);
+  const float* time = flow_time_ + at * flow.first_padded();
+  forward_pass(pass(0, w, rows.count(), at), kX, time, saves, row(out, rows.begin), pitch_);
   w.team.wait();
 }
 
@@ -106,7 +108,7 @@ void SampleRun::denoise(int k, RowRange rows, const Worker& w) {
   const auto [t, dt, weight] = plan_.schedule[k];
   const bool steered = weight > 0.0f;
   const Saves saves{steered && keep_flow_ ? flow_saves_ : nullptr, batch_, rows.begin};
-  flow_forward(rows, w, x_, 1, flow_time_ + static_cast<std::size_t>(k) * plan_.flow->first_padded(), saves, v_);
+  flow_forward(rows, w, x_, 1, k, saves, v_);
   const int begin = rows.begin + w.team.begin(rows.count()), end = rows.begin + w.team.end(rows.count());
   if (!steered) {
     for (std::ptrdiff_t i = static_cast<std::ptrdiff_t>(begin) * pitch_; i < static_cast<std::ptrdiff_t>(end) * pitch_;
@@ -180,7 +182,8 @@ void SampleRun::criticise(int item, const Worker& w) {
                  clipped ? plan_.low.data() : nullptr, clipped ? plan_.high.data() : nullptr,
                  w.scratch.operand[0] + begin * operand_pitch, operand_pitch});
   team.wait();
-  const Pass p = pass(critic, arena, w, rows.count());
+  Pass p = pass(1, w, rows.count());
+  p.arena = arena;
   const Saves saves{w.critic_saves, rows.count(), 0};
   float* q = q_ + static_cast<std::size_t>(j) * draw_rows_ + rows.begin;
   const float* seed = nullptr;
@@ -240,7 +243,7 @@ void SampleRun::set_batch_scale() {
 // g += (1 - t) J_v^T g
 void SampleRun::pull_back_tweedie(int k, RowRange rows, const Worker& w) {
   const Network& flow = *plan_.flow;
-  const Pass p = pass(flow, arenas_[0], w, rows.count());
+  const Pass p = pass(0, w, rows.count(), k);
   w.team.wait();
   const int which = backward_pass(p, row(g_, rows.begin), pitch_, {flow_saves_, batch_, rows.begin}, false);
   input_vjp(p, flow.input(kX), flow.fk(), which, row(jg_, rows.begin), pitch_);
@@ -262,7 +265,7 @@ void SampleRun::update(int k, RowRange rows, const Worker& w) {
       if (steering_.full_jacobian) pull_back_tweedie(k, rows, w);
       break;
     case Estimate::kMfm:
-      pull_back_posterior(rows, w);
+      pull_back_posterior(k, rows, w);
       g = jg_;
       break;
     case Estimate::kGlass:

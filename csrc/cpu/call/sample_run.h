@@ -35,8 +35,11 @@ class SampleRun {
   };
 
   RowRange flow_rows(int i) const { return row_range(batch_, flow_ranges_, i); }
-  Pass pass(const Network& net, const char* arena, const Worker& w, int rows) const {
-    return {net, arena, w.team, w.scratch, rows};
+  // of network n: flow, critic or posterior; at: which of its times
+  Pass pass(int n, const Worker& w, int rows, std::size_t at = 0) const {
+    const Network& net = *plan_.network(n);
+    const float* film = net.film_dim() == 0 ? nullptr : args_.own[n].film + at * net.film_dim();
+    return {net, arenas_[n], w.team, w.scratch, rows, film, 0};
   }
   template <class Visit>
   void for_flow_rows(int thread, int threads, Visit visit);
@@ -49,7 +52,7 @@ class SampleRun {
   void estimate(int k, RowRange rows, const Worker& w);
   void map_actions(RowRange rows, const Worker& w);
   void denoise(int k, RowRange rows, const Worker& w);
-  void flow_forward(RowRange rows, const Worker& w, const float* src, int group, const float* time, Saves saves,
+  void flow_forward(RowRange rows, const Worker& w, const float* src, int group, std::size_t at, Saves saves,
                     float* out);
   void estimate_posterior(int k, RowRange rows, const Worker& w);
   void estimate_glass(int k, RowRange rows, const Worker& w);
@@ -58,7 +61,7 @@ class SampleRun {
   void combine(RowRange rows, const Worker& w);
   void pull_back_tweedie(int k, RowRange rows, const Worker& w);
   void weigh_draws(RowRange rows, const Worker& w);
-  void pull_back_posterior(RowRange rows, const Worker& w);
+  void pull_back_posterior(int k, RowRange rows, const Worker& w);
   void pull_back_glass(int k, RowRange rows, const Worker& w);
   void update(int k, RowRange rows, const Worker& w);
   void set_batch_scale();
@@ -75,7 +78,7 @@ class SampleRun {
   const int batch_, draws_, draw_rows_, pitch_;  // B, N, D, P
   const int threads_, rows_together_;
   int flow_ranges_, critic_ranges_;
-  bool any_steered_ = false, keep_flow_ = false;
+  bool any_steered_ = false, keep_flow_ = false, keeps_ = false;
   float q_divisor_ = 1.0f;
 
   const char* arenas_[3] = {};  // packed weights of flow, critic, posterior

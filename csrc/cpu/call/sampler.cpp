@@ -78,7 +78,8 @@ std::size_t SampleRun::carve(char* base) {
     }
   }
   scratch_width_ = width;
-  scratch_bytes_ = PassScratch::bytes(rows_together_, width);
+  for (int n = 0; n < 3; ++n) keeps_ = keeps_ || (plan_.network(n) != nullptr && plan_.network(n)->keeps());
+  scratch_bytes_ = PassScratch::bytes(rows_together_, width, keeps_);
   scratch_ = c.take<char>(scratch_bytes_ * threads_);
   return c.used();
 }
@@ -107,7 +108,8 @@ void SampleRun::finish(RowRange rows, const Team& team) {
 template <class Visit>
 void SampleRun::for_flow_rows(int thread, int threads, Visit visit) {
   for_fixed_items(flow_ranges_, thread, threads, barriers_, [&](int item, const Team& team, int leader) {
-    PassScratch scratch = PassScratch::carve(scratch_ + scratch_bytes_ * leader, rows_together_, scratch_width_);
+    PassScratch scratch =
+        PassScratch::carve(scratch_ + scratch_bytes_ * leader, rows_together_, scratch_width_, keeps_);
     float* weights = thread_weights_ == nullptr ? nullptr : thread_weights_ + thread * plan_.critic->shape().members;
     visit(flow_rows(item), Worker{team, scratch, nullptr, weights});
   });
@@ -136,7 +138,8 @@ void SampleRun::run(int thread, int threads) {
     lap(kPack);
   }
   {
-    PassScratch scratch = PassScratch::carve(scratch_ + scratch_bytes_ * thread, rows_together_, scratch_width_);
+    PassScratch scratch =
+        PassScratch::carve(scratch_ + scratch_bytes_ * thread, rows_together_, scratch_width_, keeps_);
     const Team alone{0, 1, nullptr};
     const int members = any_steered_ ? plan_.critic->shape().members : 0;
     const int items = 1 + flow_ranges_ * (1 + members);
@@ -153,7 +156,8 @@ void SampleRun::run(int thread, int threads) {
     all_->wait(threads);
     const int items = plan_.critic->shape().members * critic_ranges_;
     for_queued_items(items, thread, threads, queues_[2 + k], barriers_, [&](int i, const Team& team, int leader) {
-      PassScratch scratch = PassScratch::carve(scratch_ + scratch_bytes_ * leader, rows_together_, scratch_width_);
+      PassScratch scratch =
+          PassScratch::carve(scratch_ + scratch_bytes_ * leader, rows_together_, scratch_width_, keeps_);
       // alternate directions: the members visited last are the ones still in cache
       const int item = k % 2 == 0 ? i : items - 1 - i;
       criticise(item, Worker{team, scratch, thread_saves_ + critic_saves_bytes_ * leader, nullptr});

@@ -55,6 +55,7 @@ struct OwnInputs {
   const float* obs = nullptr;                      // [B, dim]
   const float* times = nullptr;                    // [K (+ K m), dim], in the place of the plan's
   const float *scale = nullptr, *shift = nullptr;  // [d], of the critic's action_columns
+  const float* film = nullptr;                     // [K (+ K m), film_dim], what the chains read
 };
 
 #define QPILOTS_PHASES(X) \
@@ -84,14 +85,14 @@ void sample(const SamplerPlan& plan, const SampleArgs& args, WorkspacePool& pool
 void pack(const SamplerPlan& plan, const LayerSource* const (&sources)[3], int threads, PackedWeights& out);
 std::size_t workspace_bytes(const SamplerPlan& plan, int batch, int threads);
 
-// One network on its input blocks. out [E, B, out]. blocks: pointers to [B, dim] by InputKind.
+// One network on its input blocks. out [E, B, out]. blocks: pointers to [B, dim] by InputKind. film: [B, film_dim].
 void network_forward(const Network& net, const LayerSource* sources, LiveArena& live,
-                     const float* const (&blocks)[kInputKinds], int batch, int threads, float* out,
+                     const float* const (&blocks)[kInputKinds], const float* film, int batch, int threads, float* out,
                      WorkspacePool& pool);
 // cotangent [E, B, out] pulled back to the input columns, summed over members: [B, input_dim].
 void network_vjp(const Network& net, const LayerSource* sources, LiveArena& live,
-                 const float* const (&blocks)[kInputKinds], const float* cotangent, int batch, int threads,
-                 int input_dim, float* dx, WorkspacePool& pool);
+                 const float* const (&blocks)[kInputKinds], const float* film, const float* cotangent, int batch,
+                 int threads, int input_dim, float* dx, WorkspacePool& pool);
 
 // How many threads a region may use: one in a forked child, whose thread pool is gone, and inside another region.
 int usable_threads(int threads);

@@ -7,6 +7,7 @@
 #include "path/backward-inl.h"
 #include "path/backward_dot-inl.h"
 #include "path/caches-inl.h"
+#include "path/chain-inl.h"
 #include "path/fingerprint-inl.h"
 #include "path/forward-inl.h"
 #include "path/operands-inl.h"
@@ -58,6 +59,8 @@ static FormatKernels format_kernels() {
 #undef QPILOTS_FILL
   fill_vjp<F, F>(t.activate_vjp);
   fill_vjp<F, F32>(t.activate_vjp_f32);
+  t.chain = chain_rows<F>;
+  t.chain_vjp = chain_vjp_rows<F>;
   t.to_operand = convert_rows<F>;
   t.head = head_rows<F>;
   t.pack_panel = pack_panel<F>;

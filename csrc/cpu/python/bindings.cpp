@@ -22,9 +22,11 @@ namespace py = pybind11;
 namespace qpilots::cpu {
 namespace {
 
-// One Linear of one member: 4 sources of (pointer, row stride, column stride, dtype).
+// One Linear of one member: sources of (pointer, row stride, column stride, dtype): weight, bias, then weight and bias
+// of each norm.
 using Table = py::array_t<std::int64_t, py::array::c_style>;
-constexpr py::ssize_t kTableColumns = 16;
+constexpr int kParts = 2 + 2 * kMostNorms;
+constexpr py::ssize_t kTableColumns = 4 * kParts;
 
 std::vector<LayerSource> read_table(const Network& net, const Table& table) {
   const py::ssize_t rows = static_cast<py::ssize_t>(net.shape().members) * net.layers();
@@ -33,8 +35,12 @@ std::vector<LayerSource> read_table(const Network& net, const Table& table) {
   std::vector<LayerSource> sources(rows);
   for (py::ssize_t i = 0; i < rows; ++i) {
     const std::int64_t* entry = table.data(i, 0);
-    Source* parts[4] = {&sources[i].weight, &sources[i].bias, &sources[i].gamma, &sources[i].beta};
-    for (int p = 0; p < 4; ++p, entry += 4) {
+    Source* parts[kParts] = {&sources[i].weight, &sources[i].bias};
+    for (int n = 0; n < kMostNorms; ++n) {
+      parts[2 + 2 * n] = &sources[i].gamma[n];
+      parts[3 + 2 * n] = &sources[i].beta[n];
+    }
+    for (int p = 0; p < kParts; ++p, entry += 4) {
       require(entry[3] >= 0 && entry[3] <= 3, "weight table: unknown dtype code " + std::to_string(entry[3]));
       *parts[p] = {pointer<const void>(static_cast<std::uintptr_t>(entry[0])), entry[1], entry[2],
                    static_cast<DType>(entry[3])};
@@ -52,6 +58,42 @@ Enum enumerator(const std::string& name, const char* what) {
   return static_cast<Enum>(found - names.begin());
 }
 
+HiddenShape read_hidden(const py::dict& layer) {
+  HiddenShape hidden;
+  if (!layer.contains("chain")) {
+    hidden.activation = enumerator<Activation>(layer["activation"].cast<std::string>(), "activation");
+    hidden.norm =
+        enumerator<NormPlacement>(layer["norm"].is_none() ? "none" : layer["norm"].cast<std::string>(), "norm");
+    hidden.layer_norm_eps = layer["layer_norm_eps"].cast<float>();
+    return hidden;
+  }
+  hidden.is_chain = true;
+  int norms = 0;
+  for (const auto& [kind, activation, numbers] :
+       layer["chain"].cast<std::vector<std::tuple<std::string, std::string, std::vector<float>>>>()) {
+    ChainOp op{};
+    op.kind = enumerator<RowOpKind>(kind, "chain");
+    if (op.kind == RowOpKind::kActivation) op.activation = enumerator<Activation>(activation, "activation");
+    require(numbers.size() <= 2, "chain: at most two numbers");
+    std::copy(numbers.begin(), numbers.end(), op.numbers);
+    norms += op.kind == RowOpKind::kLayerNorm || op.kind == RowOpKind::kRmsNorm;
+    hidden.chain.push_back(op);
+  }
+  require(norms <= kMostNorms, "chain: too many norms in a layer");
+  return hidden;
+}
+
+// Every "add" has a "keep" of its width before it: the network's passes go by it.
+void check_kept(const NetworkShape& shape) {
+  int kept = -1;
+  for (std::size_t l = 0; l < shape.hidden.size(); ++l) {
+    for (const ChainOp& op : shape.hidden[l].chain) {
+      if (op.kind == RowOpKind::kKeep) kept = shape.widths[l];
+      require(op.kind != RowOpKind::kAdd || kept == shape.widths[l], "chain: add without a row kept, as wide");
+    }
+  }
+}
+
 std::shared_ptr<const Network> make_network(const py::dict& spec, const std::string& precision,
                                             const std::string& isa) {
   require(precision == "float32" || precision == "bfloat16",
@@ -61,12 +103,9 @@ std::shared_ptr<const Network> make_network(const py::dict& spec, const std::str
   shape.widths = spec["widths"].cast<std::vector<int>>();
   require(shape.members >= 1 && !shape.widths.empty(), "a network needs a member and an output");
   for (int width : shape.widths) require(width >= 1, "widths must be at least 1");
-  for (const py::handle norm : spec["norms"]) {
-    shape.norms.push_back(enumerator<NormPlacement>(norm.is_none() ? "none" : norm.cast<std::string>(), "norms"));
-  }
-  require(shape.norms.size() + 1 == shape.widths.size(), "norms: expected one entry per hidden layer");
-  shape.activation = enumerator<Activation>(spec["activation"].cast<std::string>(), "activation");
-  shape.layer_norm_eps = spec["layer_norm_eps"].cast<float>();
+  for (const py::handle layer : spec["hidden"]) shape.hidden.push_back(read_hidden(layer.cast<py::dict>()));
+  require(shape.hidden.size() + 1 == shape.widths.size(), "hidden: expected one entry per hidden layer");
+  check_kept(shape);
   shape.scalar_head = spec["scalar_head"].cast<bool>();
   int columns = 0;
   for (const py::handle entry : spec["inputs"]) {  // (kind, first column, width)
@@ -224,8 +263,8 @@ std::unique_ptr<PackedWeights> pack_binding(const SamplerPlan& plan, const Bound
   return packed;
 }
 
-void network_binding(const BoundSources& bound, const std::vector<std::uintptr_t>& blocks, std::uintptr_t cotangent,
-                     std::uintptr_t out, int batch, int threads, bool vjp) {
+void network_binding(const BoundSources& bound, const std::vector<std::uintptr_t>& blocks, std::uintptr_t film,
+                     std::uintptr_t cotangent, std::uintptr_t out, int batch, int threads, bool vjp) {
   const Network& net = *bound.net;
   require(blocks.size() == kInputKinds && batch >= 1 && threads >= 1 && out != 0, "bad arguments");
   const float* inputs[kInputKinds];
@@ -236,12 +275,14 @@ void network_binding(const BoundSources& bound, const std::vector<std::uintptr_t
     input_dim += net.shape().input_dims[i];
   }
   require(!vjp || cotangent != 0, "the cotangent is missing");
+  require(net.film_dim() == 0 || film != 0, "the film numbers are missing");
   const py::gil_scoped_release release;
   if (vjp) {
-    network_vjp(net, bound.sources.data(), *bound.live, inputs, pointer<const float>(cotangent), batch, threads,
-                input_dim, pointer<float>(out), pool());
+    network_vjp(net, bound.sources.data(), *bound.live, inputs, pointer<const float>(film),
+                pointer<const float>(cotangent), batch, threads, input_dim, pointer<float>(out), pool());
   } else {
-    network_forward(net, bound.sources.data(), *bound.live, inputs, batch, threads, pointer<float>(out), pool());
+    network_forward(net, bound.sources.data(), *bound.live, inputs, pointer<const float>(film), batch, threads,
+                    pointer<float>(out), pool());
   }
 }
 

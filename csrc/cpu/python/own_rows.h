@@ -22,7 +22,7 @@ namespace py = pybind11;
 class OwnRows {
  public:
   struct Values {
-    std::vector<float> times, scale, shift;
+    std::vector<float> times, scale, shift, film;
   };
   using Memory = std::vector<std::pair<std::uintptr_t, std::size_t>>;  // (address, bytes)
 
@@ -42,11 +42,11 @@ class OwnRows {
     return same;
   }
 
-  // compute() -> (times, scale, shift), float32 arrays. Memory that is written meanwhile is found changed later.
+  // compute() -> (times, scale, shift, film), float32 arrays. Memory that is written meanwhile is found changed later.
   void refresh(const py::function& compute) {
     std::vector<char> before = read();
-    const auto [times, scale, shift] = compute().cast<std::tuple<Array, Array, Array>>();
-    values_ = std::make_shared<const Values>(Values{vector(times), vector(scale), vector(shift)});
+    const auto [times, scale, shift, film] = compute().cast<std::tuple<Array, Array, Array, Array>>();
+    values_ = std::make_shared<const Values>(Values{vector(times), vector(scale), vector(shift), vector(film)});
     seen_ = std::move(before);
   }
 
@@ -100,7 +100,9 @@ class OwnLease {
               "a network's own times: wrong size");
       const std::size_t columns = n == 1 ? plan.action_columns.size() : 0;
       require(own.scale.size() == columns && own.shift.size() == columns, "scale or shift: wrong size");
+      require(own.film.size() == times * net->film_dim(), "a network's film numbers: wrong size");
       args.own[n].times = own.times.data();
+      args.own[n].film = own.film.data();
       args.own[n].scale = own.scale.data();
       args.own[n].shift = own.shift.data();
     }

@@ -21,6 +21,18 @@ namespace qpilots {
   X(kNone, "none")                  \
   X(kPre, "pre")   /* act(LN(z)) */ \
   X(kPost, "post") /* LN(act(z)) */
+// what may stand in a chain between two Linears; qpilots_fast/row_ops.py says what each does
+#define QPILOTS_ROW_OPS(X)     \
+  X(kActivation, "activation") \
+  X(kLeakyRelu, "leaky_relu")  \
+  X(kClamp, "clamp")           \
+  X(kLayerNorm, "layer_norm")  \
+  X(kRmsNorm, "rms_norm")      \
+  X(kSoftmax, "softmax")       \
+  X(kLowest, "lowest")         \
+  X(kKeep, "keep")             \
+  X(kAdd, "add")               \
+  X(kFilm, "film")
 #define QPILOTS_AGGREGATIONS(X)  \
   X(kPessimistic, "pessimistic") \
   X(kMean, "mean")               \
@@ -47,6 +59,7 @@ namespace qpilots {
 #define QPILOTS_ENUMS(X)                    \
   X(Activation, QPILOTS_ACTIVATIONS)        \
   X(NormPlacement, QPILOTS_NORM_PLACEMENTS) \
+  X(RowOpKind, QPILOTS_ROW_OPS)             \
   X(Aggregation, QPILOTS_AGGREGATIONS)      \
   X(Scale, QPILOTS_SCALES)                  \
   X(Clip, QPILOTS_CLIPS)                    \
