@@ -15,8 +15,8 @@ from qpilots_fast.backends.params import SteeringParams, interface_lines, interf
 
 needs_module = pytest.mark.skipif(native.import_failure() is not None, reason=str(native.import_failure()))
 MLP = {
-    "members": 1, "widths": [8, 4], "norms": [None], "activation": "tanh", "layer_norm_eps": 1e-6, "scalar_head": False,
-    "inputs": [(1, 0, 4)],
+    "members": 1, "widths": [8, 4], "hidden": [{"activation": "tanh", "norm": None, "layer_norm_eps": 1e-6}],
+    "scalar_head": False, "inputs": [(1, 0, 4)],
 }  # fmt: skip
 
 
@@ -82,13 +82,15 @@ def test_compiled_module_of_other_sources_does_not_load(monkeypatch: pytest.Monk
 
 @needs_module
 @pytest.mark.parametrize(
-    "changed", [{"activation": "another"}, {"norms": ["another"]}], ids=["activation", "norm placement"]
+    "changed",
+    [{"activation": "another"}, {"norm": "another"}, {"chain": [("another", "", [])]}, {"chain": [("add", "", [])]}],
+    ids=["activation", "norm placement", "operation", "nothing kept"],
 )
 def test_network_with_an_unknown_value_is_refused(changed: dict):
     module = native.load_module()
     assert module.cpu_network(MLP, "float32", "") is not None
-    with pytest.raises(ValueError, match="another"):
-        module.cpu_network({**MLP, **changed}, "float32", "")
+    with pytest.raises(ValueError, match="another|without a row kept"):
+        module.cpu_network({**MLP, "hidden": [{**MLP["hidden"][0], **changed}]}, "float32", "")
 
 
 @needs_module
