@@ -89,7 +89,7 @@ def test_compiled_module_of_other_sources_does_not_load(monkeypatch: pytest.Monk
 def test_network_with_an_unknown_value_is_refused(changed: dict):
     module = native.load_module()
     assert module.cpu_network(MLP, "float32", "") is not None
-    with pytest.raises(ValueError, match="another|without a row kept"):
+    with pytest.raises(ValueError, match=r"another|without a row kept"):
         module.cpu_network({**MLP, "hidden": [{**MLP["hidden"][0], **changed}]}, "float32", "")
 
 
