@@ -135,7 +135,7 @@ def test_inputs_that_require_grad_and_inference_mode():
 def test_a_failed_check_stops_the_replay():
     case = make_case(U, batch_size=3)
 
-    def fail() -> None:
+    def fail(_: object) -> None:
         raise RuntimeError("an earlier replay gave up")
 
     captured, graph = summed(case, before_replay=fail)

@@ -24,6 +24,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1: test_triton_interpreter.py starts it", allow_module_level=True)
 
 from qpilots_fast.steering import Steering
+from tests import test_own_columns as own
 from tests import test_triton_kernels as kernels
 from tests import test_triton_rows as row_pieces
 
@@ -52,6 +53,18 @@ post = partial(norms, "post")
 post_below_pre = partial(norms, ("post", "pre"))
 m, u, glass = partial(setting, "m"), partial(setting, "u"), partial(setting, "glass")
 chunks = partial(kernels.test_rows_in_chunks, kernels.U)
+
+
+def own_columns() -> None:
+    """A flow's and a critic's own columns, in one call."""
+    own_flow, critic = own.Flow(own.SinusoidalMLP()), own.Everything()
+    bound = [own.from_module(n, kind, **own.DIMS).bound() for n, kind in ((own_flow, "flow"), (critic, "critic"))]
+    spec = kernels.SamplerSpec(bound[0].spec, bound[1].spec, None, kernels.U, 2)
+    obs, noise, _ = own.inputs(3, kernels.U)
+    call = kernels.Call(spec, kernels.BoundNetworks(*bound), obs, noise)
+    want = kernels.REFERENCE.sample(call).actions
+    torch.testing.assert_close(kernels.backend().sample(call).actions, want, atol=kernels.FLOAT32_ERROR, rtol=0)
+
 
 FAULTS = {
     # LayerNorm folded into the weights above it, and its pull-back
@@ -115,6 +128,14 @@ FAULTS = {
     ),
     "every step takes the first step's time": Fault(
         "pack", "tl.load(features + row * num_features + j", "tl.load(features + 0 * row + j", u
+    ),
+    # columns of networks' own modules
+    "a column that is scaled is read as it is": Fault(
+        "pack", "mask=has_factor, other=1.0)", "mask=False, other=1.0)", own_columns
+    ),
+    "a shift of actions is not in the bias": Fault("own_columns", "self.shift.copy_(shift)", "pass", own_columns),
+    "columns of actions are read in the flow's order": Fault(
+        "packing", "target + column + dim", "target + column + j", own_columns
     ),
     # cotangents, gradients, the update
     "a scaled cotangent is not scaled back": Fault("layers", "acc *= _row_peak(", "acc += 0.0 * _row_peak(", u),

@@ -66,7 +66,8 @@ class CapturedSampler:
         packed: weights that `pack` returned, which the graph reads instead.
         enqueue: queues a call on the current stream; returns its actions [B, A], and whatever its kernels read and
             write that the call does not hold.
-        before_replay: raises where an earlier replay failed.
+        before_replay: called with the filled call; raises where an earlier replay failed, or computes on the host what
+            the graph reads.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class CapturedSampler:
         enqueue: Callable[[Call], tuple[Tensor, Any]],
         graph: Graph,
         packed: Any = None,
-        before_replay: Callable[[], object] | None = None,
+        before_replay: Callable[[Call], object] | None = None,
     ) -> None:
         shapes = {
             "obs": (batch_size, spec.flow.obs_dim),
@@ -92,7 +93,7 @@ class CapturedSampler:
             }
             call = Call(spec, networks, made["obs"], made["noise"], made.get("posterior_noise"), packed=packed)
             self._actions, enqueued = graph.record(lambda: enqueue(call))
-        self._inputs, self._graph, self._before_replay = made, graph, before_replay
+        self._inputs, self._graph, self._before_replay, self._call = made, graph, before_replay, call
         self._lock = threading.Lock()  # between filling the inputs and reading the actions
         # networks: views, which keep what the graph reads where a user gives a parameter other memory
         self.holds = (made, networks, packed, enqueued)
@@ -111,10 +112,10 @@ class CapturedSampler:
         for name, own in self._inputs.items():
             _check(name, given[name], own)
         with self._lock, torch.no_grad():
-            if self._before_replay is not None:
-                self._before_replay()
             for name, own in self._inputs.items():
                 own.copy_(given[name])
+            if self._before_replay is not None:
+                self._before_replay(self._call)
             self._graph.replay()
             return self._actions.clone()
 

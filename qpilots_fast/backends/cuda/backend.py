@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -221,7 +220,9 @@ class CudaBackend(Backend):
             raw, holds = self._enqueue(call)
             return raw.actions, holds
 
-        watch = partial(self._launcher.check_failure, device)
+        def watch(_: Call) -> None:
+            self._launcher.check_failure(device)
+
         return CapturedSampler(spec, networks, batch_size, enqueue, graph, packed, before_replay=watch)
 
     # ---------------------------------------------------------------- one network

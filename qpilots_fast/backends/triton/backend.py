@@ -21,6 +21,7 @@ from ..quick import GraphedEnqueue, QuickDeviceCall
 from .evaluation import Evaluation, Scratch, Tape
 from .launch_table import MAX_ACTION_PAD, LaunchTable, default_table, dot_mode
 from .launcher import launch
+from .own_columns import asks_host, copied_encoders, shown_obs
 from .packing import OPERAND_DTYPES, PackedBuffers, network_layout, padded_width, parameter_addresses, round_up
 from .plan import SamplerPlan, Workspace, capability, chunk_rows
 from .row_pieces import TritonRows
@@ -43,6 +44,7 @@ class PackedSampler:
 
     spec: SamplerSpec
     buffers: PackedBuffers
+    encoders: dict[str, BoundNetwork]  # networks whose own modules encode observations, copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedSampler:
         return self  # frozen: never written again
@@ -114,8 +116,6 @@ class TritonBackend(Backend):
             return reason
         if spec.precision not in self.precisions:
             return f"precision {spec.precision!r} is not one of {', '.join(self.precisions)}"
-        if spec.own_columns is not None:
-            return f"{spec.own_columns}, which this backend does not read yet"
         steering = spec.steering
         if steering.steers and steering.q_scale == "batch_std":
             return "q_scale='batch_std' couples all rows, which a call does in chunks"
@@ -152,7 +152,7 @@ class TritonBackend(Backend):
         with _on(device):
             buffers = PackedBuffers(self.plan(spec, device).packed_layouts, spec.precision, device)
             buffers.pack(bound)
-        return PackedSampler(spec, buffers)
+        return PackedSampler(spec, buffers, copied_encoders(spec, networks))
 
     @torch.no_grad()
     def sample(self, call: Call) -> RawSample:
@@ -164,6 +164,8 @@ class TritonBackend(Backend):
                 self._workspaces, (device, spec, batch_size), lambda: plan.workspace(batch_size, self._fill)
             )
             if call.packed is None:
+                if asks_host(spec):
+                    refuse_while_capturing(device, f"{spec.own_columns}: sampler.capture computes them at each replay")
                 bound = spec.taking_part(call.networks)
                 key = (device, spec, parameter_addresses(bound))
                 buffers = self._obtain(
@@ -175,7 +177,8 @@ class TritonBackend(Backend):
             if capturing(device):
                 self._captured.append((plan, buffers))
             actions = torch.empty_like(noise)
-            plan.run(ws, buffers, call.obs, noise, call.posterior_noise, actions, call.alpha)
+            obs = shown_obs(spec, call.networks, call.obs, call.packed.encoders if call.packed else {})
+            plan.run(ws, buffers, obs, noise, call.posterior_noise, actions, call.alpha)
             if call.return_info:
                 norms, nonfinite, q_std, gated = ws.report
                 return RawSample(actions, StepReport(norms.clone(), nonfinite.bool(), q_std.clone(), gated.bool()))
@@ -227,15 +230,32 @@ class TritonBackend(Backend):
             plan.check_size(batch_size)
             workspace = plan.workspace(batch_size, self._fill)
             buffers = PackedBuffers(plan.packed_layouts, spec.precision, device) if packed is None else packed.buffers
+            # what networks' own modules make is computed before each replay, into memory that the graph reads
+            shown = {
+                name: torch.zeros(batch_size, n.obs_columns, dtype=torch.float32, device=device)
+                for name, n in spec.networks.items()
+                if n.obs_columns is not None
+            }
+            if packed is None:
+                buffers.prepare(bound)
+
+        def before_replay(call: Call) -> None:
+            with self._lock, _on(device):
+                if packed is None and asks_host(spec):
+                    buffers.refresh_own(bound)
+                made = shown_obs(spec, networks, call.obs, packed.encoders if packed else {}) if shown else {}
+                for name, target in shown.items():
+                    target.copy_(made[name])
 
         def enqueue(call: Call) -> tuple[Tensor, Any]:
             if packed is None:
-                buffers.pack(bound)
+                buffers.launch_pack()
             actions = torch.empty_like(call.noise)
-            plan.run(workspace, buffers, call.obs, call.noise, call.posterior_noise, actions)
-            return actions, (plan, workspace, buffers)
+            obs = {name: shown.get(name, call.obs) for name in spec.networks}
+            plan.run(workspace, buffers, obs, call.noise, call.posterior_noise, actions)
+            return actions, (plan, workspace, buffers, shown)
 
-        return CapturedSampler(spec, networks, batch_size, enqueue, graph, packed)
+        return CapturedSampler(spec, networks, batch_size, enqueue, graph, packed, before_replay)
 
     # ------------------------------------------------------------ single networks
 

@@ -146,7 +146,7 @@ class Evaluation:
                 z_ptr=self.tape.z[layer], y_ptr=self.scratch.planes[layer % 2], stat_ptr=self.tape.stat[layer],
                 num_draws=self.draws, depth=0 if first else layout.padded(self._width(layer - 1)),
                 below_width=0 if first else self._width(layer - 1), width=width,
-                FIRST=first, OBS_DIM=spec.obs_dim if split else spec.input_dim, ACTION_DIM=spec.action_dim,
+                FIRST=first, OBS_DIM=spec.block_dim("obs") if split else spec.input_dim, ACTION_DIM=spec.action_dim,
                 COLUMN=layout.first_action_column, A_PAD=layout.action_pad, BLOCKS=layout.action_blocks,
                 CLIP=first and bounds is not None,
                 BIAS_STRIDE=0 if first and time is not None else layout.member_vectors,

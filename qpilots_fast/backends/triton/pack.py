@@ -13,8 +13,9 @@ def _pack_kernel(item_ptr, block_ptr, weights_ptr, vectors_ptr,
     """One tile of one parameter into the packed buffers; the table of items says what and where.
 
     item_ptr [*, 12] int64: source address, row stride, column stride, columns, elements (the last row may be short),
-    destination, its leading dimension, kind (0 weights, 1 vectors, 2 time bias), and for the time bias: address of the
-    bias (0: none), of the features [T_count, features], of the column indices [features] int64, and features.
+    destination, its leading dimension, kind (0 weights, 1 vectors, 2 bias of constant columns). Then, for weights:
+    address of a factor (0: none); for the bias, whose row t is bias + W[:, indices] features[t]: addresses of the bias
+    (0: none), of the features [rows, features] and of the column indices [features] int64, and features.
     block_ptr [grid, 3] int64: item, first row, first column.
     """
     block_ptr += 3 * tl.program_id(0)
@@ -29,7 +30,7 @@ def _pack_kernel(item_ptr, block_ptr, weights_ptr, vectors_ptr,
     target = tl.load(item + 5) + row * tl.load(item + 6) + column
     kind = tl.load(item + 7)
     if kind == 2:
-        # bias[h] + sum_j W[h, time column j] feature[time, j]; here row is the time and column is h
+        # bias[h] + sum_j W[h, column j] feature[t, j]; here row is t and column is h
         bias = tl.load(item + 8).to(tl.pointer_type(SOURCE))
         features = tl.load(item + 9).to(tl.pointer_type(tl.float32))
         indices = tl.load(item + 10).to(tl.pointer_type(tl.int64))
@@ -43,6 +44,8 @@ def _pack_kernel(item_ptr, block_ptr, weights_ptr, vectors_ptr,
     else:
         value = tl.load(source + row * row_stride + column * column_stride, mask=mask, other=0.0).to(tl.float32)
         if kind == 0:
+            has_factor = tl.load(item + 8) != 0
+            value *= tl.load(tl.load(item + 8).to(tl.pointer_type(tl.float32)), mask=has_factor, other=1.0)
             tl.store(weights_ptr + target, value.to(weights_ptr.dtype.element_ty), mask=mask)
         else:
             tl.store(vectors_ptr + target, value, mask=mask)

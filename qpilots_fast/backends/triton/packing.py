@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendUnavailable
-from ...spec import NetworkSpec, SamplerSpec
+from ...spec import POSTERIOR_DRAW, LayerParameters, NetworkSpec, SamplerSpec
 from ..base import BoundNetwork
 from ..captured import refuse_while_capturing
 from ..fold import folds
 from .launch_table import LaunchTable, Tile
 from .launcher import launch
+from .own_columns import OwnValues
 
 OPERAND_DTYPES = {
     "float32": torch.float32,
@@ -76,7 +77,7 @@ class NetworkLayout:
 
     @property
     def first_action_column(self) -> int:
-        return round_up(self.spec.obs_dim, self.tile.block_k)
+        return round_up(self.spec.block_dim("obs"), self.tile.block_k)
 
     @property
     def action_pad(self) -> int:
@@ -149,11 +150,11 @@ class NetworkLayout:
         return self.hidden_pad if layer < self.depth else self.out_pad
 
     def time_columns(self) -> list[int]:
-        parts = [self.spec.block_slices[block] for block in self.spec.time_rows(())]
+        parts = [self.spec.block_slices[block] for block in self.spec.input_order if block in ("t", *POSTERIOR_DRAW)]
         return [column for part in parts for column in range(part.start, part.stop)]
 
     def time_features(self) -> Tensor:
-        """[len(times), columns] float32, computed in float64."""
+        """[len(times), columns] float32, computed in float64; of times that are not the network's own module's."""
         return torch.cat(list(self.spec.time_rows(self.times).values()), -1).to(torch.float32)
 
 
@@ -175,6 +176,7 @@ class PackTable:
     # kernel, dtype, whether it scales, items, blocks; copies first
     groups: list[tuple[str, torch.dtype, bool, Tensor, Tensor]] = field(default_factory=list)
     keep: list[Tensor] = field(default_factory=list)  # tensors whose addresses the items hold
+    own: list[OwnValues] = field(default_factory=list)  # of each network
 
 
 class PackedBuffers:
@@ -209,10 +211,26 @@ class PackedBuffers:
                 vectors[start : start + width] = 1.0
 
     def pack(self, bound: Sequence[BoundNetwork]) -> None:
-        """Copies the current parameters in; no allocation once the table stands."""
+        """Copies the current parameters in; no allocation of ours once the table stands."""
+        self.prepare(bound)
+        self.launch_pack()
+
+    def prepare(self, bound: Sequence[BoundNetwork]) -> None:
+        """What `launch_pack` reads: the table of these parameters, and what networks' own modules make now."""
         addresses = parameter_addresses(bound)
         if self._table is None or self._table.addresses != addresses:
             self._table = self._build_table(bound, addresses)
+        self.refresh_own(bound)
+
+    def refresh_own(self, bound: Sequence[BoundNetwork]) -> None:
+        """What networks' own modules make now, where the table of `prepare` reads it."""
+        assert self._table is not None
+        for network, values in zip(bound, self._table.own):
+            values.refresh(network)
+
+    def launch_pack(self) -> None:
+        """Copies the parameters in that the table tells."""
+        assert self._table is not None
         for kernel, dtype, scale, items, blocks in self._table.groups:
             launch(
                 kernel, (len(blocks),), item_ptr=items, block_ptr=blocks, weights_ptr=self.weights,
@@ -226,7 +244,10 @@ class PackedBuffers:
         groups: dict[tuple[str, torch.dtype, bool], list[list[int]]] = {}
         w, vec = 0, 0
         for network, layout in zip(bound, self.layouts):
-            for kernel, dtype, scale, item in _items(network, layout, w, vec, table.keep, device):
+            known = None if network.spec.time_embedding == "module" or not layout.times else layout.time_features()
+            values = OwnValues(network, layout.times, known)
+            table.own.append(values)
+            for kernel, dtype, scale, item in _items(network, layout, w, vec, values, table.keep):
                 groups.setdefault((kernel, dtype, scale), []).append(item)
             w += layout.num_weights
             vec += round_up(layout.num_vectors, 16)
@@ -263,11 +284,15 @@ def parameter_addresses(bound: Sequence[BoundNetwork]) -> tuple[int, ...]:
 
 
 def _items(
-    network: BoundNetwork, layout: NetworkLayout, w: int, vec: int, keep: list[Tensor], device: torch.device
+    network: BoundNetwork, layout: NetworkLayout, w: int, vec: int, own_values: OwnValues, keep: list[Tensor]
 ) -> list[tuple[str, torch.dtype, bool, list[int]]]:
     """(kernel, dtype of the source, whether it scales, row of the kernel's table) of one network whose buffers start at
     w and vec."""
-    spec, items = layout.spec, []
+    spec, items, device = layout.spec, [], network.device
+
+    def indices(columns: Sequence[int]) -> Tensor:
+        keep.append(torch.tensor(columns, dtype=torch.int64, device="cpu").to(device))
+        return keep[-1]
 
     def add(p: Tensor, target: int, rows: int, columns: int, strides: tuple[int, int], ld: int, kind: int, *more: int):
         row = [p.data_ptr(), *strides, columns, rows * columns, target, ld, kind, *(more or (0, 0, 0, 0))]
@@ -279,6 +304,19 @@ def _items(
         row = [p.data_ptr(), PACK_TILE * stride, stride, PACK_TILE, size, target, PACK_TILE, 1, 0, 0, 0, 0]
         items.append(("pack", p.dtype, False, row))
 
+    def add_bias(layer: LayerParameters, member: int, target: int, rows: int, features: Tensor, columns: Tensor):
+        """Rows of bias + W[:, columns] features."""
+        weight, bias = layer.weight[member], layer.bias[member] if layer.bias else None
+        if bias is not None and (bias.dtype != weight.dtype or bias.stride(0) != 1):
+            raise BackendUnavailable("the first layer's bias must be contiguous and of its weight's dtype.")
+        strides = (weight.stride(0), weight.stride(1))
+        more = (0 if bias is None else bias.data_ptr(), features.data_ptr(), columns.data_ptr(), len(columns))
+        add(weight, target, rows, spec.hidden_dims[0], strides, layout.hidden_pad, 2, *more)
+
+    mapped = spec.action_columns
+    if mapped is not None:
+        actions = spec.block_slices["actions"]
+        action_places = indices(range(actions.start, actions.stop))
     for member in range(spec.num_members):
         for index, (layer, (fan_in, fan_out)) in enumerate(zip(network.layers, spec.layer_dims)):
             weight = layer.weight[member]
@@ -289,7 +327,13 @@ def _items(
             if index == 0:
                 for block, column in layout.columns:
                     part = weight[:, spec.block_slices[block]]
-                    add(part, target + column, fan_out, part.shape[1], strides, layout.leading_dim, 0)
+                    if block == "actions" and mapped is not None and layout.split:
+                        for j, dim in enumerate(mapped):
+                            factor = own_values.scale[j].data_ptr()
+                            place = target + column + dim
+                            add(part[:, j : j + 1], place, fan_out, 1, strides, layout.leading_dim, 0, factor, 0, 0, 0)
+                    else:
+                        add(part, target + column, fan_out, part.shape[1], strides, layout.leading_dim, 0)
             elif layout.norm(index - 1) in ("post", "fold"):
                 gain = vectors + layout.vector_start(index - 1) + 2 * layout.hidden_pad
                 places = (own, own + step, gain, gain + layout.hidden_pad, int(layer.bias is not None))
@@ -297,22 +341,16 @@ def _items(
                 items.append(("fold", weight.dtype, layout.norm(index - 1) == "fold", row))
             else:
                 add(weight, target, fan_out, fan_in, strides, layout.leading_dim, 0)
-            for offset, values in ((0, layer.bias), (2, layer.norm_weight), (3, layer.norm_bias)):
+            shifted = index == 0 and mapped is not None and layout.split
+            if shifted:
+                add_bias(layer, member, own, 1, own_values.shift, action_places)
+            bias = None if shifted else layer.bias
+            for offset, values in ((0, bias), (2, layer.norm_weight), (3, layer.norm_bias)):
                 if values is not None:
                     add_vector(values[member], own + offset * step)
     if layout.times:
-        first = network.layers[0]
-        weight, bias = first.weight[0], first.bias[0] if first.bias else None
-        if bias is not None and (bias.dtype != weight.dtype or bias.stride(0) != 1):
-            raise BackendUnavailable("the first layer's bias must be contiguous and of its weight's dtype.")
-        features = layout.time_features().to(device)
-        columns = torch.tensor(layout.time_columns(), dtype=torch.int64, device=device)
-        keep += [features, columns]
-        more = (0 if bias is None else bias.data_ptr(), features.data_ptr(), columns.data_ptr(), features.shape[1])
-        add(
-            weight, vec + layout.time_bias_start, len(layout.times), spec.hidden_dims[0],
-            (weight.stride(0), weight.stride(1)), layout.hidden_pad, 2, *more,
-        )  # fmt: skip
+        start, columns = vec + layout.time_bias_start, indices(layout.time_columns())
+        add_bias(network.layers[0], 0, start, len(layout.times), own_values.features, columns)
     return items
 
 

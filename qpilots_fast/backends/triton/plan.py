@@ -161,13 +161,18 @@ class SamplerPlan:
     # ------------------------------------------------------------ the program
 
     def run(
-        self, ws: Workspace, packed: PackedBuffers, obs: Tensor, noise: Tensor, eps: Tensor | None, actions: Tensor,
-        alpha: Tensor | None = None,
+        self, ws: Workspace, packed: PackedBuffers, obs: dict[str, Tensor], noise: Tensor, eps: Tensor | None,
+        actions: Tensor, alpha: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Enqueues the whole call on the current stream; actions [B, A] receives the result; alpha [B]: of each row."""
+        """Enqueues the whole call on the current stream; actions [B, A] receives the result; alpha [B]: of each row.
+
+        Args:
+            obs: each network's block of observations, [B, *].
+        """
         batch_size = len(noise)
         eps, alpha = noise if eps is None else eps, ws.alpha if alpha is None else alpha
-        given = {"obs": obs, "noise": noise, "eps": eps, "actions": actions, "alpha": alpha}
+        given = {f"obs of {name}": seen for name, seen in obs.items()}
+        given |= {"noise": noise, "eps": eps, "actions": actions, "alpha": alpha}
         for start in range(0, batch_size, self.chunk):
             rows = min(self.chunk, batch_size - start)
 
@@ -189,7 +194,7 @@ class SamplerPlan:
         nets = dict(zip(self.layouts, packed.networks))
         steered = set(spec.steered_steps)
         flow = Evaluation(nets["flow"], ws.tapes["flow"][0], ws.scratch, ws.v, rows, 1, dot)
-        obs, last = Given("obs"), spec.num_steps - 1
+        obs, last = Given("obs of flow"), spec.num_steps - 1
         x: Any = Given("noise")
         for k, step in enumerate(spec.schedule):
             tweedie = k in steered and spec.steering.estimate == "tweedie"
@@ -204,13 +209,13 @@ class SamplerPlan:
     ) -> Iterator[Launch]:
         """The critics' gradient at step k pulled back to x; its sum over the draws of a row is for the update."""
         spec, steering, draws = self.spec, self.spec.steering, self.num_draws
-        rows, a, obs = flow.rows * draws, spec.flow.action_dim, Given("obs")
+        rows, a = flow.rows * draws, spec.flow.action_dim
         estimates = x if steering.estimate == "noisy" else ws.estimates
         inner: list[Evaluation] = []
         if steering.estimate == "mfm":
             inner = [Evaluation(nets["posterior"], ws.tapes["posterior"][0], ws.scratch, ws.drawn, rows, draws, dot)]
             eps = Given("eps", k)
-            yield from inner[0].forward(obs, x, eps, time=k, add=(eps, 1.0, ws.estimates))
+            yield from inner[0].forward(Given("obs of posterior"), x, eps, time=k, add=(eps, 1.0, ws.estimates))
         elif steering.estimate == "glass":
             star, v_star, _, _ = ws.glass
             m = steering.glass_steps
@@ -222,9 +227,10 @@ class SamplerPlan:
                     MOVE=i > 0, ASK=i < m,
                 )  # fmt: skip
                 if i < m:
-                    yield from inner[i].forward(obs, star, time=spec.num_steps + k * m + i)
+                    yield from inner[i].forward(Given("obs of flow"), star, time=spec.num_steps + k * m + i)
         critic = Evaluation(nets["critic"], ws.tapes["critic"][0], ws.scratch, ws.q, rows, draws, dot)
-        yield from critic.forward(obs, estimates, bounds=self.bounds if steering.clip != "none" else None)
+        clipped = self.bounds if steering.clip != "none" else None
+        yield from critic.forward(Given("obs of critic"), estimates, bounds=clipped)
         yield from critic.pull_back(None, ws.dq, critic.net.layout.first_action_column, a)
         yield self._rowwise(
             "combine", rows, q_ptr=ws.q, dq_ptr=ws.dq, a_ptr=estimates, bounds_ptr=self.bounds, d_a_ptr=ws.d_a,
