@@ -55,7 +55,8 @@ def _rest(arrays: dict[str, Any], spec: Any, z: Any) -> Any:
         "gelu_tanh": lambda h: jax.nn.gelu(h, approximate=True),
         "gelu": lambda h: jax.nn.gelu(h, approximate=False),
         "relu": jax.nn.relu, "silu": jax.nn.silu, "mish": jax.nn.mish, "tanh": jnp.tanh,
-        "elu": jax.nn.elu,
+        "elu": jax.nn.elu, "selu": jax.nn.selu, "softplus": jax.nn.softplus, "sigmoid": jax.nn.sigmoid,
+        "symexp": lambda h: jnp.sign(h) * jnp.expm1(jnp.abs(h)),
     }  # fmt: skip
 
     def normalise(h: Any, weight: Any, bias: Any, eps: float) -> Any:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715
+_SELU_SCALE, _SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
+_LARGEST = 88.0  # e^88 is finite in float32
 _FLAT = 100.0  # tanh is 1 in float64 long before: beyond, the derivative would only be infinity times zero
 
 Function = Callable[[Tensor], Tensor]
@@ -61,6 +63,10 @@ def _tanh_derivative(z: Tensor) -> Tensor:
     return 1 - tanh * tanh
 
 
+def symexp(z: Tensor) -> Tensor:
+    return torch.sign(z) * torch.expm1(z.abs())
+
+
 # in the order of QPILOTS_ACTIVATIONS in csrc/include/qpilots/types.h
 ACTIVATIONS: dict[str, Activation] = {
     "gelu_tanh": Activation(
@@ -73,5 +79,16 @@ ACTIVATIONS: dict[str, Activation] = {
     "tanh": Activation(torch.tanh, torch.tanh, _tanh_derivative),
     "elu": Activation(
         F.elu, lambda z: torch.where(z > 0, z, torch.expm1(z.clamp(max=0))), lambda z: torch.exp(z.clamp(max=0))
+    ),
+    "selu": Activation(
+        F.selu,
+        lambda z: _SELU_SCALE * torch.where(z > 0, z, _SELU_ALPHA * torch.expm1(z.clamp(max=0))),
+        lambda z: _SELU_SCALE * torch.where(z > 0, torch.ones_like(z), _SELU_ALPHA * torch.exp(z.clamp(max=0))),
+    ),
+    "softplus": Activation(F.softplus, _softplus, torch.sigmoid),
+    "sigmoid": Activation(torch.sigmoid, torch.sigmoid, lambda z: torch.sigmoid(z) * torch.sigmoid(-z)),
+    # sign(z) (e^|z| - 1), what a value in symlog units is; e^|z| ends at e^88
+    "symexp": Activation(
+        symexp, lambda z: symexp(z.clamp(-_LARGEST, _LARGEST)), lambda z: torch.exp(z.abs().clamp(max=_LARGEST))
     ),
 }

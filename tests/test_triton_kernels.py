@@ -158,6 +158,10 @@ def test_every_setting_of_steering(name: str) -> None:
         ("mish", ("post", "pre"), "pre", "fourier"),
         ("tanh", None, ("pre", None), "sinusoidal"),
         ("elu", "post", "post", "raw"),
+        ("selu", None, "post", "raw"),
+        ("softplus", "pre", None, "raw"),
+        ("sigmoid", None, "pre", "raw"),
+        ("symexp", "pre", "pre", "raw"),
     ],
 )
 def test_every_activation_placement_and_embedding(

@@ -193,12 +193,16 @@ struct SteerArgs {
   unsigned char* gated;
 };
 
+// The activations from this one on have no function of their own with a LayerNorm in one: they run as chains.
+inline constexpr Activation kFirstUnfused = Activation::kSelu;
+inline constexpr int kFused = static_cast<int>(kFirstUnfused);
+
 struct FormatKernels {
   int a_bytes;        // per element of an operand
   int rows_together;  // that go through a network together, at most: the more, the less often its weights are read
   void (*forward)(const ForwardArgs&);
   void (*backward)(const BackwardArgs&);
-  void (*activate[kCount<Activation>][kCount<NormPlacement>])(const ActivateArgs&);
+  void (*activate[kFused][kCount<NormPlacement>])(const ActivateArgs&);
   void (*activate_vjp[kCount<NormPlacement>])(const ActivateVjpArgs&);
   void (*activate_vjp_f32[kCount<NormPlacement>])(const ActivateVjpArgs&);  // dz as plain float32
   void (*chain)(const ChainArgs&);

@@ -29,7 +29,9 @@ static void fill_activation(FormatKernels& t) {
 #define QPILOTS_FILL(placement, name)                                              \
   t.activate[static_cast<int>(kAct)][static_cast<int>(NormPlacement::placement)] = \
       activate_rows<F, kAct, NormPlacement::placement>;
-  QPILOTS_NORM_PLACEMENTS(QPILOTS_FILL)
+  if constexpr (kAct < kFirstUnfused) {
+    QPILOTS_NORM_PLACEMENTS(QPILOTS_FILL)
+  }
 #undef QPILOTS_FILL
 }
 

@@ -65,6 +65,17 @@ HiddenShape read_hidden(const py::dict& layer) {
     hidden.norm =
         enumerator<NormPlacement>(layer["norm"].is_none() ? "none" : layer["norm"].cast<std::string>(), "norm");
     hidden.layer_norm_eps = layer["layer_norm_eps"].cast<float>();
+    if (hidden.activation < kFirstUnfused) return hidden;
+    ChainOp activation{}, norm{};
+    activation.kind = RowOpKind::kActivation;
+    activation.activation = hidden.activation;
+    norm.kind = RowOpKind::kLayerNorm;
+    norm.numbers[0] = hidden.layer_norm_eps;
+    if (hidden.norm == NormPlacement::kPre) hidden.chain.push_back(norm);
+    hidden.chain.push_back(activation);
+    if (hidden.norm == NormPlacement::kPost) hidden.chain.push_back(norm);
+    hidden.norm = NormPlacement::kNone;
+    hidden.is_chain = true;
     return hidden;
   }
   hidden.is_chain = true;

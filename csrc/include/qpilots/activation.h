@@ -158,6 +158,49 @@ QPILOTS_HD ValueSlope<T> elu(T x) {  // e^x - 1 below 0, its relative accuracy k
   return {select(T(0.0f) < x, x, negative), e};
 }
 
+template <class T>
+QPILOTS_HD ValueSlope<T> selu(T x) {
+  constexpr float kScale = 1.05070098736f, kScaledAlpha = 1.75809934085f;
+  const ValueSlope<T> y = elu(x);
+  const T positive = T(kScale) * x;
+  return {select(T(0.0f) < x, positive, T(kScaledAlpha) * y.value),
+          select(T(0.0f) < x, T(kScale), T(kScaledAlpha) * y.slope)};
+}
+
+// 1 / (1 + e^-x) by e^-|x|, which is at most 1.
+template <class T>
+QPILOTS_HD ValueSlope<T> sigmoid(T x) {
+  const T e = exp_clamped(T(0.0f) - absolute(x));
+  const T inverse = reciprocal(T(1.0f) + e);
+  return {select(x < T(0.0f), e * inverse, select(x == x, inverse, x)), e * inverse * inverse};
+}
+
+// max(x, 0) + log(1 + w), w = e^-|x|; log(1 + w) = 2 atanh(s), s = w / (2 + w) <= 1/3, its series to 1e-9 of itself
+template <class T>
+QPILOTS_HD ValueSlope<T> softplus(T x) {
+  const T w = exp_clamped(T(0.0f) - absolute(x));
+  const T s = w * reciprocal(T(2.0f) + w);
+  const T s2 = s * s;
+  T p = fmadd(T(0.06666666667f), s2, T(0.07692307692f));
+  p = fmadd(p, s2, T(0.09090909091f));
+  p = fmadd(p, s2, T(0.1111111111f));
+  p = fmadd(p, s2, T(0.1428571429f));
+  p = fmadd(p, s2, T(0.2f));
+  p = fmadd(p, s2, T(0.3333333333f));
+  const T log1p = T(2.0f) * fmadd(p * s2, s, s);
+  const T above = select(T(0.0f) < x, x, T(0.0f));
+  return {select(x == x, above + log1p, x), sigmoid(x).value};
+}
+
+// sign(x) (e^|x| - 1), its relative accuracy kept near 0; e^|x| ends at e^88
+template <class T>
+QPILOTS_HD ValueSlope<T> symexp(T x) {
+  const T magnitude = minimum(T(88.0f), absolute(x));
+  const T e = exp_bounded(magnitude);
+  const T grown = select(magnitude < T(0.34f), exp_minus_one_reduced(magnitude), e - T(1.0f));
+  return {select(x == x, copy_sign(grown, x), x), select(x == x, e, x)};
+}
+
 // The activation known at compile time: value and derivative, of which an unused one is dropped by the compiler.
 template <Activation kActivation, Accuracy kAccuracy = Accuracy::kFloat32, class T>
 QPILOTS_HD ValueSlope<T> activate(T x) {
@@ -175,6 +218,14 @@ QPILOTS_HD ValueSlope<T> activate(T x) {
     return hyperbolic_tangent(x);
   else if constexpr (kActivation == Activation::kElu)
     return elu(x);
+  else if constexpr (kActivation == Activation::kSelu)
+    return selu(x);
+  else if constexpr (kActivation == Activation::kSoftplus)
+    return softplus(x);
+  else if constexpr (kActivation == Activation::kSigmoid)
+    return sigmoid(x);
+  else if constexpr (kActivation == Activation::kSymexp)
+    return symexp(x);
   else
     static_assert(sizeof(T) == 0, "an activation without a formula");
 }

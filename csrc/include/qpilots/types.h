@@ -16,7 +16,11 @@ namespace qpilots {
   X(kSilu, "silu")             \
   X(kMish, "mish")             \
   X(kTanh, "tanh")             \
-  X(kElu, "elu")
+  X(kElu, "elu")               \
+  X(kSelu, "selu")             \
+  X(kSoftplus, "softplus")     \
+  X(kSigmoid, "sigmoid")       \
+  X(kSymexp, "symexp")
 #define QPILOTS_NORM_PLACEMENTS(X)  \
   X(kNone, "none")                  \
   X(kPre, "pre")   /* act(LN(z)) */ \

@@ -43,6 +43,25 @@ def _activation(z, ACT: tl.constexpr):
         # e^c - 1 by its series near 0, where the difference cancels
         near = c * (1.0 + c * (0.5 + c * (1 / 6 + c * (1 / 24 + c * (1 / 120 + c * (1 / 720))))))
         h = tl.where(z > 0, z, tl.where(c < -0.34, tl.exp(c) - 1.0, near))
+    elif ACT == "selu":
+        c = tl.where(z > 0, 0.0, z)
+        near = c * (1.0 + c * (0.5 + c * (1 / 6 + c * (1 / 24 + c * (1 / 120 + c * (1 / 720))))))
+        below = tl.where(c < -0.34, tl.exp(c) - 1.0, near)
+        h = tl.where(z > 0, 1.0507009873554805 * z, 1.7580993408473766 * below)
+    elif ACT == "softplus":
+        # log(1 + w) = 2 atanh(w / (2 + w)), w = e^-|z|, by its series
+        w = tl.exp(-tl.abs(z))
+        s = w / (2.0 + w)
+        q = s * s
+        p = 1 / 3 + q * (0.2 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15))))))
+        h = tl.where(z > 0, z, 0.0) + 2.0 * (s + s * q * p)
+    elif ACT == "sigmoid":
+        h = tl.sigmoid(z)
+    elif ACT == "symexp":
+        m = tl.minimum(tl.abs(z), 88.0)
+        near = m * (1.0 + m * (0.5 + m * (1 / 6 + m * (1 / 24 + m * (1 / 120 + m * (1 / 720))))))
+        grown = tl.where(m < 0.34, near, tl.exp(m) - 1.0)
+        h = tl.where(z < 0, -grown, grown)
     else:
         tl.static_assert(ACT == "tanh")
         h = 2.0 * tl.sigmoid(2.0 * z) - 1.0
@@ -79,6 +98,15 @@ def _activation_derivative(z, ACT: tl.constexpr):
         d = r + z * (1.0 - r * r) * tl.sigmoid(z)
     elif ACT == "elu":
         d = tl.exp(tl.where(z > 0, 0.0, z))
+    elif ACT == "selu":
+        d = tl.where(z > 0, 1.0507009873554805, 1.7580993408473766 * tl.exp(tl.where(z > 0, 0.0, z)))
+    elif ACT == "softplus":
+        d = tl.sigmoid(z)
+    elif ACT == "sigmoid":
+        s = tl.sigmoid(z)
+        d = s * (1.0 - s)
+    elif ACT == "symexp":
+        d = tl.exp(tl.minimum(tl.abs(z), 88.0))
     else:
         tl.static_assert(ACT == "tanh")
         s = 2.0 * tl.sigmoid(2.0 * z) - 1.0
