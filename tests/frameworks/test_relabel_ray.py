@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from relabel_case import columns, observations, same_bytes, sampler_file
 
 from qpilots_fast import cli
 
 pytest.importorskip("ray", reason="ray is not installed")
+psutil = pytest.importorskip("psutil", reason="psutil, which finds Ray's workers, is not installed")
 
 ROWS = 4000
 
