@@ -352,9 +352,10 @@ def test_stacked_parameters(grouped, orientation, bias_shape, norm):
 
 
 def test_stacked_hints():
-    module = Stacked("oi", "E1d", True, "post")  # [E, 1, H] is a weight here and a bias there: say which
-    with pytest.raises(ValueError, match="cannot run as a packed critic"):
-        from_module(module, "critic", **DIMS)
+    module = Stacked(
+        "oi", "E1d", True, "post"
+    )  # [E, 1, H] is a weight here and a bias there: its operations tell which
+    assert_packed_runs_as(from_module(module, "critic", **DIMS), *inputs())
     network = from_module(
         module, "critic", **DIMS, weights=list(module.weights), biases=[f"biases.{i}" for i in range(3)],
         norm_weights=list(module.scales), norm_biases=list(module.shifts), activation="silu", layer_norm="post",
@@ -668,16 +669,6 @@ def test_random_critics(widths, act, norms, biases, members, eps, dims, first):
 # ---------------------------------------------------------------- refused
 
 
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(S + A, H), nn.Linear(H, H), nn.Linear(H, 1)
-
-    def forward(self, obs, actions):
-        h = F.relu(self.a(torch.cat([obs, actions], -1)))
-        return self.c(h + F.relu(self.b(h)))
-
-
 class Wrapped(nn.Module):
     """A critic (or flow) whose inputs or output are changed on the way."""
 
@@ -701,24 +692,19 @@ class LearnedTime(nn.Module):
 @pytest.mark.parametrize(
     ("module", "kind", "reason"),
     [
-        (Residual(), "critic", r"no known activation.*off by"),
         (mlp(S + A, 51, H), "critic", "51 outputs, expected 1"),
         (mlp(S + A, 1, H, act=nn.Hardswish), "critic", r"no known activation.*off by"),
-        (mlp(S + A, 1, H, act=nn.Identity), "critic", "no known activation"),
         (mlp(S + A, 1), "critic", "no hidden layer"),
         (nn.Sequential(nn.Linear(S + A, H), nn.BatchNorm1d(H), nn.ReLU(), nn.Linear(H, 1)), "critic", "BatchNorm1d"),
         (nn.Sequential(nn.Linear(S + A, H), nn.ReLU(), nn.Dropout(0.1), nn.Linear(H, 1)), "critic", "training mode"),
-        (nn.Sequential(nn.Linear(S + A, H), nn.RMSNorm(H), nn.ReLU(), nn.Linear(H, 1)), "critic", "known activation"),
-        (nn.Sequential(nn.Linear(S + A, H), nn.ReLU(), nn.Linear(H, H), nn.SiLU(), nn.Linear(H, 1)), "critic",
-         "differs"),
         (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(S + A, H)), nn.ReLU(), nn.Linear(H, 1)),
          "critic", "no registered parameter"),
         (Wrapped(Critic(), before=lambda o, a: (o, a.clamp(-1, 1))), "critic", r"actions: off by"),
-        (Wrapped(Critic(), after=torch.tanh), "critic", r"outputs differ .* by .*float64"),
+        (Wrapped(Critic(), after=torch.sin), "critic", r"outputs differ .* by .*float64"),
         (Wrapped(Critic(), before=lambda o, a: (o, a.detach())), "critic", "gradient with respect to actions differ"),
         (Wrapped(Critic(), after=lambda q: {"q": q}), "critic", r"returns dict"),
         (Wrapped(Critic(), after=torch.no_grad()(lambda q: q.detach())), "critic", "no gradient"),
-        (Wrapped(Flow(), after=torch.tanh), "flow", r"outputs differ"),
+        (Wrapped(Flow(), after=torch.sin), "flow", r"outputs differ"),
         (nn.GRUCell(S + A, H), "critic", "none of its tensors look like"),
         (nn.Sequential(nn.Conv1d(1, 2, 3)), "critic", "could not be called"),
     ],
@@ -773,7 +759,7 @@ def test_modules_that_cast_to_float32():
     network = from_module(module, "critic", **DIMS)
     assert network.spec.activation == "gelu" and set(network.spec.layer_norm) == {"pre"}
     assert_packed_runs_as(network, *inputs())
-    off = Wrapped(Critic(), before=lambda o, a: (o.float(), a.float()), after=lambda q: 1.001 * q)
+    off = Wrapped(Critic(), before=lambda o, a: (o.float(), a.float()), after=lambda q: q + 1e-3 * q.sin())
     with pytest.raises(ValueError, match=r"outputs differ .* \(relative, float32"):
         from_module(off, "critic", **DIMS)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qpilots_fast import from_module, ops
+from qpilots_fast.reference import ReferenceNetwork
 from qpilots_fast.times import time_features
 
 S, A, H, B = 5, 4, 9, 4
@@ -58,9 +59,13 @@ def test_a_normaliser_at_its_start_is_found(module, kind):
     assert from_module(module(0.0), "critic", **DIMS).spec.obs_dim == S  # what cannot be written in place
 
 
-def test_a_scale_of_the_output_is_found():
-    with pytest.raises(ValueError, match="its output depends on scale beside"):
-        from_module(Critic(0.0, nn.Buffer(torch.ones(()))), "critic", **DIMS)
+def test_a_scale_of_the_output_is_live():
+    critic = Critic(0.0, nn.Buffer(torch.ones(())))
+    network = from_module(critic, "critic", **DIMS)
+    columns = [torch.randn(4, S, dtype=torch.float64), torch.randn(4, A, dtype=torch.float64)]
+    before = ReferenceNetwork(network.bound(), torch.float64)(columns)[0]
+    critic.scale.fill_(2.0)
+    torch.testing.assert_close(ReferenceNetwork(network.bound(), torch.float64)(columns)[0], 2 * before)
 
 
 @pytest.mark.parametrize(

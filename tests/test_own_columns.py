@@ -275,18 +275,12 @@ class ScaledByObs(Critic):
         return super().forward(obs, actions * obs[:, :1])
 
 
-class WithoutActivation(Flow):
-    def __init__(self) -> None:
-        super().__init__(SinusoidalMLP(), nn.Identity)
-
-
 @pytest.mark.parametrize(
     ("module", "kind", "reason"),
     [
         (Added(), "flow", "follows obs and t together"),
         (Clipping(), "critic", "no scaled and shifted action: off by"),
         (ScaledByObs(), "critic", "follows obs and actions together"),
-        (WithoutActivation(), "flow", "no known activation"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )

@@ -55,10 +55,12 @@ class Map(nn.Module):
         return vhat if self.is_velocity else xbar + (u - s) * vhat
 
 
-class Residual(Q):
+class Wave(Q):
+    """Of an activation that no packed network has."""
+
     def forward(self, obs, actions):
-        h = self.q[0](torch.cat([obs, actions], -1))
-        return self.q[4](h + F.silu(self.q[2](h))).squeeze(-1)
+        h = torch.cos(self.q[0](torch.cat([obs, actions], -1)))
+        return self.q[4](torch.cos(self.q[2](h))).squeeze(-1)
 
 
 def sampler_of(flow, critic, steering=U, **kwargs) -> SteeredSampler:
@@ -208,7 +210,7 @@ def test_a_sequential_is_called_as_it_can_be():
     columns = lambda net: lambda *blocks: net(torch.cat(blocks, -1))  # noqa: E731
     sampler = sampler_of(flow, critic)
     assert_runs_as_given(sampler, columns(flow), columns(critic))
-    flow.append(nn.Tanh())  # no longer recognised
+    flow.append(nn.Softsign())  # no longer recognised
     with pytest.raises(TypeError):
         sampler(*inputs())
 
@@ -280,7 +282,7 @@ def test_proved_once(monkeypatch):
     tried = []
     recognise = recognition.recognise
     monkeypatch.setattr(recognition, "recognise", lambda *a, **k: (tried.append(1), recognise(*a, **k))[1])
-    flow, critics = Flow(), [Residual(), Residual()]
+    flow, critics = Flow(), [Wave(), Wave()]
     for _ in range(3):
         sampler = sampler_of(flow, critics)
         sampler.steering = Steering.qgf(0.2)
@@ -408,7 +410,7 @@ class WithGlobal(Q):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (Residual, "no known activation"),
+        (Wave, "no known activation"),
         (lambda: Normalised({"now": 0.0}), r"its output depends on its attribute mean \(dict\)"),
         (WithStatistics, r"its output depends on its attribute statistics \(Statistics\)"),
         (WithGlobal, "WithGlobal.forward reads GLOBAL_MEAN"),
@@ -456,10 +458,10 @@ def test_explain_says_how_each_network_runs():
     def my_flow(obs, x, t):
         raise NotImplementedError
 
-    sampler = sampler_of(FlowMLP(S, A, (H,)), Residual(), Steering.qpilots_u())
+    sampler = sampler_of(FlowMLP(S, A, (H,)), Wave(), Steering.qpilots_u())
     flow, critic = sampler.explain(1).networks
     assert flow == "flow FlowMLP runs packed on native kernels"
-    assert critic.startswith("critic Residual runs as a callable: what lies between its Linears is no known activation")
+    assert critic.startswith("critic Wave runs as a callable: what lies between its Linears is no known activation")
     assert critic in str(sampler.explain(2))
     sampler.critic, sampler.flow = Q(), my_flow
     assert sampler.explain(1).networks[0] == "flow my_flow runs as a callable: it is a function"
@@ -552,9 +554,8 @@ def test_plain_attributes_are_watched(attribute, value, log):
     assert not log()
     before = getattr(flow, attribute)
     setattr(flow, attribute, value)
-    assert_runs_as_given(sampler, flow, critic, packed=False)
+    assert_runs_as_given(sampler, flow, critic)  # packed as what it is now
     setattr(flow, attribute, before)
-    sampler.flow = flow
     assert_runs_as_given(sampler, flow, critic)
 
 
@@ -569,11 +570,12 @@ def narrow_data(flow):
 
 # and whether the module is recognised as it is then
 EDITS = {
-    "another activation": (lambda flow: setattr(flow.net, "1", nn.Mish()), False),
+    "another activation": (lambda flow: setattr(flow.net, "1", nn.Mish()), True),
     "another width": (narrow, True),
     "other data": (narrow_data, False),  # its Linears still say the old widths
     "weight norm": (lambda flow: nn.utils.parametrizations.weight_norm(flow.net[2]), False),
-    "a layer more": (lambda flow: flow.net.append(nn.Tanh()), False),
+    "a layer more": (lambda flow: flow.net.append(nn.Tanh()), True),
+    "an unknown layer": (lambda flow: flow.net.append(nn.Softsign()), False),
     "all layers": (lambda flow: setattr(flow, "net", mlp(S + A + 1, A, nn.ReLU)), True),
     "a hook": (lambda flow: flow.register_forward_hook(lambda module, args, output: 0.5 * output), False),
 }

@@ -25,6 +25,7 @@ from .proof import batch_size_apart_from, prove, random_blocks
 from .random_states import kept_random_states
 from .refusal import NotCallable, Refused, first_line
 from .sources import is_mapping, named_sources, randomise, submodule, unwrap_inside
+from .structure import from_operations
 from .template import StackedTemplate, stacked_template
 from .trunk import from_layers
 from .way_out import way_out
@@ -261,12 +262,31 @@ def _recognise(probe: nn.Module, kind: str, hints: dict[str, Any], dtype: torch.
         way = from_layers if traced.traceable and traced.calls else _from_tensors
         try:
             found = way(probe, kind, dims, call, traced, hints, generator)
-        except Refused:
+        except Refused as refusal:
             check_repeats(probe, call, blocks)
-            raise
+            found = _from_operations(refusal, probe, kind, dims, call, hints, generator)
         return replace(found, modes=followed_modes(probe, call, found.layout, blocks))
     asks = "" if hints.get("call") is not None else " (give the hint call where it takes other arguments)"
     raise NotCallable("it could not be called: " + "; ".join(reasons[:3]) + asks, hint="call" * bool(asks))
+
+
+def _from_operations(
+    refusal: Refused, probe: nn.Module, kind: str, dims: tuple[int, int], call: UserCall, hints: dict[str, Any],
+    generator: torch.Generator,
+) -> Recognition:  # fmt: skip
+    """The module as any structure that packed networks have, where it is no plain MLP.
+
+    Raises:
+        Refused: as the plain way did, and where this one stopped.
+    """
+    if hints.get("weights"):
+        raise refusal
+    try:
+        return from_operations(probe, kind, dims, call, hints, generator)
+    except Refused as other:
+        both = type(refusal)(f"{refusal}; read operation by operation: {other}", refusal.cure, refusal.hint)
+        both.where = refusal.where
+        raise both from None
 
 
 def _attempts(

@@ -10,7 +10,9 @@ from torch import nn
 
 from ..callables import name_of
 from ..networks import PackableNetwork
+from ..row_ops import RowOp
 from ..spec import NetworkSpec
+from .held import Held
 from .modules import Recognition
 from .refusal import Refused
 from .sources import Source
@@ -84,7 +86,7 @@ def _title(module: nn.Module, kind: str) -> str:
     return f"{_PLACES[kind]} {name_of(module)}"
 
 
-def _layers(spec: NetworkSpec, sources: Sequence[Source] | None) -> Iterator[str]:
+def _layers(spec: NetworkSpec, sources: Sequence[Source | Held] | None) -> Iterator[str]:
     """The structure, a line each."""
     if spec.num_members > 1:
         yield f"members      {spec.num_members}"
@@ -94,9 +96,24 @@ def _layers(spec: NetworkSpec, sources: Sequence[Source] | None) -> Iterator[str
     for index, (fan_in, fan_out) in enumerate(spec.layer_dims):
         parts = [f"Linear {fan_in} -> {fan_out}" + ("" if spec.biases[index] else " without bias")]
         if index < len(spec.hidden_dims):
-            norm, act = spec.layer_norm[index], spec.activation
-            parts += {None: [act], "pre": ["LayerNorm", act], "post": [act, "LayerNorm"]}[norm]
+            parts += [_in_words(op) for op in spec.row_chains[index]]
         yield f"layer {index}      {', '.join(parts)}{weights[index]}"
+
+
+_WORDS = {
+    "layer_norm": "LayerNorm",
+    "rms_norm": "RMSNorm",
+    "keep": "row kept",
+    "add": "kept row added",
+    "film": "scaled and shifted by what the module makes of t",
+}
+
+
+def _in_words(op: RowOp) -> str:
+    """One operation of a chain."""
+    if op.name in _WORDS:
+        return _WORDS[op.name]
+    return op.name + (f"({', '.join(f'{number:g}' for number in op.numbers)})" if op.numbers else "")
 
 
 def _block(spec: NetworkSpec, block: str) -> str:
@@ -113,13 +130,13 @@ def _block(spec: NetworkSpec, block: str) -> str:
     return columns
 
 
-def _weights(spec: NetworkSpec, sources: Sequence[Source] | None) -> list[str]:
+def _weights(spec: NetworkSpec, sources: Sequence[Source | Held] | None) -> list[str]:
     """Where the first member's weights are, layer by layer."""
     if sources is None:
         return [""] * len(spec.layer_dims)
     names, at, copies = [], 0, 1 if spec.stacked else spec.num_members
     for index, has_bias in enumerate(spec.biases):
-        normed = index < len(spec.hidden_dims) and spec.layer_norm[index] is not None
+        ops = spec.row_chains[index] if index < len(spec.hidden_dims) else ()
         names.append(f"  ({sources[at]})")
-        at += copies * (1 + has_bias + (spec.norm_weight + spec.norm_bias if normed else 0))
+        at += copies * (1 + has_bias + sum(op.weight + op.bias for op in ops))
     return names

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..networks import PackableNetwork, Slots, module_slots
 from ..spec import BoundNetwork, NetworkSpec
 from .calling import OutputLayout, UserCall
+from .held import Held
 from .own_columns import ModuleColumns, OwnRecognition
 from .sources import Source, part_at, submodule
 
@@ -28,7 +29,7 @@ class Recognition:
     """
 
     spec: NetworkSpec
-    sources: tuple[Source, ...]
+    sources: tuple[Source | Held, ...]
     call: UserCall
     layout: OutputLayout
     modes: tuple[tuple[str, bool], ...] = ()
@@ -55,14 +56,10 @@ class ModuleNetwork(PackableNetwork):
         sources = found.sources
         self._paths = tuple(dict.fromkeys(source.path for source in sources))
         # (owner, source, whether it is a parameter as it is)
-        self._entries = tuple(
-            (
-                self._paths.index(s.path),
-                s,
-                not s.keys and not s.views and s.name in submodule(module, s.path)._parameters,
-            )
-            for s in sources
-        )
+        self._entries = tuple((self._paths.index(s.path), s, _is_parameter(module, s)) for s in sources)
+        self._held = {index: f"_held_{index}" for index, s in enumerate(sources) if isinstance(s, Held)}
+        for index, name in self._held.items():
+            self.register_buffer(name, sources[index].find(module).detach(), persistent=False)
         self._call_module = found.call
         self._layout = found.layout
         self._dropouts = dropouts(module)
@@ -72,7 +69,7 @@ class ModuleNetwork(PackableNetwork):
         self.training = module.training  # not self.train(): parts of the module may be in another mode
 
     def slots(self) -> Slots | None:
-        if not all(plain for _, _, plain in self._entries):
+        if not all(plain or (isinstance(s, Held) and s.is_constant) for _, s, plain in self._entries):
             return None  # views are made anew at every call
         modes: Slots = [
             (layer.__dict__, name, getattr(layer, name)) for layer in self._dropouts for name in ("training", "p")
@@ -128,13 +125,41 @@ class ModuleNetwork(PackableNetwork):
     def live_parameters(self) -> list[Tensor]:
         """The same, whatever mode the module is in."""
         owners = [submodule(self.module, path) for path in self._paths]  # each once: ensembles have hundreds
+        if not self._held:
+            return [
+                owners[index]._parameters[source.name] if plain else source.resolve(owners[index])  # type: ignore[union-attr]
+                for index, source, plain in self._entries
+            ]
+        like = next(p for p in self.module.parameters() if p.is_floating_point())
         return [
-            owners[index]._parameters[source.name] if plain else source.resolve(owners[index])
-            for index, source, plain in self._entries
+            self._computed(place, source, like) if isinstance(source, Held) else source.resolve(owners[index])
+            for place, (index, source, _) in enumerate(self._entries)
         ]
+
+    def _computed(self, place: int, source: Held, like: Tensor) -> Tensor:
+        """A parameter that this network holds, as it is now; its memory stays while its device and dtype do."""
+        held = self._buffers[self._held[place]]
+        assert held is not None
+        if source.is_constant and (held.device, held.dtype) == (like.device, like.dtype):
+            return held
+        value = source.compute(self.module, like)
+        if value.requires_grad:
+            return value
+        if (held.device, held.dtype) != (like.device, like.dtype):
+            self._buffers[self._held[place]] = held = value.detach().clone()
+        elif not torch.equal(held, value):
+            held.copy_(value)
+        return held
 
     def _run(self, *blocks: Tensor) -> Tensor:
         return self._layout.apply(self._call_module(self.module, blocks))
+
+
+def _is_parameter(module: nn.Module, source: Source | Held) -> bool:
+    """Whether it is a parameter of the module as it is."""
+    if isinstance(source, Held) or source.keys or source.views:
+        return False
+    return source.name in submodule(module, source.path)._parameters
 
 
 def dropouts(module: nn.Module) -> list[Any]:

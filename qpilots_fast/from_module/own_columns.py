@@ -22,6 +22,7 @@ from ..spec import MOVING_BLOCK, POSTERIOR_DRAW, NetworkSpec, OwnColumns
 from ..times import time_features
 from .calling import BLOCKS_OF_KIND, SCALES, TIMES, UserCall
 from .layers import COLUMN_TOLERANCE, InputColumns, feature_tolerance
+from .recording import Place, read_at
 from .refusal import Refused, number
 from .sources import Source, named_sources, randomise, submodule
 
@@ -92,16 +93,29 @@ class Followed:
 
 
 @dataclass(frozen=True)
+class FilmPlaces:
+    """Where a module makes the scale and the shift of one "film"; None: 1, and 0."""
+
+    width: int
+    scale: Place | None
+    shift: Place | None
+
+
+@dataclass(frozen=True)
 class OwnRecognition:
     """Where the module's own columns end.
 
     Args:
-        weight: of the first Linear that reads the actions.
-        followed: what the columns of times and actions follow.
+        weight: of the first Linear that reads the actions; where place is given, any of the module's parameters.
+        followed: what the columns of times and actions, and the modulations, follow.
+        place: of the columns, where they are not what the Linear of that weight reads.
+        film: of each "film" of the network, in order.
     """
 
     weight: Source
-    followed: tuple[Followed, ...]
+    followed: tuple[Followed, ...] = ()
+    place: Place | None = None
+    film: tuple[FilmPlaces, ...] = ()
 
 
 _ELSEWHERE = {**dict.fromkeys(TIMES, 0.5), **POSTERIOR_DRAW}  # times of a call that is about other columns
@@ -124,6 +138,16 @@ class ModuleColumns(OwnColumns):
     def times(self, t: Tensor) -> Tensor:
         return self._block("t", len(t), t, t=t)
 
+    def film(self, t: Tensor) -> Tensor:
+        places = [place for film in self._found.film for place in (film.scale, film.shift) if place is not None]
+        values = iter(read_at(places, self._module, self._call, self._blocks(len(t), t=t), self._compiled))
+        parts = []
+        for film in self._found.film:
+            for place, plain in ((film.scale, 1.0), (film.shift, 0.0)):
+                part = t.new_full((1, 1), plain) if place is None else next(values).reshape(len(t), -1).to(t)
+                parts.append(part.expand(len(t), film.width))
+        return torch.cat(parts, 1)
+
     def actions(self, like: Tensor) -> tuple[Tensor, Tensor]:
         ends = torch.tensor([[0.0], [1.0]]).expand(2, self._spec.action_dim)
         shift, ahead = self._block("actions", 2, like, actions=ends)
@@ -139,7 +163,8 @@ class ModuleColumns(OwnColumns):
         slots: Slots = [(place, name, place[name]) for place, name in places]
         return slots + [({"tensor": tensor}, "tensor", tensor) for tensor in self._call.tensors]
 
-    def _block(self, name: str, rows: int, like: Tensor, **given: Tensor) -> Tensor:
+    def _blocks(self, rows: int, **given: Tensor) -> list[Tensor]:
+        """The inputs of a call on these, and on any others."""
         spec, weight = self._spec, self._found.weight.find(self._module)
         blocks = []
         for block in BLOCKS_OF_KIND[spec.kind]:
@@ -148,8 +173,16 @@ class ModuleColumns(OwnColumns):
             if value is None:
                 value = torch.full((rows, width), _ELSEWHERE.get(block, 0.0), dtype=weight.dtype, device=weight.device)
             blocks.append(value.detach().to(weight.device, weight.dtype))
-        columns = columns_before(weight, self._module, self._call, blocks, self._compiled)
-        return columns[:, spec.block_slices[name]].to(like.device, like.dtype)
+        return blocks
+
+    def _block(self, name: str, rows: int, like: Tensor, **given: Tensor) -> Tensor:
+        blocks = self._blocks(rows, **given)
+        if self._found.place is not None:
+            (columns,) = read_at([self._found.place], self._module, self._call, blocks, self._compiled)
+        else:
+            weight = self._found.weight.find(self._module)
+            columns = columns_before(weight, self._module, self._call, blocks, self._compiled)
+        return columns[:, self._spec.block_slices[name]].to(like.device, like.dtype)
 
 
 # ---------------------------------------------------------------- recognition

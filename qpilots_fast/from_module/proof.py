@@ -12,6 +12,7 @@ from ..networks import bind
 from ..reference import ReferenceNetwork
 from ..spec import POSTERIOR_DRAW, BoundNetwork, NetworkSpec, OwnColumns
 from .calling import BLOCKS_OF_KIND, SCALES, TIMES, OutputLayout, UserCall
+from .held import Held
 from .refusal import Refused, number
 from .sources import Source
 
@@ -68,7 +69,8 @@ def _own_blocks(network: BoundNetwork, named: dict[str, Tensor], columns: Tensor
         found["actions"] = mapped(named["actions"])
     if spec.time_embedding == "module":
         return found | network.time_inputs(named["t"], len(columns), columns.device)
-    return found | {name: columns[:, spec.block_slices[name]] for name in TIMES if name in named}
+    film = {"film": network.own.film(named["t"])} if spec.film_dim and network.own is not None else {}
+    return found | film | {name: columns[:, spec.block_slices[name]] for name in TIMES if name in named}
 
 
 def to_module_output(spec: NetworkSpec, output: Tensor, named: dict[str, Tensor], layout: OutputLayout) -> Tensor:
@@ -85,7 +87,7 @@ def prove(
     call: UserCall,
     layout: OutputLayout,
     spec: NetworkSpec,
-    sources: Sequence[Source],
+    sources: Sequence[Source | Held],
     generator: torch.Generator,
     first_columns: object = None,
     scales: Sequence[float] = SCALES,

@@ -4,12 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..callables import unwrapped
+
+
+class Strided(NamedTuple):
+    """A view of a contiguous tensor's memory, in elements."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The view.
+
+        Raises:
+            ValueError: of a tensor that is not contiguous.
+        """
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"a tensor {list(tensor.shape)} of the module has strides {tensor.stride()}, which a packed network "
+                "cannot view; expected a contiguous one. Make it so: tensor.data = tensor.data.contiguous()."
+            )
+        if self.offset == 0 and self.sizes == tensor.shape and self.strides == tensor.stride():
+            return tensor
+        return tensor.reshape(-1).as_strided(self.sizes, self.strides, tensor.storage_offset() + self.offset)
 
 
 @dataclass(frozen=True)
@@ -18,16 +41,16 @@ class Source:
 
     Args:
         path: names of the submodules down to the owner.
-        name: the owner's parameter, buffer, or attribute that maps names to tensors.
+        name: the owner's parameter, buffer, plain tensor, or attribute that maps names to tensors.
         keys: where in that mapping; empty for parameters and buffers.
         views: applied in turn: "transpose" [.., in, out] -> [.., out, in]; "squeeze" [E, 1, d] -> [E, d];
-            "lead" [..] -> [1, ..].
+            "lead" [..] -> [1, ..]; a Strided.
     """
 
     path: tuple[str, ...]
     name: str
     keys: tuple[Any, ...] = ()
-    views: tuple[str, ...] = ()
+    views: tuple[str | Strided, ...] = ()
 
     def __str__(self) -> str:
         return ".".join([*self.path, self.name]) + "".join(f"[{key!r}]" for key in self.keys)
@@ -35,8 +58,10 @@ class Source:
     def base(self, owner: Any) -> Tensor:
         """The user's own tensor; owner is the submodule at path."""
         if not self.keys:
-            found = owner._parameters.get(self.name)
-            return owner._buffers[self.name] if found is None else found
+            for held in (owner._parameters, owner._buffers):
+                if held.get(self.name) is not None:
+                    return held[self.name]
+            return vars(owner)[self.name]  # a plain attribute
         value = getattr(owner, self.name) if self.name else owner
         for key in self.keys:
             value = value[key]
@@ -46,7 +71,9 @@ class Source:
         """The live tensor, as a view of the user's memory."""
         tensor = self.base(owner)
         for view in self.views:
-            if view == "transpose":
+            if isinstance(view, Strided):
+                tensor = view.of(tensor)
+            elif view == "transpose":
                 tensor = tensor.transpose(-1, -2)
             elif view == "squeeze":
                 tensor = tensor.squeeze(1)
@@ -58,7 +85,7 @@ class Source:
         """The live tensor, from the root module."""
         return self.resolve(submodule(module, self.path))
 
-    def viewed(self, *views: str) -> Source:
+    def viewed(self, *views: str | Strided) -> Source:
         return replace(self, views=(*self.views, *views))
 
 
