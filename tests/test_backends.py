@@ -25,7 +25,8 @@ def test_presets(preset, batch_size, backend):
 
 
 @pytest.mark.parametrize("norms", [(None, "post"), ("pre", "pre"), ("post", None), ((None, "pre"), ("post", None))])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+# not symexp: e^e^z of two hidden layers is beyond float32; it is the scale of a value (tests/test_chains.py)
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "symexp"])
 def test_activations_and_norms(activation, norms, backend):
     case = make_case(Steering.qpilots_m(), activation=activation, layer_norm=norms[0], critic_layer_norm=norms[1])
     assert_close(case.run(backend), case.expected())

@@ -45,6 +45,7 @@ CHAINS: dict[str, tuple[tuple[RowOp, ...], ...]] = {
         (RowOp("add"), RowOp("tanh")),
     ),
     "softmax": ((RowOp("relu"),), (RowOp("softmax"),)),
+    "symexp of a softmax": ((RowOp("softmax"),), (RowOp("symexp"),)),
     "lowest": ((RowOp("relu"),), (RowOp("lowest", (4,)),)),
     "no operation": ((), (RowOp("relu"),)),
 }  # fmt: skip
