@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import warnings
 from functools import lru_cache
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
-from qpilots_fast import FlowMLP, MetaFlowMap, SteeredSampler, Steering
+from qpilots_fast import FlowMLP, MetaFlowMap, SteeredSampler, Steering, ops
 from qpilots_fast.backends import unavailable_reason
 from qpilots_fast.from_module import from_module
 from tests.zoo.critics import CRITICS
 from tests.zoo.entries import A, Entry, S, mlp
 from tests.zoo.flows import FLOWS
+from tests.zoo.table import BEGIN, END, TABLE, row
 
 B, K = 3, 3
 ENTRIES = (*CRITICS, *FLOWS)
@@ -27,6 +29,48 @@ STEERINGS = {
     "QGF": Steering.qgf(0.5),
 }
 BACKENDS = ("reference", "cpu")
+
+
+def test_the_table_has_every_network() -> None:
+    """docs/networks.md, which `python -m tests.zoo` writes."""
+    text = TABLE.read_text().split(BEGIN)[1].split(END)[0]
+    written = [line.rsplit("|", 3)[0] for line in text.splitlines()[3:] if line]
+    assert written == [row(entry).rsplit("|", 3)[0] for entry in ENTRIES]
+
+
+class Outputs(nn.Module):
+    """Returns more than its value."""
+
+    def __init__(self, make) -> None:
+        super().__init__()
+        self.net, self.make = mlp(S + A, 1), make
+
+    def forward(self, obs, actions):
+        return self.make(self.net(torch.cat([obs, actions], -1)))
+
+
+class Two(NamedTuple):
+    log: str
+    q: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("make", "output"),
+    [
+        (lambda q: {"values": q, "aux": 1}, "values"),  # a key that is the name of a method too
+        (lambda q: (0, q), 1),
+        (lambda q: Two("", q), "q"),
+        (lambda q: {"a": {"b": q}}, lambda out: out["a"]["b"]),
+    ],
+)
+def test_output_names_the_part(make, output) -> None:
+    module = Outputs(make)
+    packed = from_module(module, "critic", obs_dim=S, action_dim=A, output=output)
+    obs, actions = torch.randn(B, S), torch.randn(B, A)
+    expected = module.net(torch.cat([obs, actions], -1)).T
+    torch.testing.assert_close(ops.critic_values(obs, actions, packed), expected)
+    with pytest.raises(ValueError, match="has no part 'other'"):
+        from_module(module, "critic", obs_dim=S, action_dim=A, output="other")
 
 
 def module_of(entry: Entry) -> nn.Module:

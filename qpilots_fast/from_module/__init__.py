@@ -34,12 +34,13 @@ __all__ = ["ModuleNetwork", "Recognition", "cure_for", "explain_module", "from_m
 
 
 def from_module(module: nn.Module | Sequence[nn.Module], kind: str = "flow", **hints: Any) -> PackableNetwork:
-    """Recognises an MLP, or an ensemble of equal MLPs, in the user's module; the result shares its parameters.
+    """Recognises a network, or an ensemble of equal ones, in the user's module; the result shares its parameters.
 
-    The structure is read from the module's own numbers and then proved: on float64 copies with random parameters,
-    outputs and input gradients must agree on several batches. The result's forward calls the user's module, so
-    training goes on as before; optimiser steps, load_state_dict, `.data` writes and `.to()` are seen by the next
-    sampling call. The original module is not changed.
+    An MLP's structure is read from the module's own numbers; that of other networks (residual blocks, heads, norms,
+    modulation by t) from the operations that a call is made of. Then it is proved: on float64 copies with random
+    parameters, outputs and input gradients must agree on several batches. The result's forward calls the user's
+    module, so training goes on as before; optimiser steps, load_state_dict, `.data` writes and `.to()` are seen by the
+    next sampling call. The original module is not changed.
 
     Args:
         module: called as module(obs, noisy_actions, t) ("flow"), module(obs, actions) ("critic"), or
@@ -52,6 +53,7 @@ def from_module(module: nn.Module | Sequence[nn.Module], kind: str = "flow", **h
         hints: what the numbers cannot tell, or what shortens the search:
             obs_dim, action_dim: the widths (read from attributes of that name, or inferred for flows, where absent).
             call: (module, *blocks) -> output, for another argument order or output; blocks as above, times [B, 1].
+            output: the part of what it returns that is the output: a key, an attribute's name, or a function of it.
             input_order: of the blocks "obs", "actions" | "noisy_actions", "xbar", "t", "s", "u" among the columns.
             time_embedding, time_embedding_dim: "raw", "sinusoidal" or "fourier", and its width.
             like, observation_space, action_space: a packed network, or gymnasium's Boxes, that tell the widths.

@@ -35,6 +35,7 @@ class UserCall:
         obs: what the module is shown in place of obs, a function of obs.
         dims: of the flow's actions, those that the critic is shown, in this order; None: all.
         action_scale, action_shift: the critic is shown actions * scale + shift; read at each call.
+        output: which part of what it returns is the output: a key, an attribute's name, or a function of it.
         dtype: what the module is called in, where it casts to that itself; None: the inputs' own.
     """
 
@@ -49,6 +50,7 @@ class UserCall:
     dims: tuple[int, ...] | None = None
     action_scale: Tensor | float | None = None
     action_shift: Tensor | float | None = None
+    output: Any = None
     dtype: torch.dtype | None = None
 
     @property
@@ -67,6 +69,8 @@ class UserCall:
             output = [self._call(member, blocks) for member in module]
         else:
             output = self._call(module, blocks)
+        if self.output is not None:
+            output = _part(output, self.output)
         if self.chunk is None or self.kind == "critic" or not isinstance(output, Tensor):
             return output
         return output.flatten(1)
@@ -105,6 +109,25 @@ class UserCall:
         actions = "" if self.chunk is None else " [B, C, D]"
         names = [name + (times if name in TIMES else actions * (name in ACTIONS)) for name in BLOCKS_OF_KIND[self.kind]]
         return ("module(" if self.custom is None else "call(module, ") + ", ".join(names) + ")"
+
+
+def _part(output: Any, which: Any) -> Any:
+    """A function of an output, its entry by key, or its attribute.
+
+    Raises:
+        Refused: where it has no such part.
+    """
+    if callable(which):
+        return which(output)
+    try:
+        is_attribute = isinstance(which, str) and not hasattr(output, "keys") and hasattr(output, which)
+        return getattr(output, which) if is_attribute else output[which]
+    except (KeyError, IndexError, TypeError):
+        raise Refused(
+            f"it returns {describe(output)}, which has no part {which!r}; expected output to be a key or an attribute "
+            "of it, or a function",
+            "Give the hint output a key or an attribute of what it returns, or a function of that.",
+        ) from None
 
 
 def _features(function: Callable[[Any], Any], obs: Tensor) -> Any:

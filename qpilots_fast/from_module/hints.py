@@ -22,7 +22,7 @@ _MOST_DIMS = 64  # widths of obs that are tried where none is known
 _HINTS = (
     "obs_dim", "action_dim", "call", "input_order", "time_embedding", "time_embedding_dim", "chunk_shape", "activation",
     "layer_norm", "layer_norm_eps", "weights", "biases", "norm_weights", "norm_biases", "obs", "dims",
-    "action_scale", "action_shift", "like", "observation_space", "action_space",
+    "action_scale", "action_shift", "like", "observation_space", "action_space", "output",
 )  # fmt: skip
 
 
@@ -155,7 +155,8 @@ def dims_to_try(module: nn.Module, kind: str, hints: dict[str, Any]) -> list[tup
 def calls_to_try(kind: str, hints: dict[str, Any]) -> list[UserCall]:
     """The ways that a module may be called, the likely one first."""
     chunk = hints.get("chunk_shape")
-    shown: dict[str, Any] = {name: hints.get(name) for name in ("obs", "dims", "action_scale", "action_shift")}
+    names = ("obs", "dims", "action_scale", "action_shift", "output")
+    shown: dict[str, Any] = {name: hints.get(name) for name in names}
     if hints.get("call") is not None:
         return [UserCall(kind, custom=hints["call"], chunk=chunk, **shown)]
     order = tuple(hints.get("input_order") or INPUT_ORDER[kind])

@@ -313,7 +313,7 @@ CRITICS = (
     Entry("tianshou", "Critic of Net", "critic", plain(layers=3)),
     Entry("TorchRL", "ValueOperator of MLP, Tanh", "critic", plain(act=nn.Tanh)),
     Entry("IQL", "TwinQ", "critic", twice(plain(), stacks=True)),
-    Entry("IQL", "TwinQ, smaller of both", "critic", partial(Pessimistic, plain()), "pool"),
+    Entry("IQL", "TwinQ, smaller of both", "critic", partial(Pessimistic, plain()), "pool over its critics"),
     Entry("ReBRAC", "Critic", "critic", twice(plain(layers=3, norm="post"), stacks=True)),
     Entry("FQL", "Value", "critic", twice(plain(act=partial(nn.GELU, "tanh"), layers=4, norm="post"), stacks=True)),
     Entry("REDQ", "Mlp, ten members", "critic", twice(plain(), count=10)),
@@ -326,7 +326,7 @@ CRITICS = (
     Entry("SimBa", "SimbaCritic", "critic", twice(simba)),
     Entry("SimBaV2", "hyperspherical critic", "critic", Hyperspherical, "linalg_vector_norm"),
     Entry("TD-MPC2", "Q, two-hot symexp, without SimNorm", "critic", partial(Atoms, symexp=True), SYMEXP),
-    Entry("TD-MPC2", "SimNorm", "critic", SimNorm, "several rows together"),
+    Entry("TD-MPC2", "SimNorm", "critic", SimNorm, "takes the numbers of several rows together"),
     Entry("DreamerV3", "critic head, symexp two-hot", "critic",
           lambda: Atoms(symexp=True, net=nn.Sequential(
               nn.Linear(S + A, H), nn.RMSNorm(H, eps=1e-4), nn.SiLU(), nn.Linear(H, 21))), SYMEXP),
@@ -345,7 +345,7 @@ CRITICS = (
     Entry("DrQ-v2", "Critic, LeakyReLU", "critic", twice(plain(act=nn.LeakyReLU))),
     Entry("Spinning Up", "MLPQFunction", "critic", plain()),
     Entry("DDPG", "critic with a late action", "critic", SplitInputs),
-    Entry("AWAC", "projections added", "critic", AddedInputs, "added to what follows obs"),
+    Entry("AWAC", "projections added", "critic", AddedInputs, "hidden rows are added to what follows obs"),
     Entry("PARS", "value bounded by tanh", "critic",
           lambda: Cat(mlp(S + A, 1), read=lambda out: -50 + 50 * torch.tanh(out))),
 )  # fmt: skip

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-S, A, H = 7, 4, 16  # widths of observations, actions and hidden rows
+S, A = 7, 4  # widths of observations and actions
+H = int(os.environ.get("QPILOTS_ZOO_WIDTH", "16"))  # of hidden rows; the table of the documents is measured at 256
 
 
 @dataclass(frozen=True, eq=False)

@@ -235,8 +235,9 @@ FLOWS = (
     Entry("score_sde", "time added to the first hidden row", "flow", AddedTime),
     Entry("EDM toy", "time multiplied into the first hidden row", "flow", partial(AddedTime, multiplied=True)),
     Entry("CleanDiffuser", "ChiUNet's conditioning on observation and time", "flow", FilmFromObs,
-          "added to what follows obs"),
+          "hidden rows are added to what follows obs"),
     Entry("Diffusion Policy", "ConditionalUnet1D", "flow", Conv, "convolution"),
-    Entry("Diffusion Transformer", "attention over tokens", "flow", Attention, "different columns of its inputs"),
+    Entry("Diffusion Transformer", "attention over tokens", "flow", Attention,
+          "reads several different rows of its inputs"),
     Entry("DenseNet", "nested residual connections", "flow", NestedResidual, "overlap or stand inside"),
 )  # fmt: skip
