@@ -155,6 +155,10 @@ def make_case(
     return Case(flow, critic, posterior, steering, obs, noise, eps, num_steps)
 
 
+# not symexp, the scale of a value: e^e^z of two hidden layers is beyond any float
+BETWEEN_LAYERS = tuple(name for name in ACTIVATIONS if name != "symexp")
+
+
 def random_case(seed: int, *, batch_size: int | None = None) -> Case:
     """A case whose every choice (shape, activation, norms, steering) follows from the seed."""
     generator = torch.Generator().manual_seed(seed)
@@ -174,7 +178,7 @@ def random_case(seed: int, *, batch_size: int | None = None) -> Case:
         num_critics=pick(1, 5),
         # LayerNorm over a few units is close to a sign function, which float32 cannot follow whoever computes it
         hidden_dims=tuple(pick(12, 90) for _ in range(depth)),
-        activation=tuple(ACTIVATIONS)[pick(0, len(ACTIVATIONS) - 1)],
+        activation=BETWEEN_LAYERS[pick(0, len(BETWEEN_LAYERS) - 1)],
         layer_norm=tuple(norms[pick(0, 2)] for _ in range(depth)),
         critic_layer_norm=tuple(norms[pick(0, 2)] for _ in range(depth)),
         time_embedding=("raw", "sinusoidal", "fourier")[pick(0, 2)],

@@ -11,8 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qpilots_fast import Steering, backends
-from qpilots_fast.activations import ACTIVATIONS
-from qpilots_fast.testing import BFLOAT16_ERROR_OVER_TORCH, PRESETS, assert_close, make_case, random_case, settings_grid
+from qpilots_fast.testing import (
+    BETWEEN_LAYERS,
+    BFLOAT16_ERROR_OVER_TORCH,
+    PRESETS,
+    assert_close,
+    make_case,
+    random_case,
+    settings_grid,
+)
 
 BATCHES = (1, 3, 17, 257)  # single row, below and above every row tile, not multiples of any
 
@@ -25,8 +32,7 @@ def test_presets(preset, batch_size, backend):
 
 
 @pytest.mark.parametrize("norms", [(None, "post"), ("pre", "pre"), ("post", None), ((None, "pre"), ("post", None))])
-# not symexp: e^e^z of two hidden layers is beyond float32; it is the scale of a value (tests/test_chains.py)
-@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "symexp"])
+@pytest.mark.parametrize("activation", BETWEEN_LAYERS)
 def test_activations_and_norms(activation, norms, backend):
     case = make_case(Steering.qpilots_m(), activation=activation, layer_norm=norms[0], critic_layer_norm=norms[1])
     assert_close(case.run(backend), case.expected())
