@@ -118,7 +118,7 @@ struct ChainArgs {
   std::ptrdiff_t kept_stride;
   const float* film;  // of row r at film + r film_stride, or null
   std::ptrdiff_t film_stride;
-  const char* saves;  // null: no derivative will be asked
+  char* saves;  // null: no derivative will be asked
   int saved_rows, first_saved;
   void* h;
   std::ptrdiff_t h_stride;  // bytes

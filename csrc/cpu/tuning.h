@@ -120,10 +120,10 @@ struct Amx {
 
 // ---- call/: rows, threads and where things lie
 
-// When a call on several threads takes one instead (call/crowd.h).
+// When a call on several threads takes one instead (call/crowd.h). None of these was measured against others.
 struct Crowded {
   // Longer calls span many of the scheduler's slices, and threads take their items from queues.
-  static constexpr double kLongest = 0.05;                            // seconds. Not measured.
+  static constexpr double kLongest = 0.05;                            // seconds
   static constexpr double kCrowded = 0.25, kCrowdedSeconds = 0.5e-3;  // lost by a thread of several
   static constexpr double kCalm = 0.1, kCalmSeconds = 0.2e-3;         // lost by one alone
   static constexpr int kStrikes = 2;                                  // crowded calls in a row before one is alone

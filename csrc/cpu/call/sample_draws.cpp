@@ -4,7 +4,6 @@
 #include "call/sample_run.h"
 
 namespace qpilots::cpu {
-namespace {}  // namespace
 
 // a_n = eps_n + vhat(obs, eps_n, x, t, 0, 1); W_x x is computed once for the N draws.
 void SampleRun::estimate_posterior(int k, RowRange rows, const Worker& w) {

@@ -6,7 +6,6 @@
 #include "qpilots/number.h"
 
 namespace qpilots::cpu {
-namespace {}  // namespace
 
 // ---------------------------------------------------------------- once a call
 

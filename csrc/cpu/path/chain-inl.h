@@ -22,13 +22,12 @@ namespace QPILOTS_ISA {
 namespace {
 
 // What an operation keeps of row r, [padded width].
-static inline float* chain_saved(const char* saves, const ChainOp& op, int saved_rows, int r, int padded_width) {
-  return reinterpret_cast<float*>(const_cast<char*>(saves) + op.saved * saved_rows) +
-         static_cast<std::ptrdiff_t>(r) * padded_width;
+static inline float* chain_saved(char* saves, const ChainOp& op, int saved_rows, int r, int padded_width) {
+  return reinterpret_cast<float*>(saves + op.saved * saved_rows) + static_cast<std::ptrdiff_t>(r) * padded_width;
 }
 
-static inline float* chain_rstd(const char* saves, const ChainOp& op, int saved_rows, int r) {
-  return reinterpret_cast<float*>(const_cast<char*>(saves) + op.rstd * saved_rows) + r;
+static inline float* chain_rstd(char* saves, const ChainOp& op, int saved_rows, int r) {
+  return reinterpret_cast<float*>(saves + op.rstd * saved_rows) + r;
 }
 
 static inline void clear_padding(float* z, int width) {
