@@ -29,6 +29,7 @@ from .structure import from_operations
 from .template import StackedTemplate, stacked_template
 from .trunk import from_layers
 from .way_out import way_out
+from .whole_rows import in_dtype
 
 __all__ = ["ModuleNetwork", "Recognition", "cure_for", "explain_module", "from_module", "recognise"]
 
@@ -232,7 +233,7 @@ def _copy_for_proof(module: nn.Module, dtype: torch.dtype, in_eval_mode: bool) -
 
 
 def _held(module: nn.Module, found: Recognition) -> Recognition:
-    """What was found, where the module itself holds the parameters that its copy had after a call."""
+    """What was found, as of the module itself, which must hold the parameters that its copy had after a call."""
     for source in found.sources:
         try:
             source.find(module)
@@ -241,7 +242,8 @@ def _held(module: nn.Module, found: Recognition) -> Recognition:
                 f"it has no {source} before its first call, which builds it",
                 "Call the module once on a batch, and try again.",
             ) from None
-    return found
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    return replace(found, spec=in_dtype(found.spec, dtype))
 
 
 def _has_meta(module: nn.Module) -> bool:

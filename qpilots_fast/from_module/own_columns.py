@@ -7,7 +7,7 @@ to the first Linear that reads the actions.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -22,7 +22,7 @@ from ..spec import MOVING_BLOCK, POSTERIOR_DRAW, NetworkSpec, OwnColumns
 from ..times import time_features
 from .calling import BLOCKS_OF_KIND, SCALES, TIMES, UserCall
 from .layers import COLUMN_TOLERANCE, InputColumns, feature_tolerance
-from .recording import Place, read_at
+from .recording import Place, read_at, undisturbed
 from .refusal import Refused, number
 from .sources import Source, named_sources, randomise, submodule
 
@@ -53,16 +53,9 @@ def columns_before(
 
     compiled: whether torch.compile runs a part of the module; it is then called without.
     """
-    device = weight.device.type
-    with ExitStack() as stack:  # each costs microseconds at every call
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-        if torch.is_autocast_enabled(device):
-            stack.enter_context(torch.autocast(device, enabled=False))
-        if compiled:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+    with undisturbed(weight.device.type, compiled):
         try:
-            with torch.no_grad(), _UpTo(weight):
+            with _UpTo(weight):
                 call(module, blocks)
         except _Reached as reached:
             return reached.args[0].detach()

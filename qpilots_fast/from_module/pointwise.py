@@ -24,6 +24,10 @@ class ScaledAndShifted(NamedTuple):
     shift: float
 
 
+# where a bound, a cut or a threshold could begin that the grid does not reach
+_BEYOND = torch.tensor([-1e6, -1e3, -300.0, -80.0, 80.0, 300.0, 1e3, 1e6], dtype=torch.float64)
+
+
 def _grid() -> Tensor:
     near = torch.linspace(-12, 12, 385, dtype=torch.float64)
     return torch.cat([near, torch.tensor([-40.0, -25.0, -1e-4, 1e-4, 25.0, 40.0], dtype=torch.float64)])
@@ -31,6 +35,13 @@ def _grid() -> Tensor:
 
 def _same(got: Tensor, expected: Tensor) -> bool:
     return bool(((got - expected).abs() <= _EXACT * (1 + expected.abs())).all())
+
+
+def _is(function: Function, value: Function, got: Tensor) -> bool:
+    """Whether a function, whose numbers on the grid these are, is this one: there, and beyond where it is finite."""
+    far, ours = function(_BEYOND), value(_BEYOND)
+    finite = far.isfinite() & ours.isfinite()
+    return _same(got, value(_grid())) and _same(far[finite], ours[finite])
 
 
 def identify(function: Function) -> RowOp | ScaledAndShifted | None:
@@ -45,16 +56,16 @@ def identify(function: Function) -> RowOp | ScaledAndShifted | None:
         return None
     shift = ends[2]
     line = ScaledAndShifted(ends[3] - shift, shift)
-    if _same(got, line.scale * at + line.shift):
+    if _is(function, lambda x: line.scale * x + line.shift, got):
         return line
     for name, activation in ACTIVATIONS.items():
-        if _same(got, activation.value(at)):
+        if _is(function, activation.value, got):
             return RowOp(name)
-    if _same(got, torch.where(at > 0, at, -ends[1] * at)):
+    if _is(function, lambda x: torch.where(x > 0, x, -ends[1] * x), got):
         return RowOp("leaky_relu", (-ends[1],))
     low = ends[0] if ends[0] > -1e6 else -_FAR
     high = ends[4] if ends[4] < 1e6 else _FAR
-    if low <= high and _same(got, at.clamp(low, high)):
+    if low <= high and _is(function, lambda x: x.clamp(low, high), got):
         return RowOp("clamp", (low, high))
     return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -119,6 +119,23 @@ def record(module: nn.Module, call: UserCall, blocks: Sequence[Tensor]) -> Recor
     return found
 
 
+@contextmanager
+def undisturbed(device: str, compiled: bool) -> Iterator[None]:
+    """A part of a user's call as it is by itself: without gradients, outside of inference mode and autocast.
+
+    compiled: whether torch.compile runs a part of the module; it is then called without.
+    """
+    with ExitStack() as stack:  # each costs microseconds at every call
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        if compiled:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.no_grad())
+        yield
+
+
 class _Reached(Exception):
     """Every place was passed: the rest of the module need not run."""
 
@@ -152,17 +169,10 @@ def read_at(
 
     compiled: whether torch.compile runs a part of the module; it is then called without.
     """
-    device = blocks[0].device.type
     at = _At(places)
-    with ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-        if torch.is_autocast_enabled(device):
-            stack.enter_context(torch.autocast(device, enabled=False))
-        if compiled:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+    with undisturbed(blocks[0].device.type, compiled):
         try:
-            with torch.no_grad(), at:
+            with at:
                 call(module, blocks)
         except _Reached:
             pass

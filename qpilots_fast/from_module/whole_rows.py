@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..row_ops import RowOp
+from ..spec import NetworkSpec
 from .codes import Weights
 from .recording import Operation
 from .refusal import Refused
@@ -85,8 +87,23 @@ def _rms_norm(walk: Walk, operation: Operation) -> Any:
     tensor, shape, weight, eps = operation.args[:4]
     if list(shape) != [tensor.shape[-1]]:
         raise Refused(f"an RMSNorm is over {list(shape)}; expected the {tensor.shape[-1]} hidden units")
-    eps = torch.finfo(tensor.dtype).eps if eps is None else eps
+    eps = default_eps(tensor.dtype) if eps is None else eps
     return [_norm(walk, operation, "rms_norm", weight, None, eps), None]
+
+
+def default_eps(dtype: torch.dtype) -> float:
+    """What an RMSNorm of eps=None adds to rows of a dtype."""
+    return torch.finfo(dtype).eps
+
+
+def in_dtype(spec: NetworkSpec, dtype: torch.dtype) -> NetworkSpec:
+    """A spec that was read on a float64 copy, with the default eps of the module's own dtype."""
+    of_copy, own = default_eps(torch.float64), default_eps(dtype)
+    chains = tuple(
+        tuple(op._replace(numbers=(own,)) if op.name == "rms_norm" and op.numbers == (of_copy,) else op for op in chain)
+        for chain in spec.chains
+    )
+    return replace(spec, chains=chains)
 
 
 def _norm(
