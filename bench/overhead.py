@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from qpilots_fast import MetaFlowMap, SteeredSampler, Steering, from_module
+from qpilots_fast import MetaFlowMap, SteeredSampler, Steering, backends, from_module
 from qpilots_fast.integrations import ReversedTimeFlow, real_dims
 
 from . import records, report
+from .contestants import native_backend
 from .machine import header
 from .peers import Run
 from .timing import Timing, combine_loads, interleave, prepare, ratio_spread
@@ -207,6 +208,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder of results (default bench/results)")
     options = parser.parse_args(list(sys.argv[1:] if argv is None else argv))
     console = Console(width=max(Console().width, 120))
+    if options.device == "cpu" and native_backend() != "cpu":
+        reason = backends.unavailable_reason("cpu")
+        console.print(
+            f"the critics would run on the reference, which this table is not about: {reason}", soft_wrap=True
+        )
+        return 1
     record = header("overhead", [], None)
     record["command"] = f"python -m bench.overhead --device {options.device}"
     timings, load = measure(SIZES, options.device, options.rounds, options.budget)

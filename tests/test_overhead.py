@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("rich")
 
 from bench import overhead, records
+from qpilots_fast import backends
 
 TINY = overhead.Sizes(
     width=16, depth=2, heads=2, head_dim=8, mlp=24, prefix=5, chunk=3, padded=4, real=2, features=3, critics=3,
@@ -45,6 +46,13 @@ def test_the_expert_reads_chunk_time_and_prefix():
     assert not torch.allclose(expert(x, tau), before, atol=1e-4)
 
 
+def test_the_table_is_not_made_of_the_reference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+    monkeypatch.setattr(overhead, "native_backend", lambda: "reference")
+    assert overhead.main(["--rounds", "1", "--out", str(tmp_path)]) == 1
+    assert "on the reference" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(backends.unavailable_reason("cpu") is not None, reason="the CPU backend is not built")
 def test_the_command_saves_every_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
     monkeypatch.setattr(overhead, "SIZES", TINY)
     assert overhead.main(["--rounds", "1", "--out", str(tmp_path)]) == 0
