@@ -23,14 +23,14 @@ def _fastest(cell: dict[str, Any], ours: bool, precision: str | None, frozen: bo
     return min(found, key=lambda r: r["p50_s"], default=None)
 
 
-def headline(record: dict[str, Any]) -> str:
+def headline(record: dict[str, Any], floor: bool = True) -> str:
     """One row a cell and precision: our median, the best peer that it answers to, the ratio, the floor."""
     lines = [
-        "| method | B | precision | qpilots_fast | best peer | faster by | floor |",
-        "|---|---:|---|---:|---|---:|---:|",
+        "| method | B | precision | qpilots_fast | best peer | faster by |" + " floor |" * floor,
+        "|---|---:|---|---:|---|---:|" + "---:|" * floor,
     ]
     for cell in record["cells"]:
-        for precision, floor in cell["floor_s"].items():
+        for precision, least in cell["floor_s"].items():
             ours = _fastest(cell, True, precision)
             peer = _fastest(cell, False, "float32" if precision == "float32" else None)
             if ours is None:
@@ -39,7 +39,7 @@ def headline(record: dict[str, Any]) -> str:
             if peer is not None:
                 best = f"{milliseconds(peer['p50_s'])} ms ({peer['name']}, {peer['precision']})"
                 ratio = f"{peer['p50_s'] / ours['p50_s']:.1f}x"
-            values = (f"{milliseconds(ours['p50_s'])} ms", best, ratio, f"{milliseconds(floor)} ms")
+            values = [f"{milliseconds(ours['p50_s'])} ms", best, ratio] + [f"{milliseconds(least)} ms"] * floor
             lines.append(f"| {cell['method']} | {cell['batch_size']} | {precision} | {' | '.join(values)} |")
     return "\n".join(lines)
 
@@ -66,6 +66,8 @@ def goals(records: Sequence[dict[str, Any]]) -> str:
     lines = [f"| | B | goal | {runs} | at the limits |", "|---|---:" + "|---:" * (len(records) + 2) + "|"]
     for target in TARGETS:
         case, name = "" if target.case == "paper" else f"{target.case} ", target.name
+        if not any(v["name"] == name and v["measured"] for record in records for v in record.get("verdicts", [])):
+            continue
         row = [f"{case}{target.method} {target.precision}", str(target.batch_size), f"{target.required:.1f}"]
         ceiling = ""
         for record in records:

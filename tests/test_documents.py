@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from bench import tables
+
 ROOT = Path(__file__).resolve().parents[1]
 CPU = ROOT / "csrc" / "cpu"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), CPU / "README.md"])
@@ -66,3 +68,22 @@ def test_the_vocabulary_names_what_the_sources_call_it():
     for column, known in columns.items():
         named = set().union(*(coded(row[column]) for row in rows))
         assert len(named) > 20 and named - known == set(), column
+
+
+def test_the_tables_say_what_was_recorded():
+    """`python -m bench.tables` writes them."""
+    count = 0
+    for document in DOCUMENTS:
+        text = document.read_text()
+        assert tables.written(text) == text, document.name
+        assert text.count("<!-- table: ") == len(tables.TABLE.findall(text)), document.name
+        count += len(tables.TABLE.findall(text))
+    assert count > 6
+    with pytest.raises(ValueError, match="expected one of"):
+        tables.written("<!-- table: nothing README.md -->\n<!-- end of table -->\n")
+
+
+def test_the_readme_fits_on_one_screen():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 95 and len(text.split()) <= 750
+    assert "never run on a GPU by us" in text[: text.index("## Quickstart")] or "measured on a GPU" in text

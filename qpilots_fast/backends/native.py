@@ -21,7 +21,7 @@ WATCH_VARIABLE = "QPILOTS_WRITE_WATCH"  # 0: live weights are read at every call
 
 @lru_cache(maxsize=1)
 def load_module() -> ModuleType:
-    """The compiled module. torch is imported first (see docs/performance.md): its OpenMP then serves both.
+    """The compiled module. torch is imported first (see docs/how_it_works.md): its OpenMP then serves both.
 
     Raises:
         ImportError: where it is missing, or was compiled from other sources.

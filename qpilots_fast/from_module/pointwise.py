@@ -38,7 +38,7 @@ def _same(got: Tensor, expected: Tensor) -> bool:
 
 
 def _is(function: Function, value: Function, got: Tensor) -> bool:
-    """Whether a function, whose numbers on the grid these are, is this one: there, and beyond where float32 holds it."""
+    """Whether a function, whose numbers on the grid these are, is this one: there, and beyond where float32 holds."""
     far, ours = function(_BEYOND), value(_BEYOND)
     held = far.abs() < _FAR
     return _same(got, value(_grid())) and _same(far[held], ours[held])
