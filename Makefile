@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 CXX_FILES := $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-integrations sanitize lint types bench profile format clean
+.PHONY: demo test test-integrations sanitize lint types docs bench profile format clean
 
 demo: $(VENV)/.built
 	$(BIN)/qpilots-fast demo
@@ -39,6 +39,11 @@ lint: $(VENV)/.built
 
 types: $(VENV)/.built
 	$(BIN)/mypy
+
+# the site, in build/site; a link or a docstring that does not read well fails it
+docs: $(VENV)/.built
+	$(BIN)/pip install -q -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.built
 	$(BIN)/pip install -q -e ".[peers]"

@@ -66,6 +66,9 @@ def as_flow(module: Any, call: Callable[..., Tensor]) -> nn.Module:
     Args:
         module: registered, so that the sampler's .to() moves it and its state_dict() holds it.
         call: (module, obs, noisy_actions [B, A], t [B, 1]) -> velocity [B, A]; chunks are [B, C, D].
+
+    Raises:
+        TypeError: for a call that is no function.
     """
     return _Called("as_flow", module, call)
 
@@ -76,6 +79,9 @@ def as_critic(module: Any, call: Callable[..., Any]) -> nn.Module:
     Args:
         module: registered, so that the sampler's .to() moves it and its state_dict() holds it.
         call: (module, obs, actions) -> q_values, laid out as SteeredSampler reads them.
+
+    Raises:
+        TypeError: for a call that is no function.
     """
     return _Called("as_critic", module, call)
 
@@ -87,6 +93,9 @@ def as_posterior(module: Any, call: Callable[..., Tensor]) -> nn.Module:
         module: registered, so that the sampler's .to() moves it and its state_dict() holds it.
         call: (module, obs, xbar [B, A], noisy_actions [B, A], t [B, 1]) -> a draw of the clean action [B, A], as the
             map of xbar from inner time 0 to 1 gives it; chunks are [B, C, D].
+
+    Raises:
+        TypeError: for a call that is no function.
     """
     return _Called("as_posterior", module, call)
 

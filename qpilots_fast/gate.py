@@ -23,13 +23,15 @@ def calibrate_gate(
         sampler: with any gate, which is left out of the run; not changed.
         obs: as in a call, [B, S]; the observations on which the policy is trusted.
         quantile: in [0, 1]; the share of (row, step) pairs of these observations that stays steered.
-        noise, generator: as in a call.
+        noise: as in a call.
+        generator: as in a call.
 
     Returns:
         The quantile of SampleInfo.q_std over the pairs that were steered, in units of Q, for
         `dataclasses.replace(sampler.steering, max_disagreement=...)`.
 
     Raises:
+        TypeError: for a quantile that is no number.
         ValueError: for a quantile outside [0, 1], a sampler that does not steer, and observations without a finite Q.
     """
     if isinstance(quantile, bool) or not isinstance(quantile, (int, float, np.number)):

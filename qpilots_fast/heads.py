@@ -24,7 +24,12 @@ class Head(ABC):
     """M atoms from v_min to v_max. Use `C51` or `HLGauss`.
 
     Args:
-        v_min, v_max: returns of the first and the last atom, in units of Q. num_atoms: M >= 2.
+        v_min: the first atom's return, in units of Q.
+        v_max: the last atom's, > v_min.
+        num_atoms: M >= 2.
+
+    Raises:
+        ValueError, TypeError: at construction, for anything else.
     """
 
     v_min: float
@@ -40,10 +45,11 @@ class Head(ABC):
 
     @property
     def spacing(self) -> float:
+        """Between two atoms, in units of Q."""
         return (self.v_max - self.v_min) / (self.num_atoms - 1)
 
     def atoms(self, like: Tensor) -> Tensor:
-        """[M]."""
+        """The returns [M] that the atoms stand for, of `like`'s dtype and device."""
         return torch.linspace(self.v_min, self.v_max, self.num_atoms, dtype=like.dtype, device=like.device)
 
     def values(self, logits: Tensor) -> Tensor:
@@ -51,7 +57,11 @@ class Head(ABC):
         return torch.softmax(logits, -1) @ self.atoms(logits)
 
     def read(self, output: Any, batch_size: int, owner: str = "critic") -> Tensor:
-        """Logits [E, B, M] of a critic's output: [E, B, M], [B, E, M], [B, M], or a list or tuple of [B, M]."""
+        """Logits [E, B, M] of a critic's output: [E, B, M], [B, E, M], [B, M], or a list or tuple of [B, M].
+
+        Raises:
+            ValueError: for any other output.
+        """
         rows, m = batch_size, self.num_atoms
         if isinstance(output, (list, tuple)) and output and all(isinstance(entry, Tensor) for entry in output):
             if all(entry.shape == (rows, m) for entry in output):

@@ -80,7 +80,8 @@ def meta_flow_map_loss(
         consistency: "eulerian" (Meta Flow Maps' default) or "semigroup".
         slow: a slow copy of posterior (see `objectives.polyak_update`) whose vhat makes the consistency targets; None
             takes posterior's own.
-        diagonal_weight, consistency_weight: >= 0.
+        diagonal_weight: 0 or more.
+        consistency_weight: 0 or more.
         zero_time_probability: in [0, 1], the share of rows at t = 0 exactly.
         endpoint_fraction: in [0, 1], the share of consistency rows at (s, u) = (0, 1), the only pair that steering
             asks for.

@@ -249,11 +249,15 @@ class FlowMLP(_TimedMLP):
     """velocity = v(obs, noisy_actions, t), E[x1 - e | x_t = noisy_actions] once trained by flow matching.
 
     Args:
-        obs_dim: S. action_dim: A, a chunk flattened. hidden_dims: one width per hidden layer.
+        obs_dim: S.
+        action_dim: A, a chunk flattened.
+        hidden_dims: one width per hidden layer.
         activation: a name in activations.ACTIVATIONS.
         layer_norm: None, "pre" (Linear, LayerNorm, activation) or "post" (Linear, activation, LayerNorm), one value
             or one per hidden layer.
-        time_embedding: "raw", "sinusoidal" (QGF) or "fourier" (QAM), time_embedding_dim wide (default 1, 16, 64).
+        time_embedding: "raw", "sinusoidal" (QGF) or "fourier" (QAM).
+        time_embedding_dim: its width, even unless raw; None: 1, 16, 64.
+        layer_norm_eps: positive.
 
     Raises:
         ValueError: for any argument outside these.
@@ -303,7 +307,16 @@ class CriticEnsemble(PackableNetwork):
     """q_values [E, B] of E equal MLPs with stacked parameters (weights[l] is [E, out, in]).
 
     Args:
-        obs_dim: S. action_dim: A. num_critics: E, >= 1. hidden_dims, activation, layer_norm: as FlowMLP.
+        obs_dim: S.
+        action_dim: A.
+        num_critics: E, >= 1.
+        hidden_dims: as FlowMLP's.
+        activation: as FlowMLP's.
+        layer_norm: as FlowMLP's.
+        layer_norm_eps: as FlowMLP's.
+
+    Raises:
+        ValueError: for any argument outside these.
     """
 
     def __init__(

@@ -129,10 +129,12 @@ def td_target(
     Args:
         target_critic: (obs [B, S], actions [B, A]) -> q_values [E, B], or [B, E], [B, 1], [B], [E, B, 1], or a list or
             tuple of these; usually a slow copy of the critic.
-        rewards, discounts: [B] or [B, 1]; for a chunk of C steps sum_i gamma^i r_i and gamma^C, and 0 after a
-            termination: discounts = gamma * (1 - dones.float()).
-        next_obs, next_actions: [B, S], [B, A].
-        aggregation, rho: "pessimistic" (QPILOTS), "mean", or "min" (QGF).
+        rewards: [B] or [B, 1]; for a chunk of C steps sum_i gamma^i r_i.
+        discounts: [B] or [B, 1], floating; for a chunk gamma^C, and 0 after a termination: gamma * (1 - dones.float()).
+        next_obs: [B, S].
+        next_actions: [B, A].
+        aggregation: "pessimistic" (QPILOTS), "mean", or "min" (QGF).
+        rho: pessimism, >= 0, in standard deviations.
         critic_layout: as SteeredSampler's; settles an output [B, B].
         head: `heads.C51` or `heads.HLGauss`, where the critic returns logits over returns.
 
@@ -169,11 +171,15 @@ def td_loss(
     Args:
         critic: (obs [B, S], actions [B, A]) -> q_values, laid out as `td_target` reads them; gradients flow here only.
         target_critic: the same signature; usually a slow copy.
-        obs, actions, next_obs: [B, S], [B, A], [B, S].
-        rewards, discounts: [B] or [B, 1], see `td_target`.
+        obs: [B, S].
+        actions: [B, A].
+        rewards: [B] or [B, 1], see `td_target`.
+        discounts: [B] or [B, 1], see `td_target`.
+        next_obs: [B, S].
         sampler: next_obs -> next actions [B, A]; called without gradient.
         next_actions: [B, A]; exactly one of sampler and next_actions is given.
-        aggregation, rho: of the target ensemble.
+        aggregation: of the target ensemble, as `td_target`'s.
+        rho: of the target ensemble.
         critic_layout: of both critics, as SteeredSampler's.
         head: `heads.C51` or `heads.HLGauss`, where both critics return logits over returns ([E, B, M], [B, M] or a
             list of these): the loss is then the cross-entropy. A sampler over such critics takes their values,
@@ -226,12 +232,17 @@ def iql_loss(
     No action is sampled, so training costs no sampler call (QGF trains its critics this way).
 
     Args:
-        critic, target_critic: (obs [B, S], actions [B, A]) -> q_values, laid out as `td_target` reads them.
+        critic: (obs [B, S], actions [B, A]) -> q_values, laid out as `td_target` reads them.
+        target_critic: the same signature; usually a slow copy.
         value: obs [B, S] -> [B] (or [B, 1]).
-        obs, actions, next_obs: [B, S], [B, A], [B, S].
-        rewards, discounts: [B] or [B, 1], see `td_target`.
+        obs: [B, S].
+        actions: [B, A].
+        rewards: [B] or [B, 1], see `td_target`.
+        discounts: [B] or [B, 1], see `td_target`.
+        next_obs: [B, S].
         expectile: in (0, 1); 0.5 is the mean (SARSA), towards 1 the best action in the data.
-        aggregation, rho: of the target ensemble under the value.
+        aggregation: of the target ensemble under the value, as `td_target`'s.
+        rho: of the same.
         critic_layout: of both critics, as SteeredSampler's.
         head: as `td_loss`'s; the critics' loss is then the cross-entropy to head.target of the same target.
 
@@ -265,6 +276,15 @@ def iql_loss(
 
 @torch.no_grad()
 def polyak_update(target: torch.nn.Module, source: torch.nn.Module, rate: float = 0.005) -> None:
-    """target <- (1 - rate) target + rate source, parameter by parameter, in place."""
+    """target <- (1 - rate) target + rate source, parameter by parameter, in place.
+
+    Args:
+        target: the slow copy.
+        source: of the same structure.
+        rate: in [0, 1].
+
+    Raises:
+        ValueError: where the two have not equally many parameters.
+    """
     for slow, fast in zip(target.parameters(), source.parameters(), strict=True):
         slow.lerp_(fast, rate)

@@ -60,7 +60,21 @@ def velocity(
     precision: str = "float32",
     backend: str = "auto",
 ) -> Tensor:
-    """v(obs, x, t): obs [B, S], noisy_actions [B, A], t [B, 1] or a number in [0, 1] -> [B, A]."""
+    """v(obs, x, t), [B, A].
+
+    Args:
+        obs: [B, S].
+        noisy_actions: x, [B, A].
+        t: in [0, 1]: a number, [B] or [B, 1].
+        flow: FlowMLP, or `from_module(...)`.
+        precision: of its weights and products, as SteeredSampler's.
+        backend: as SteeredSampler's.
+
+    Raises:
+        ValueError: for shapes that do not fit, and t outside [0, 1].
+        TypeError: for a flow that is not packed; the message says what to call.
+        BackendUnavailable: where a backend asked for by name cannot run.
+    """
     flow = packed_network("velocity", "flow", flow, obs, noisy_actions, velocity_otherwise)
     _check_rows("velocity", obs, noisy_actions, flow.spec)
     times = time_rows("velocity", t, noisy_actions)
@@ -70,7 +84,20 @@ def velocity(
 def critic_values(
     obs: Tensor, actions: Tensor, critic: PackableNetwork, *, precision: str = "float32", backend: str = "auto"
 ) -> Tensor:
-    """q_values [E, B] at obs [B, S], actions [B, A]."""
+    """The members' values [E, B].
+
+    Args:
+        obs: [B, S].
+        actions: [B, A].
+        critic: CriticEnsemble, or `from_module(...)`.
+        precision: of its weights and products, as SteeredSampler's.
+        backend: as SteeredSampler's.
+
+    Raises:
+        ValueError: for shapes that do not fit.
+        TypeError: for a critic that is not packed; the message says what to call.
+        BackendUnavailable: where a backend asked for by name cannot run.
+    """
     critic = packed_network("critic_values", "critic", critic, obs, actions, partial(values_otherwise, critic))
     _check_rows("critic_values", obs, actions, critic.spec)
     return call("critic_values", obs, actions, critic.flat_parameters(), critic.spec.json, precision, backend)
@@ -88,7 +115,14 @@ def pessimistic_q(
 ) -> Tensor:
     """Qbar = mean_j Q_j - rho std_j Q_j (population std), or the "mean" or "min" over members: [B].
 
-    Its gradient where all members agree (std = 0) is that of the mean.
+    Its gradient where all members agree (std = 0) is that of the mean. Other arguments and errors as `critic_values`.
+
+    Args:
+        rho: pessimism, >= 0, in standard deviations.
+        aggregation: "pessimistic", "mean" or "min".
+
+    Raises:
+        ValueError: for another aggregation, a negative rho, and what `critic_values` refuses.
     """
     check_choice("pessimistic_q: aggregation", aggregation, AGGREGATIONS)
     rho = plain(rho)
@@ -104,7 +138,8 @@ def clean_actions(noisy_actions: Tensor, velocity: Tensor, t: Tensor | float) ->
     """Posterior mean of the clean action, x + (1 - t) v: [B, A] or [B, C, D].
 
     Args:
-        noisy_actions, velocity: [B, A] or chunks [B, C, D]; half precision is computed in float32, returned as given.
+        noisy_actions: x, [B, A] or chunks [B, C, D]; half precision is computed in float32, returned as given.
+        velocity: v, as noisy_actions.
         t: in [0, 1], 0 at the noise: a number, [B], [B, 1], or per token [B, C].
 
     Raises:
@@ -128,8 +163,21 @@ def steer_update(
 ) -> Tensor:
     """x + dt (v + alpha ||v|| / (||g|| + eps) g), row by row: [B, A] or [B, C, D], dt > 0.
 
-    Norms and g count only over steered_dims of the flattened row where given (a chunk is one row: its norms run over
-    all tokens); a row whose g is not finite takes the plain step.
+    A row whose g is not finite takes the plain step.
+
+    Args:
+        noisy_actions: x, [B, A] or chunks [B, C, D]; half precision is computed in float32, returned as given.
+        velocity: v, as noisy_actions.
+        q_grad: g, as noisy_actions.
+        dt: positive.
+        alpha: strength, >= 0: the ratio of the added term to the velocity.
+        eps: positive.
+        steered_dims: of the flattened row: norms and g count only over these (a chunk is one row: its norms run over
+            all tokens). None: all.
+
+    Raises:
+        ValueError: for shapes that differ, and numbers out of range.
+        TypeError: for tensors that are not floating.
     """
     check_step("steer_update", NOISE_AT_ZERO, dt)
     x, v, g, *rest = _update_arguments("steer_update", noisy_actions, velocity, q_grad, alpha, eps, steered_dims)
@@ -158,7 +206,16 @@ def _update_arguments(
 
 
 def posterior_weights(q_values: Tensor, tau: float = 1.0, q_scale: float = 1.0) -> Tensor:
-    """softmax_n(tau Qbar_n / q_scale) over the first axis: q_values [N, B] -> [N, B]."""
+    """softmax_n(tau Qbar_n / q_scale) over the first axis, [N, B].
+
+    Args:
+        q_values: Qbar, [N, B].
+        tau: positive.
+        q_scale: positive, in units of Q.
+
+    Raises:
+        ValueError: for a tau or q_scale that is not > 0.
+    """
     tau, q_scale = plain(tau), plain(q_scale)
     check_number("posterior_weights: tau", tau, 0.0, strict=True)
     check_number("posterior_weights: q_scale", q_scale, 0.0, strict=True)
@@ -191,13 +248,21 @@ def steer_step(
     caller, only the update remains.
 
     Args:
-        noisy_actions, velocity, q_grad: [B, A], or chunks [B, C, D]: one row each, whose norms run over all tokens
-            and whose steered_dims index the flattened C D. Half precision is computed in float32, returned as given.
-        t: in [0, 1]: a number, [B], [B, 1], or per token [B, C]. dt: step length.
+        noisy_actions: x, [B, A], or chunks [B, C, D]: one row each, whose norms run over all tokens and whose
+            steered_dims index the flattened C D. Half precision is computed in float32, returned as given.
+        velocity: v, as noisy_actions.
+        t: in [0, 1]: a number, [B], [B, 1], or per token [B, C].
+        dt: step length.
+        obs: [B, S], what the critic reads; with critic, in place of q_grad.
+        critic: CriticEnsemble, or `from_module(...)`.
+        q_grad: g, as noisy_actions: your own gradient, in place of obs and critic.
         steering: defaults to Steering.qpilots_u(jacobian="identity").
-        action_low, action_high: bounds of the estimate, where the steering clips it; as SteeredSampler's.
+        action_low: lower bounds of the estimate, where the steering clips it; as SteeredSampler's.
+        action_high: the upper bounds of the same.
         convention: "noise_at_zero" (time runs from 0 to 1, dt > 0, velocity = action - noise) or "noise_at_one"
             (openpi, LeRobot, diffusers: from 1 to 0, dt < 0, velocity = noise - action).
+        precision: of the critic's weights and products, as SteeredSampler's.
+        backend: as SteeredSampler's.
 
     Returns:
         noisy actions at t + dt, in the shape and dtype of noisy_actions.
@@ -206,6 +271,7 @@ def steer_step(
         ValueError: unless exactly one of (obs and critic) and q_grad is given; for steering that needs the flow's
             Jacobian or posterior draws; for dt or t that convention does not allow.
         TypeError: for a critic that is not packed; the message says what to pass.
+        BackendUnavailable: where a backend asked for by name cannot run.
     """
     check_step("steer_step", convention, dt)
     arguments = _step_arguments(

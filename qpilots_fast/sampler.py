@@ -48,9 +48,10 @@ class SteeredSampler(SamplerState):
         backend: "auto", or "reference", "cpu", "triton", "cuda".
         precision: of weights and products: "float32" or "bfloat16" (float32 accumulation and state); "tf32" and
             "float16" where the backend offers them; "float64" on the reference backend.
-        action_low, action_high: bounds of the actions, and of the estimates where the steering clips them: a number,
-            None or infinities for no clip, or one per dimension, [A], [D] or [C, D], as a tensor, array or sequence
-            (a gymnasium Box's low and high as they are).
+        action_low: lower bounds of the actions, and of the estimates where the steering clips them: a number, None
+            or infinities for no clip, or one per dimension, [A], [D] or [C, D], as a tensor, array or sequence (a
+            gymnasium Box's low as it is).
+        action_high: the upper bounds, likewise.
         critic_layout: of a callable critic's output: "members_first" [E, B] or "batch_first" [B, E]; "auto" reads it
             from the shape, and asks a critic that returned [B, B] once more at another batch size.
         chunk_shape: (C, D) where an action is a chunk: drawn noise and its actions are [B, C, D], and callables see
@@ -232,6 +233,9 @@ class SteeredSampler(SamplerState):
         Args:
             batch_sizes: each >= 1. `explain` says how many of them the backend keeps ready.
             obs: a batch of observations to call with, where the networks are callables that read any obs; else zeros.
+
+        Raises:
+            ValueError, TypeError: for sizes that are not integers >= 1, and where no network tells a width.
         """
         left, self._remarks.calls_left = self._remarks.calls_left, 0  # these actions are nobody's
         try:
@@ -242,7 +246,11 @@ class SteeredSampler(SamplerState):
 
     def explain(self, batch_size: int = 1) -> Explanation:
         """Which networks run packed, and why the others do not; which backend runs a batch of this size, why the
-        others do not, and the exact cost of a call."""
+        others do not, and the exact cost of a call.
+
+        Raises:
+            ValueError: for a batch_size that is no integer >= 1.
+        """
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}; expected an integer >= 1.")
         found = self._current()[0].explain(self.backend, self._device(), batch_size)

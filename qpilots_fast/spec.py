@@ -489,7 +489,7 @@ class SamplerSpec:
 
     @cached_property
     def glass_table(self) -> tuple[tuple[GlassCoefficients[float], ...], ...]:
-        """[K][m]: the coefficients of every inner step; empty unless the estimate is "glass"."""
+        """K rows of m: the coefficients of every inner step; empty unless the estimate is "glass"."""
         if not self.steered_steps or self.steering.estimate != "glass":
             return ()
         m = self.steering.glass_steps

@@ -102,13 +102,16 @@ class Steering:
         selection_temperature: in units of Q, > 0.
         final_steps: gradient steps on the finished action, x <- clip(x + final_step_size dQbar/da(obs, x)) with
             `aggregation`, also at alpha = 0 (QGF's grad_step; policy-agnostic RL). Before candidates are ranked.
-        final_step_size: > 0, in actions squared over Q; the gradient is not scaled.
+        final_step_size: positive, in actions squared over Q; the gradient is not scaled.
         critic_time: the critic is Q(obs, a, t), t [B, 1], trained on noised actions; for estimate="noisy" and callable
             critics. Finished actions are valued at t = 1.
         eps: added to the gradient's norm in the norm match, > 0.
         steered_dims: action dimensions that the critic may move, as sorted distinct indices; None means all.
             Norms and gradients see only these; the rest follow the base flow.
-        max_grad_norm, gaf_beta, gaf_decay, gaf_min: constants of ``scale="gaf"``.
+        max_grad_norm: of ``scale="gaf"``, > 0: where the gradient's norm is clipped.
+        gaf_beta: of ``scale="gaf"``, > 0, its divisor.
+        gaf_decay: of ``scale="gaf"``, >= 0, per unit of Q: how fast disagreement damps.
+        gaf_min: of ``scale="gaf"``, >= 0, the least damping factor.
 
     Raises:
         ValueError, TypeError: at construction, for any value outside its range.
@@ -258,7 +261,8 @@ class Steering:
         """Every step of a call: when it starts, how long it is, and how strongly it is steered.
 
         Args:
-            num_steps: K. time_grid: K + 1 increasing times from 0 to 1; None: k / K.
+            num_steps: K.
+            time_grid: K + 1 increasing times from 0 to 1; None: k / K.
 
         Raises:
             ValueError: where step_weights are not K.

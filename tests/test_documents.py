@@ -11,7 +11,7 @@ from bench import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = ROOT / "csrc" / "cpu"
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), CPU / "README.md"])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), CPU / "README.md"])
 
 
 def words(*patterns: str) -> set[str]:

@@ -81,7 +81,12 @@ class RowKernels(Protocol):
         """x + dt (v + scale(v, g) g) over the steered dims.
 
         Args:
-            x, v, g: [B, A]. q_std: [B], the critics' std, for scale="gaf" and max_disagreement.
+            x: [B, A].
+            v: [B, A].
+            g: [B, A].
+            dt: positive.
+            steering: whose scale, alpha, steered_dims and gate the step follows.
+            q_std: [B], the critics' std, for scale="gaf" and max_disagreement.
 
         Returns:
             The next x [B, A]; norms of g [B]; rows whose g was not finite, which took the plain step [B].

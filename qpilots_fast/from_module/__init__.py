@@ -88,7 +88,14 @@ def explain_module(module: nn.Module | Sequence[nn.Module], kind: str = "flow", 
     """What `from_module` makes of a module, layer by layer, or where it stopped; prints it, and returns it.
 
     It also says what the module costs as a callable, measured here on a copy, and the line that runs it so.
-    Arguments and errors for wrong ones as `from_module`.
+
+    Args:
+        module: as `from_module`'s.
+        kind: as `from_module`'s.
+        hints: as `from_module`'s.
+
+    Raises:
+        ValueError, TypeError: for hints or kinds that are none; a module that does not pack raises nothing.
     """
     module = prepared(module, kind)
     if isinstance(module, PackableNetwork):

@@ -46,17 +46,19 @@ def steer_scheduler(
         steering: with jacobian="identity" (a scheduler sees no network), estimate "tweedie" or "noisy". steered_dims
             index the flattened sample.
         obs: what the critic reads, in all loops; or `scheduler.set_obs(obs)` before each.
-        action_low, action_high: bounds of the estimates that the critic sees, where the steering clips them; the
-            samples are clipped as the scheduler says alone.
-        critic_layout, backend: as SteeredSampler's.
+        action_low: lower bounds of the estimates that the critic sees, where the steering clips them; the samples
+            are clipped as the scheduler says alone.
+        action_high: the upper bounds of the same.
+        critic_layout: as SteeredSampler's.
+        backend: as SteeredSampler's.
 
     Returns:
         the steered scheduler, an instance of the scheduler's class, with `set_obs(obs)`, and with `info`, a SampleInfo
         of the steps since the first timestep.
 
     Raises:
-        TypeError: for other schedulers. ValueError: for steering that a scheduler cannot follow; in `.step`, for
-            timesteps outside the grid.
+        TypeError: for other schedulers.
+        ValueError: for steering that a scheduler cannot follow; in `.step`, for timesteps outside the grid.
     """
     bases = (FlowMatchEulerDiscreteScheduler, DDIMScheduler, DDPMScheduler)
     if isinstance(scheduler, _SteeredStep) or not isinstance(scheduler, bases):

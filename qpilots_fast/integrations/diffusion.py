@@ -34,7 +34,8 @@ class GaussianPath:
 
     Args:
         timesteps: what the network is told, strictly increasing (0 .. T-1, or continuous times).
-        alphas, sigmas: >= 0, alpha / (alpha + sigma) strictly decreasing.
+        alphas: 0 or more, one a timestep, alpha / (alpha + sigma) strictly decreasing.
+        sigmas: 0 or more, one a timestep.
 
     Raises:
         ValueError: for anything else.
@@ -157,6 +158,10 @@ class DiffusionVelocity(nn.Module):
         clip: bound on |x1|; the noise is recomputed to match. Below the table's first t (t = 0 always is) the table's
             last timestep is used; there an epsilon network's clean estimate is a large multiple of its error, so
             give the bound that the policy was trained with.
+
+    Raises:
+        ValueError: for another prediction; in a call, where t differs between rows, and where the path's end leaves
+            the estimate undefined (alpha = 0 for epsilon, sigma = 0 for clean).
     """
 
     def __init__(
@@ -224,12 +229,16 @@ def ddim_steered_sample(
             if unsteered.
         steering: with estimate="tweedie" and one candidate.
         path: alpha and sigma; alpha > 0 at the timesteps used.
-        obs: any object that network and critic read. noise: x at the first timestep, [B, A].
-        num_steps: K. timesteps: K indices into the path, from noise to clean; by default spread evenly, from the
-            last. The step after the last one ends at lambda = 0, the clean estimate.
-        prediction, clip: as in DiffusionVelocity.
-        action_low, action_high: bounds of the estimates (where the steering clips them) and of the result, as
+        obs: any object that network and critic read.
+        noise: x at the first timestep, [B, A].
+        num_steps: K.
+        timesteps: K indices into the path, from noise to clean; by default spread evenly, from the last. The step
+            after the last one ends at lambda = 0, the clean estimate.
+        prediction: as DiffusionVelocity's.
+        clip: as DiffusionVelocity's.
+        action_low: lower bounds of the estimates (where the steering clips them) and of the result, as
             SteeredSampler's.
+        action_high: the upper bounds of the same.
         backend: where a packed critic runs.
         critic_layout: of a callable critic's output, as SteeredSampler's.
 

@@ -45,11 +45,13 @@ def from_flax(
             stepped through. For a critic also a list of subtrees, one a member.
         kind: "flow", read as v(obs, actions, t); "critic", as Q(obs, actions); or "meta_flow_map", as
             vhat(obs, xbar, noisy_actions, t, s, u); columns in this order.
-        obs_dim, action_dim: S and A. A critic needs one of them; the others are told by their output.
+        obs_dim: S. A critic needs this or action_dim; the others' output tells A, and that S.
+        action_dim: A.
         activation: of the hidden layers; flax's own `nn.gelu` is "gelu_tanh", `nn.swish` "silu".
         layer_norm: where the tree's LayerNorms stand: "post" (Linear, activation, LayerNorm) or "pre".
         layer_norm_eps: flax's default is 1e-6.
-        time_embedding, time_embedding_dim: as FlowMLP's: "raw", "sinusoidal" (QGF) or "fourier" (QAM).
+        time_embedding: as FlowMLP's: "raw", "sinusoidal" (QGF) or "fourier" (QAM).
+        time_embedding_dim: as FlowMLP's.
 
     Returns:
         FlowMLP, CriticEnsemble or MetaFlowMap, float32.

@@ -30,7 +30,9 @@ class ClassifierFreeGuidance(nn.Module):
         ValueError, TypeError: for a weight or a null_obs that is not finite; in a call, for shapes that do not fit.
 
     Example:
+        ```python
         SteeredSampler(ClassifierFreeGuidance(flow, torch.zeros(40), 1.5), critic, Steering.qpilots_u())
+        ```
     """
 
     asks_twice: ClassVar[str] = "guidance asks its flow twice a step, which no packed network does"

@@ -46,9 +46,10 @@ def steer(
         steered_dims: indices of an action's dimensions that may move; None: all real ones. The padding is the policy's.
         units: of the actions that the critic reads: "normalised", as the policy makes them, or "environment".
         unnormalise: actions in the policy's units -> the environment's, differentiable (the policy's postprocessor).
-        action_low, action_high: bounds in the policy's units of the estimates that the critic sees, where the steering
-            clips them: a number or one for each real or padded dimension. None: no clip, as for z-scored actions. The
+        action_low: lower bounds in the policy's units of the estimates that the critic sees, where the steering clips
+            them: a number or one for each real or padded dimension. None: no clip, as for z-scored actions. The
             policy's own actions are not clipped.
+        action_high: the upper bounds of the same.
         critic_layout: as SteeredSampler's.
 
     Returns:

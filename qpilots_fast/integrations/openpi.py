@@ -37,7 +37,13 @@ def steer(
         policy: openpi's Policy around a PyTorch model, or that model.
         critic: (observation, actions [B, C, action_dim]) -> q_values; observation is what sample_actions is given.
         action_dim: the robot's own action width, the first of the padded dimensions.
-        steering, steered_dims, units, unnormalise, action_low, action_high, critic_layout: as `lerobot.steer`'s.
+        steering: as `lerobot.steer`'s.
+        steered_dims: as `lerobot.steer`'s.
+        units: as `lerobot.steer`'s.
+        unnormalise: as `lerobot.steer`'s.
+        action_low: as `lerobot.steer`'s.
+        action_high: as `lerobot.steer`'s.
+        critic_layout: as `lerobot.steer`'s.
 
     Returns:
         a handle with `info` and `remove()`.

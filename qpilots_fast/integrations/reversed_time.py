@@ -19,9 +19,15 @@ class ReversedTimeFlow(nn.Module):
             actions are the flattened chunk, A = C * D. None: the module takes [B, A].
         call: (module, obs, x, tau [B]) -> e - a, where the module has another signature (keywords, a KV cache).
 
+    Raises:
+        TypeError: for a module that cannot be called.
+        ValueError: for a chunk_shape that is not (C, D), or in a call an action of another width.
+
     Example:
+        ```python
         SteeredSampler(ReversedTimeFlow(expert, chunk_shape=(50, 32)), critic,
                        replace(Steering.qpilots_u(jacobian="identity"), steered_dims=real_dims(50, 32, 7)))
+        ```
     """
 
     def __init__(
@@ -61,8 +67,12 @@ def real_dims(num_steps: int, padded_width: int, real_width: int) -> tuple[int, 
     """Indices of the unpadded entries of a flattened chunk [C, padded_width]: for Steering.steered_dims, or a critic.
 
     Args:
-        num_steps: C, actions in a chunk. padded_width: what the network outputs per action (32 in openpi).
+        num_steps: C, actions in a chunk.
+        padded_width: what the network outputs per action (32 in openpi).
         real_width: the robot's action width; entries beyond it are padding, which the base flow moves alone.
+
+    Raises:
+        ValueError: unless num_steps >= 1 and 1 <= real_width <= padded_width.
     """
     if not 1 <= real_width <= padded_width or num_steps < 1:
         raise ValueError(

@@ -29,8 +29,14 @@ class SteeredPolicy(TensorDictModuleBase):
             tensordict: where there is none, it is drawn. Observation and noise are as in a call of the sampler.
         out_keys: the action's key.
 
+    Raises:
+        TypeError, ValueError: for another sampler, or other numbers of keys; in a call KeyError where the observation's
+            key is missing.
+
     Example:
+        ```python
         collector = Collector(env, SteeredPolicy(sampler), frames_per_batch=200, total_frames=10_000)
+        ```
     """
 
     def __init__(
