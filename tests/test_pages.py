@@ -24,6 +24,10 @@ GIVEN = {
                 return torch.zeros(40).numpy(), 0.0, False, False, {}
         env = Env()
     """,
+    "import logging": """
+        flow, critic = FlowMLP(4, 2, hidden_dims=(8,)), CriticEnsemble(4, 2, 2, hidden_dims=(8,))
+        obs, sampler = torch.randn(3, 4), SteeredSampler(flow, critic, Steering.qpilots_u())
+    """,
     "x = torch.randn(len(obs), 25)": """
         obs, noise = torch.randn(3, 40), torch.randn(3, 25)
         expected = sampler(obs, noise=noise)
