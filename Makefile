@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 CXX_FILES := $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-integrations sanitize lint types docs bench profile format clean
+.PHONY: demo test test-cpu test-pure test-interpreter test-emulator test-integrations sanitize lint types docs bench profile format clean
 
 demo: $(VENV)/.built
 	$(BIN)/qpilots-fast demo
@@ -22,6 +22,21 @@ test: lint types $(TORCH_2_11_TRITON)
 	@if [ -d $(TORCH_2_11_TRITON)/triton ]; then \
 	  PYTHONPATH=$(TORCH_2_11_TRITON) $(BIN)/python -m bench.gpu_static --quick --families triton --targets 80 90; \
 	else echo "skipped: the Triton kernels were not compiled with 3.6.0, which pip did not find"; fi
+
+# parts of the tests, for machines that do not run all of them: another architecture or torch, no compiler
+test-cpu: $(VENV)/.built
+	$(BIN)/python -m pytest -q $(addprefix tests/test_,backends.py chains.py chain_paths.py cpu_backend.py crowd.py \
+	  edits.py params.py quick_call.py sampler.py write_watch.py)
+
+test-pure: $(VENV)/.built
+	$(BIN)/python -m pytest -q $(addprefix tests/test_,reference.py steering.py heads.py objectives.py bounds.py \
+	  inputs.py ops_conventions.py sampler.py)
+
+test-interpreter: $(VENV)/.built
+	$(BIN)/python -m pytest -q $(wildcard tests/test_triton_*.py)
+
+test-emulator: $(VENV)/.built
+	$(BIN)/python -m pytest -q $(wildcard tests/test_cuda_*.py)
 
 test-integrations: $(VENV)/.built $(FRAMEWORKS)/.installed
 	PYTHONPATH=$(FRAMEWORKS) $(BIN)/python -m pytest -q -rs tests/frameworks
@@ -42,7 +57,6 @@ types: $(VENV)/.built
 
 # the site, in build/site; a link or a docstring that does not read well fails it
 docs: $(VENV)/.built
-	$(BIN)/pip install -q -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.built
@@ -74,5 +88,5 @@ $(FRAMEWORKS)/.installed: tests/frameworks/requirements.txt $(VENV)/.torch
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install -q -e ".[demo,bench,examples,triton,dev]"
+	$(BIN)/pip install -q -e ".[demo,bench,examples,triton,dev,docs]"
 	touch $@

@@ -9,7 +9,7 @@ from .networks import CriticEnsemble, FlowMLP, MetaFlowMap
 from .sampler import SampleInfo, SteeredSampler
 from .steering import Steering
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BackendUnavailable",

@@ -1,0 +1,42 @@
+"""What is written for contributors holds: workflows call what exists, and every environment variable is named."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import qpilots_fast
+
+ROOT = Path(__file__).resolve().parents[1]
+GUIDE = (ROOT / "CONTRIBUTING.md").read_text()
+WORKFLOWS = [*(ROOT / ".github" / "workflows").glob("*.yml")]
+TARGETS = set(re.findall(r"^([\w-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE))
+SOURCES = ("setup.py", "Makefile", "qpilots_fast/**/*.py", "bench/**/*.py", "tests/**/*.py", "csrc/cpu/**/*.cpp")
+
+
+def test_workflows_call_parts_that_make_knows():
+    parts = {part for path in WORKFLOWS for part in re.findall(r"\.ci/run ([\w-]+)", path.read_text())}
+    listed = {part for path in WORKFLOWS for part in re.findall(r"\btest-[\w-]+", path.read_text())}
+    assert len(WORKFLOWS) >= 2 and len(listed) >= 5
+    assert parts | listed <= TARGETS
+
+
+def test_the_guide_names_targets_that_make_knows():
+    assert set(re.findall(r"\bmake ([\w-]+)", GUIDE)) <= TARGETS
+
+
+def test_every_environment_variable_is_in_the_guide():
+    asked = r"(?:environ(?:\.get|\.setdefault|\.pop)?[\[(]|getenv\(|_VARIABLE = )\s*\"(QPILOTS_\w+|TRITON_INTERPRET)\""
+    text = "".join(path.read_text() for pattern in SOURCES for path in ROOT.glob(pattern))
+    found = set(re.findall(asked, text))
+    assert {"QPILOTS_CPU_ISA", "QPILOTS_WRITE_WATCH", "QPILOTS_NATIVE"} < found
+    table = GUIDE[GUIDE.index("## Environment variables") : GUIDE.index("## Where things are")]
+    assert found == set(re.findall(r"QPILOTS_\w+|TRITON_INTERPRET", table))
+
+
+def test_the_version_has_a_section_of_the_changelog():
+    headings = re.findall(
+        r"^## \[([^\]]+)\](?: - (\d{4}-\d\d-\d\d))?", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
+    released = [(version, date) for version, date in headings if version != "Unreleased"]
+    assert released and released[0][0] == qpilots_fast.__version__ and all(date for _, date in released)
