@@ -7,11 +7,14 @@ VENV := .venv
 TORCH_2_11_TRITON := $(VENV)/triton-3.6.0
 # frameworks that qpilots_fast.integrations drops into, beside the environment: they would bring their own torch
 FRAMEWORKS := $(VENV)/frameworks
+# the newest LeRobot wants another Python and another transformers than the rest of them
+PYTHON_3_12 ?= python3.12
+LEROBOT := $(VENV)/lerobot-0.6.1
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 CXX_FILES := $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-cpu test-pure test-interpreter test-emulator test-integrations sanitize lint types docs bench profile format clean
+.PHONY: demo test test-cpu test-pure test-interpreter test-emulator test-integrations test-lerobot sanitize lint types docs bench profile format clean
 
 demo: $(VENV)/.built
 	$(BIN)/qpilots-fast demo
@@ -40,6 +43,9 @@ test-emulator: $(VENV)/.built
 
 test-integrations: $(VENV)/.built $(FRAMEWORKS)/.installed
 	PYTHONPATH=$(FRAMEWORKS) $(BIN)/python -m pytest -q -rs tests/frameworks
+
+test-lerobot: $(LEROBOT)/.installed
+	PYTHONPATH=. $(LEROBOT)/bin/python -m pytest -q -rs tests/frameworks/test_lerobot.py
 
 sanitize: $(VENV)/.built
 	$(BIN)/pip install -q cmake ninja pybind11 setuptools
@@ -85,6 +91,13 @@ $(TORCH_2_11_TRITON): $(VENV)/.torch
 
 $(FRAMEWORKS)/.installed: tests/frameworks/requirements.txt $(VENV)/.torch
 	$(BIN)/pip install -q --no-deps --target $(@D) -r $<
+	touch $@
+
+$(LEROBOT)/.installed: $(VENV)/.torch
+	$(PYTHON_3_12) -m venv $(@D)
+	$(@D)/bin/pip install -q torch==$(TORCH) numpy pytest safetensors rich transformers==5.5.4 diffusers==0.35.2 accelerate \
+	  draccus==0.10.0 einops gymnasium jsonlines termcolor opencv-python-headless
+	$(@D)/bin/pip install -q --no-deps lerobot==0.6.1 torchvision==0.28.0
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)

@@ -112,6 +112,27 @@ def test_ddim_takes_any_critic_and_any_timesteps():
     torch.testing.assert_close(plain, plain_ddim(net, critic, obs, noise, steps, None), **EXACT)
 
 
+def test_ddim_at_every_timestep_and_in_diffusers_words():
+    net, critic = networks()
+    obs, noise = inputs()
+    short = GaussianPath(DDPM.timesteps[::20], DDPM.alphas[::20], DDPM.sigmas[::20])
+    count = len(short.timesteps)
+    steering = Steering.qpilots_u(alpha=0.3)
+
+    def sampled(known_as: str, prediction: str, **named) -> Tensor:
+        predict = as_prediction(net, prediction, short)
+        return ddim_steered_sample(predict, critic, steering, short, obs, noise, prediction=known_as, **named)[0]
+
+    whole = sampled("epsilon", "epsilon", num_steps=count)
+    assert torch.equal(whole, sampled("epsilon", "epsilon", timesteps=range(count - 1, -1, -1)))
+    for known_as, prediction in (("sample", "clean"), ("v_prediction", "v")):
+        torch.testing.assert_close(sampled(known_as, prediction, num_steps=count), whole, **EXACT)
+        assert DiffusionVelocity(net, short, known_as).prediction == prediction
+    for bad in (0, count + 1):
+        with pytest.raises(ValueError, match=f"num_steps is {bad}; expected 1 to {count}"):
+            sampled("epsilon", "epsilon", num_steps=bad)
+
+
 def test_ddim_in_float32_uses_the_packed_critic():
     net, critic = networks()
     obs, noise = inputs()

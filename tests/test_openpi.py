@@ -94,3 +94,23 @@ def test_refusals():
         steer(model, None, Steering.unsteered(), action_dim=9)
     with pytest.raises(TypeError, match="critic is CriticEnsemble"):
         steer(model, ensemble, STEERING, action_dim=REAL)
+
+
+def test_a_loop_of_the_other_direction_is_refused():
+    class Forward(Model):
+        def denoise_step(self, state, masks, past_key_values, x_t, timestep) -> Tensor:
+            return -super().denoise_step(state, masks, past_key_values, x_t, 1 - timestep)
+
+        def sample_actions(self, device, observation, noise=None, num_steps=10) -> Tensor:
+            x = noise
+            for k in range(num_steps):
+                time = torch.full((len(x),), k / num_steps)
+                x = x + self.denoise_step(observation.state, None, observation.state, x, time) / num_steps
+            return x
+
+    _, ensemble, observation, noise = parts()
+    model = Forward()
+    handle = steer(model, lambda o, a: ensemble(o.state, a.flatten(1)), STEERING, action_dim=REAL)
+    with pytest.raises(ValueError, match=r"first step's timestep is 0; expected 1.*ops\.steer_step"):
+        model.sample_actions("cpu", observation, noise)
+    handle.remove()

@@ -6,10 +6,11 @@ before the class's methods until the handle is removed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -132,28 +133,84 @@ def critic_of_actions(owner: str, critic: Any, real: int, units: str, unnormalis
 
     def asked(batch: Any, chunk: Tensor) -> Any:
         actions = chunk[..., :real]
-        return critic(batch, actions if unnormalise is None else unnormalise(actions))
+        try:
+            return critic(batch, actions if unnormalise is None else unnormalise(actions))
+        except KeyError as error:
+            if not isinstance(batch, dict) or error.args[0] in batch:
+                raise
+            raise KeyError(
+                f"{owner}: the critic asks for {error}, and the batch that the policy was given has {list(batch)}; "
+                "expected the critic to read some of these, or a batch with that key too: the policy passes it over."
+            ) from error
+        except RuntimeError as error:
+            if "size" not in str(error) and "shape" not in str(error):
+                raise
+            raise ValueError(
+                f"{owner}: the critic could not read actions {list(actions.shape)}: the batch, the steps of the whole "
+                f"chunk, the robot's own dimensions ({error}). Expected a critic of these, or one that picks what it "
+                "reads: lambda batch, a: critic(batch['observation.state'], a[:, :5].flatten(1))."
+            ) from error
 
     return asked
 
 
-def steer_expert(handle: SteeringHandle, model: Any, loop: LoopSteering, default_steps: Callable[[], int]) -> None:
-    """Steers the velocities of model.denoise_step (noise - action, at timestep tau) in the loops of sample_actions."""
+def steer_expert(
+    owner: str,
+    policy: Any,
+    model: Any,
+    critic: Any,
+    steering: Steering,
+    *,
+    action_low: Any,
+    action_high: Any,
+    critic_layout: str,
+    default_steps: Callable[[], int],
+) -> SteeringHandle:
+    """Steers the velocities of model.denoise_step (noise - action, at timestep tau) in the loops of sample_actions.
+
+    Real-time chunking, where the model has it on, guides the steered velocity: its processor calls denoise_step.
+
+    Args:
+        policy: what the handle is for. model: of it, with sample_actions and denoise_step.
+        critic, steering: of `critic_of_actions` and `steering_of_dims`.
+        action_low, action_high, critic_layout: as SteeredSampler's.
+        default_steps: K where sample_actions is told none.
+    """
+    loop = LoopSteering(
+        owner, critic, steering, full_jacobian=True, candidates=True, action_low=action_low, action_high=action_high,
+        critic_layout=critic_layout,
+    )  # fmt: skip
+    handle = SteeringHandle(owner, policy, lambda: loop.info)
     sample, denoise = type(model).sample_actions.__get__(model), model.denoise_step  # a compiled one sees no steering
     of_sample, of_step = inspect.signature(sample), inspect.signature(denoise)
+    prefix = _Prefix(handle, model) if steering.num_candidates > 1 else None
 
     @functools.wraps(sample)  # its signature
     def sample_actions(*arguments: Any, **named: Any) -> Any:
         bound = of_sample.bind(*arguments, **named)
         steps = bound.arguments.get("num_steps", bound.kwargs.get("num_steps"))
         count = default_steps() if steps is None else int(steps)
-        loop.begin([k / count for k in range(count)])
-        return sample(*arguments, **named)
+        times = [k / count for k in range(count)]
+        if prefix is None:
+            loop.begin(times)
+            return sample(*arguments, **named)
+        starts = _starts(owner, bound.arguments.get("noise"), steering.num_candidates)
+        with prefix.kept():
+            for start in starts:
+                bound.arguments["noise"] = start
+                loop.begin(times)
+                loop.candidate(sample(*bound.args, **bound.kwargs))
+        return loop.best(handle.batch)
 
     def denoise_step(*arguments: Any, **named: Any) -> Any:
         bound = of_step.bind(*arguments, **named)
         x, tau = bound.arguments["x_t"], float(bound.arguments["timestep"].reshape(-1)[0])
         k = min(max(round((1 - tau) * loop.num_steps), 0), loop.num_steps - 1)
+        if loop.at_start and k > 0:
+            raise ValueError(
+                f"{owner}: the first step's timestep is {tau:g}; expected 1, the noise, as the loop's time is taken to "
+                "run from 1 to 0. In a loop with another time, steer the velocity by ops.steer_step."
+            )
         if not loop.steers(k):
             loop.unsteered(x)
             return denoise(*arguments, **named)
@@ -171,3 +228,53 @@ def steer_expert(handle: SteeringHandle, model: Any, loop: LoopSteering, default
 
     handle.put(model, "sample_actions", sample_actions)
     handle.put(model, "denoise_step", denoise_step)
+    return handle
+
+
+def _starts(owner: str, noise: Tensor | None, count: int) -> list[Tensor | None]:
+    """The noise of each candidate; None: the model draws it."""
+    if noise is None:
+        return [None] * count
+    if noise.ndim != 4 or noise.shape[1] != count:
+        raise ValueError(
+            f"{owner}: noise has shape {list(noise.shape)} and Steering.num_candidates is {count}; expected noise "
+            f"[B, {count}, C, D], a start for each candidate, or None, from which the model draws them."
+        )
+    return list(noise.unbind(1))
+
+
+class _Prefix:
+    """What a model makes of images, language and state before its loop, once for all candidates of a chunk."""
+
+    _EXPERTS = ("paligemma_with_expert", "vlm_with_expert")
+
+    def __init__(self, handle: SteeringHandle, model: Any) -> None:
+        self._made: dict[str, Any] | None = None
+        self._make_once(handle, model, "embed_prefix", lambda named: True)
+        for expert in (getattr(model, name, None) for name in self._EXPERTS):
+            if expert is not None:  # called with [prefix, None] once, and [None, suffix] at each step
+                self._make_once(handle, expert, "forward", lambda named: named["inputs_embeds"][1] is None)
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """In here the prefix is made once."""
+        self._made = {}
+        try:
+            yield
+        finally:
+            self._made = None
+
+    def _make_once(
+        self, handle: SteeringHandle, owner: Any, name: str, of_prefix: Callable[[dict[str, Any]], bool]
+    ) -> None:
+        method = getattr(owner, name)
+
+        @functools.wraps(method)
+        def asked(*arguments: Any, **named: Any) -> Any:
+            if self._made is None or not of_prefix(named):
+                return method(*arguments, **named)
+            if name not in self._made:
+                self._made[name] = method(*arguments, **named)
+            return self._made[name]
+
+        handle.put(owner, name, asked)

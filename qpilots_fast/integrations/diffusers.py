@@ -16,11 +16,10 @@ from torch import Tensor
 
 from ..info import SampleInfo
 from ..steering import Steering
-from .diffusion import clean_of, noise_of
+from .diffusion import clean_of, noise_of, prediction_of
 from .own_loop import LoopSteering
 
 _OWNER = "steer_scheduler"
-_PREDICTIONS = {"epsilon": "epsilon", "sample": "clean", "v_prediction": "v"}
 
 
 def steer_scheduler(
@@ -194,9 +193,7 @@ class _SteeredNoise(_SteeredStep):
     def _push(
         self, k: int, output: Tensor, timestep: Any, sample: Tensor, arguments: tuple[Any, ...], named: dict[str, Any]
     ) -> Tensor:
-        config, prediction = self.config, _PREDICTIONS.get(self.config.prediction_type)
-        if prediction is None:
-            return output  # the scheduler says what it expects
+        config, prediction = self.config, prediction_of(_OWNER, self.config.prediction_type)
         alpha, sigma = self._levels(timestep)[0]
         if alpha == 0:
             raise ValueError(

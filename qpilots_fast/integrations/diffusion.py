@@ -26,6 +26,14 @@ from ..sampler import SampleInfo
 from ..steering import Steering, check_choice
 
 PREDICTIONS = ("epsilon", "clean", "v")
+_IN_DIFFUSERS = {"sample": "clean", "v_prediction": "v"}
+
+
+def prediction_of(owner: str, name: str) -> str:
+    """One of PREDICTIONS, of its own name or of diffusers' (`scheduler.config.prediction_type`)."""
+    prediction = _IN_DIFFUSERS.get(name, name)
+    check_choice(f"{owner}: prediction", prediction, PREDICTIONS)
+    return prediction
 
 
 @dataclass(frozen=True)
@@ -154,7 +162,8 @@ class DiffusionVelocity(nn.Module):
     Args:
         network: (obs, x [B, A], timestep [B]) -> [B, A]; timesteps between the table's are fractional.
         path: alpha and sigma.
-        prediction: what the network predicts: "epsilon", "clean", or "v" (alpha e - sigma x1).
+        prediction: what the network predicts: "epsilon", "clean" (diffusers: "sample"), or "v", which is
+            alpha e - sigma x1 (diffusers: "v_prediction").
         clip: bound on |x1|; the noise is recomputed to match. Below the table's first t (t = 0 always is) the table's
             last timestep is used; there an epsilon network's clean estimate is a large multiple of its error, so
             give the bound that the policy was trained with.
@@ -168,7 +177,7 @@ class DiffusionVelocity(nn.Module):
         self, network: Callable[..., Tensor], path: GaussianPath, prediction: str = "epsilon", clip: float | None = None
     ) -> None:
         super().__init__()
-        check_choice("DiffusionVelocity: prediction", prediction, PREDICTIONS)
+        prediction = prediction_of("DiffusionVelocity", prediction)
         self.network = network
         self.path = path
         self.prediction = prediction
@@ -231,7 +240,7 @@ def ddim_steered_sample(
         path: alpha and sigma; alpha > 0 at the timesteps used.
         obs: any object that network and critic read.
         noise: x at the first timestep, [B, A].
-        num_steps: K.
+        num_steps: K, at most as many as the path has.
         timesteps: K indices into the path, from noise to clean; by default spread evenly, from the last. The step
             after the last one ends at lambda = 0, the clean estimate.
         prediction: as DiffusionVelocity's.
@@ -248,7 +257,7 @@ def ddim_steered_sample(
     Raises:
         ValueError: for other estimates, or a path with alpha = 0 at a timestep used.
     """
-    check_choice("ddim_steered_sample: prediction", prediction, PREDICTIONS)
+    prediction = prediction_of("ddim_steered_sample", prediction)
     if steering.steers and (steering.estimate != "tweedie" or steering.num_candidates != 1):
         raise ValueError(
             f"ddim_steered_sample: steering has estimate={steering.estimate!r} and "
@@ -257,7 +266,12 @@ def ddim_steered_sample(
         )
     count = len(path.timesteps)
     if timesteps is None:
-        timesteps = [round((count - 1) * (1 - k / num_steps)) for k in range(num_steps)]
+        if not 1 <= num_steps <= count:
+            raise ValueError(
+                f"ddim_steered_sample: num_steps is {num_steps}; expected 1 to {count}, the path's length."
+            )
+        spread = (count - 1) / num_steps if num_steps < count else 1
+        timesteps = [round(count - 1 - k * spread) for k in range(num_steps)]
     levels = [(path.timesteps[i], path.alphas[i], path.sigmas[i]) for i in timesteps]
     if any(alpha == 0 for _, alpha, _ in levels):
         raise ValueError("ddim_steered_sample: alpha is 0 at a timestep used; x / alpha needs alpha > 0.")

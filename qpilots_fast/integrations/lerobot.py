@@ -15,7 +15,6 @@ from torch import Tensor
 from ..callables import out_of_inference
 from ..steering import Steering
 from .action_expert import SteeringHandle, critic_of_actions, steer_expert, steering_of_dims
-from .own_loop import LoopSteering
 
 _OWNER = "lerobot.steer"
 
@@ -36,13 +35,17 @@ def steer(
 
     Loop, cache, padding and queue are the policy's own; at alpha = 0, and at the first step, so are its numbers,
     bitwise. Works under `torch.inference_mode()`. A compiled `sample_actions` runs uncompiled while it is steered.
+    Real-time chunking guides the steered velocities, as it guides the policy's own.
+
+    With `num_candidates` = n the loop runs n times for one prefix (images, language, state), and each row keeps the
+    chunk that the critic values most. Each starts at its own noise; where noise is given, it is [B, n, C, D].
 
     Args:
         policy: PI0Policy, PI05Policy, SmolVLAPolicy or DiffusionPolicy.
         critic: (batch, actions [B, C, real]) -> q_values in any layout that SteeredSampler reads; batch is what the
             policy was given, C the whole chunk (the diffusion policy's horizon), real the robot's action width.
         steering: with estimate "tweedie" or "noisy"; jacobian="full" pulls the gradient back through the action
-            expert, and is refused for the diffusion policy, whose scheduler sees no network.
+            expert, and is refused for the diffusion policy, whose scheduler sees no network, as are candidates.
         steered_dims: indices of an action's dimensions that may move; None: all real ones. The padding is the policy's.
         units: of the actions that the critic reads: "normalised", as the policy makes them, or "environment".
         unnormalise: actions in the policy's units -> the environment's, differentiable (the policy's postprocessor).
@@ -53,8 +56,9 @@ def steer(
         critic_layout: as SteeredSampler's.
 
     Returns:
-        a handle with `info` (a SampleInfo of the last chunk) and `remove()`, which restores the policy. Remove it
-        before the policy is copied or saved whole. Actions queued before stay queued: `policy.reset()`.
+        a handle with `info` (a SampleInfo of the last chunk, with q_values where candidates were ranked) and
+        `remove()`, which restores the policy. Remove it before the policy is copied or saved whole. Actions queued
+        before stay queued: `policy.reset()`.
 
     Raises:
         TypeError, ValueError: for other policies, and steering that such a loop cannot follow.
@@ -74,18 +78,11 @@ def steer(
     asked = critic_of_actions(_OWNER, critic, real, units, unnormalise)
     if kind == "diffusion":
         return _steer_diffusion(policy, asked, steering, action_low, action_high, critic_layout)
-    loop = LoopSteering(
-        _OWNER, asked, steering, full_jacobian=True, action_low=action_low, action_high=action_high,
-        critic_layout=critic_layout,
+    steps = "num_inference_steps" if hasattr(policy.config, "num_inference_steps") else "num_steps"
+    handle = steer_expert(
+        _OWNER, policy, model, asked, steering, action_low=action_low, action_high=action_high,
+        critic_layout=critic_layout, default_steps=lambda: getattr(policy.config, steps),
     )  # fmt: skip
-    handle = SteeringHandle(_OWNER, policy, lambda: loop.info)
-    config: Any = policy.config
-    steer_expert(
-        handle,
-        model,
-        loop,
-        lambda: config.num_inference_steps if hasattr(config, "num_inference_steps") else config.num_steps,
-    )
     _watch(handle, policy, steering.pulls_flow)
     return handle
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..steering import Steering
 from .action_expert import SteeringHandle, critic_of_actions, steer_expert, steering_of_dims
-from .own_loop import LoopSteering
 
 _OWNER = "openpi.steer"
 
@@ -62,12 +61,10 @@ def steer(
         raise ValueError(f"{_OWNER}: action_dim is {action_dim}; expected 1 to {shape[1]}, the model's padded width.")
     steering = steering_of_dims(_OWNER, steering, steered_dims, shape, action_dim)
     asked = critic_of_actions(_OWNER, critic, action_dim, units, unnormalise)
-    loop = LoopSteering(
-        _OWNER, asked, steering, full_jacobian=True, action_low=action_low, action_high=action_high,
-        critic_layout=critic_layout,
+    handle = steer_expert(
+        _OWNER, policy, model, asked, steering, action_low=action_low, action_high=action_high,
+        critic_layout=critic_layout, default_steps=lambda: 10,  # of openpi's sample_actions
     )  # fmt: skip
-    handle = SteeringHandle(_OWNER, policy, lambda: loop.info)
-    steer_expert(handle, model, loop, lambda: 10)  # the default of openpi's sample_actions
     handle.watch(model, "sample_actions", "observation", steering.pulls_flow)
     if hasattr(policy, "_sample_actions"):  # bound when the policy was made
         handle.put(policy, "_sample_actions", model.sample_actions)

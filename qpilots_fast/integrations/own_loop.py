@@ -12,12 +12,13 @@ from .. import backends, reference
 from ..backends import Request
 from ..bounds import as_operands, box_of, check_bounds
 from ..callables import out_of_inference, run_outside_inference
-from ..critic_outputs import check_layout
+from ..candidates import keep_one, side_by_side
+from ..critic_outputs import ask_critic, check_layout
 from ..evaluators import evaluators
 from ..info import SampleInfo
 from ..networks import PackableNetwork
 from ..settings import read_setting
-from ..spec import Pullback, StepReport
+from ..spec import Pullback, RawSample, StepReport
 from ..steering import Steering
 from ..times import Step
 
@@ -33,8 +34,9 @@ class LoopSteering:
     Args:
         owner: for messages.
         critic: as SteeredSampler's; a raw module runs as the callable that it is.
-        steering: with estimate "tweedie" or "noisy", one candidate and no final steps.
+        steering: with estimate "tweedie" or "noisy", and no final steps.
         full_jacobian: whether the caller can pull gradients back through its flow.
+        candidates: whether the caller samples several and hands them to `candidate` and `best`.
         action_low, action_high, critic_layout, backend: as SteeredSampler's.
 
     Raises:
@@ -48,13 +50,14 @@ class LoopSteering:
         steering: Steering,
         *,
         full_jacobian: bool,
+        candidates: bool = False,
         action_low: Any = None,
         action_high: Any = None,
         critic_layout: str = "auto",
         backend: str = "auto",
     ) -> None:
-        _check_steering(owner, steering, full_jacobian)
-        if critic is None and steering.steers:
+        _check_steering(owner, steering, full_jacobian, candidates)
+        if critic is None and steering.needs_critic:
             raise ValueError(
                 f"{owner}: critic is None, but this steering asks one; expected (obs, actions) -> q_values."
             )
@@ -65,12 +68,44 @@ class LoopSteering:
         check_bounds(*self._bounds)
         self._layout, self._backend = critic_layout, backend
         self._reports: list[StepReport] = []
+        self._candidates: list[RawSample] = []
+        self._q_values: Tensor | None = None
         self._schedule: tuple[Step, ...] = ()
 
     def begin(self, times: Sequence[float]) -> None:
         """A new loop whose K steps begin at these flow times, in [0, 1] and increasing."""
         self._schedule = self.steering.schedule(len(times), [*times, 1.0])
-        self._reports = []
+        self._reports, self._q_values = [], None
+
+    def candidate(self, actions: Tensor) -> None:
+        """Keeps what the loop that began last has made, [B, A] or [B, C, D]."""
+        steps = StepReport(*map(torch.stack, zip(*self._reports)))
+        self._candidates.append(RawSample(actions, steps))
+
+    @torch.no_grad()
+    def best(self, obs: Any) -> Tensor:
+        """Of the candidates kept, the one of each row that the critic values most (see Steering.selection)."""
+        made, self._candidates = self._candidates, []
+        shape, rows = made[0].actions.shape, len(made[0].actions)
+        q_values = run_outside_inference(
+            lambda: [
+                ask_critic(self._critic, out_of_inference(obs), out_of_inference(raw.actions), self._layout)
+                for raw in made
+            ]
+        )
+        draws = None
+        if self.steering.selection == "softmax":
+            draws = torch.randn(rows, len(made), device=made[0].actions.device)
+        flat = side_by_side([RawSample(raw.actions.flatten(1), raw.report) for raw in made])
+        chosen, self._q_values = keep_one(flat, torch.stack(q_values, -1).flatten(1), self.steering, draws)
+        assert chosen.report is not None
+        self._reports = [StepReport(*step) for step in zip(*chosen.report)]
+        return chosen.actions.reshape(shape)
+
+    @property
+    def at_start(self) -> bool:
+        """Whether the loop that began last has made no step."""
+        return not self._reports
 
     @property
     def num_steps(self) -> int:
@@ -140,11 +175,11 @@ class LoopSteering:
 
     @property
     def info(self) -> SampleInfo | None:
-        """The steps since the loop began (q_values None); None before the first."""
-        return SampleInfo(None, *map(torch.stack, zip(*self._reports))) if self._reports else None
+        """The steps since the loop began (q_values None, but of a chosen candidate); None before the first."""
+        return SampleInfo(self._q_values, *map(torch.stack, zip(*self._reports))) if self._reports else None
 
 
-def _check_steering(owner: str, steering: Steering, full_jacobian: bool) -> None:
+def _check_steering(owner: str, steering: Steering, full_jacobian: bool, candidates: bool) -> None:
     """Raises for steering that a framework's own loop cannot follow."""
     if not isinstance(steering, Steering):
         raise TypeError(f"{owner}: steering is {type(steering).__name__}; expected a qpilots_fast.Steering.")
@@ -159,6 +194,8 @@ def _check_steering(owner: str, steering: Steering, full_jacobian: bool) -> None
             "alone; expected jacobian='identity', as in Steering.qpilots_u(jacobian='identity')."
         )
     for name, absent in (("num_candidates", 1), ("final_steps", 0)):
+        if name == "num_candidates" and candidates:
+            continue
         if getattr(steering, name) != absent:
             raise ValueError(
                 f"{owner}: Steering.{name} is {getattr(steering, name)}, which is about finished actions; expected "

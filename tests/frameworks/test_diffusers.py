@@ -6,6 +6,7 @@ import copy
 import pickle
 import runpy
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qpilots_fast import CriticEnsemble, Steering
+from qpilots_fast import CriticEnsemble, Steering, ops
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: make test-integrations")
 from qpilots_fast.integrations.diffusers import steer_scheduler  # noqa: E402
@@ -168,6 +169,35 @@ def test_flow_matching(grid):
     loop(windowed.set_obs(problem.obs.float()))
     inside = [0.3 <= 1 - sigma < 0.7 for sigma in sigmas[:K]]
     assert any(inside) and (windowed.info.gradient_norms > 0).all(1).tolist() == inside
+
+
+def test_another_solver_by_its_velocity():
+    """Heun's steps are diffusers', at steered velocities; the reference is Heun written out."""
+    problem = Problem()
+    scheduler = diffusers.FlowMatchHeunDiscreteScheduler(shift=2.0)
+    scheduler.set_timesteps(K)
+
+    def velocity(x: Tensor, sigma: float) -> Tensor:  # noise - action
+        return -problem.net(torch.cat([problem.obs, x, torch.full((B, 1), sigma, dtype=x.dtype)], -1))
+
+    x = problem.noise
+    for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas.tolist()):
+        u = ops.steer_velocity(
+            x, velocity(x, sigma), sigma, obs=problem.obs, critic=problem.critic, steering=STEERING,
+            convention="noise_at_one",
+        )  # fmt: skip
+        x = scheduler.step(u, timestep, x).prev_sample
+
+    def steered(x: Tensor, sigma: float) -> Tensor:
+        v = -velocity(x, sigma)
+        return -problem.push(v, x + sigma * v)
+
+    want, grid = problem.noise, scheduler.sigmas.double().unique().flip(0).tolist()
+    for sigma, after in pairwise(grid):
+        first = steered(want, sigma)
+        there = want + (after - sigma) * first
+        want = want + (after - sigma) * ((first + steered(there, after)) / 2 if after else first)
+    torch.testing.assert_close(x, want, rtol=1e-5, atol=1e-5)
 
 
 MAKERS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import runpy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,13 @@ def chunk(policy: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return policy.predict_action_chunk(dict(batch), noise=noise())
 
 
-def written_out(policy: nn.Module, critic: Q, batch: dict[str, Tensor], steering: Steering, dims: list[int]) -> Tensor:
-    """Their loop, x <- x - u / K at tau = 1 - k / K, by their own denoise_step, recorded; its steering by autograd."""
+def written_out(
+    policy: nn.Module, critic: Q, batch: dict[str, Tensor], steering: Steering, dims: list[int], guide: Any = None
+) -> Tensor:
+    """Their loop, x <- x - u / K at tau = 1 - k / K, by their own denoise_step, recorded; its steering by autograd.
+
+    guide(x, tau, steered) makes the velocity out of the steered one of x, where there is more to it.
+    """
     recorded: dict[str, Any] = {}
     model, denoise = policy.model, policy.model.denoise_step
 
@@ -68,12 +74,11 @@ def written_out(policy: nn.Module, critic: Q, batch: dict[str, Tensor], steering
     model.denoise_step = record
     chunk(policy, batch)
     del model.denoise_step
-    x, count = noise(), 5
-    for k in range(count):
-        tau = 1 - k / count
-        at = x.clone().requires_grad_()
+
+    def steered(x: Tensor, tau: float, first: bool) -> Tensor:
+        at = x.detach().clone().requires_grad_()
         u = denoise(**{**recorded, "x_t": at, "timestep": torch.full((B,), tau)})
-        if k:
+        if not first:
             a = (at - tau * (u if steering.jacobian == "full" else u.detach()))[..., :REAL]
             q = critic(batch, a)
             (g,) = torch.autograd.grad((q.mean(0) - RHO * q.std(0, unbiased=False)).sum(), at)
@@ -82,7 +87,13 @@ def written_out(policy: nn.Module, critic: Q, batch: dict[str, Tensor], steering
             moving, g = (u * mask).flatten(1), (g * mask).flatten(1)
             push = ALPHA * moving.norm(dim=1, keepdim=True) / (g.norm(dim=1, keepdim=True) + 1e-8) * g
             u = u - push.reshape(u.shape)
-        x = (x - u / count).detach()
+        return u.detach()
+
+    x, count = noise(), 5
+    for k in range(count):
+        tau = 1 - k / count
+        velocity = partial(steered, tau=tau, first=k == 0)
+        x = (x - (velocity(x) if guide is None else guide(x, tau, velocity)) / count).detach()
     return x[..., :REAL]
 
 
@@ -154,6 +165,91 @@ def test_the_environment_s_units_bounds_and_windows(expert):
     handle.remove()
     assert (handle.info.gradient_norms > 0).all(1).tolist() == [False, False, True, True, False]
     assert len(seen) == 2 and max(a.abs().max() for a in seen) <= 0.1
+
+
+@pytest.mark.parametrize("jacobian", ["full", "identity"])
+def test_real_time_chunking(expert, jacobian, monkeypatch):
+    """LeRobot's own processor guides the steered velocity: what it gives for that velocity written out."""
+    from lerobot.policies.rtc.configuration_rtc import RTCConfig
+    from lerobot.policies.rtc.modeling_rtc import RTCProcessor
+
+    batch, critic, steering = policies.batch(B), Q(), replace(STEERING, jacobian=jacobian)
+    of_chunk = {"prev_chunk_left_over": torch.randn(B, 4, REAL), "inference_delay": 1, "execution_horizon": 3}
+    processor = RTCProcessor(RTCConfig(enabled=True, debug=True))
+    monkeypatch.setattr(expert.config, "rtc_config", processor.rtc_config)
+    monkeypatch.setattr(expert.model, "rtc_processor", processor)
+
+    def guided() -> Tensor:
+        return expert.predict_action_chunk(dict(batch), noise=noise(), **of_chunk)
+
+    plain = guided()
+    handle = steer(expert, critic, steering)
+    processor.reset_tracker()
+    got = guided()
+    tracked = [step for step in processor.get_all_debug_steps() if step.v_t is not None]
+    handle.remove()
+    assert torch.equal(guided(), plain) and len(tracked) == 5
+
+    def guide(x: Tensor, tau: float, steered: Any) -> Tensor:
+        return processor.denoise_step(x_t=x, time=tau, original_denoise_step_partial=steered, **of_chunk)
+
+    want = written_out(expert, critic, batch, steering, list(range(REAL)), guide)
+    torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4)
+    unguided = written_out(expert, critic, batch, steering, list(range(REAL)))
+    assert (got - plain).abs().max() > 1e-2 and (got - unguided).abs().max() > 1e-2
+
+
+def test_a_compiled_loop_runs_uncompiled_while_steered(expert):
+    batch, critic = policies.batch(B), Q()
+    handle = steer(expert, critic, STEERING)
+    want = chunk(expert, batch)
+    handle.remove()
+    calls: list[str] = []
+    compiled = torch.compile(expert.model.sample_actions, backend="eager")
+    expert.model.sample_actions = lambda *a, **k: (calls.append("compiled"), compiled(*a, **k))[1]
+    try:
+        handle = steer(expert, critic, STEERING)
+        assert torch.equal(chunk(expert, batch), want) and not calls
+        handle.remove()
+        plain = chunk(expert, batch)
+        assert calls == ["compiled"] and (plain - want).abs().max() > 1e-2
+    finally:
+        del expert.model.sample_actions
+
+
+def test_candidates_share_a_prefix(expert):
+    """Each row's best of four chunks; images and language are read once."""
+    batch, critic, starts = policies.batch(B), Q(), torch.randn(B, 4, CHUNK, PADDED)
+    handle = steer(expert, critic, STEERING)
+    each = [expert.predict_action_chunk(dict(batch), noise=starts[:, n]) for n in range(4)]
+    handle.remove()
+    q = torch.stack([critic(batch, one).mean(0) - RHO * critic(batch, one).std(0, unbiased=False) for one in each], 1)
+    want = torch.stack(each, 1)[torch.arange(B), q.argmax(1)]
+    assert len(set(q.argmax(1).tolist())) > 0 and q.argmax(1).any()
+
+    embedded: list[int] = []
+    embed = expert.model.embed_prefix
+    expert.model.embed_prefix = lambda *a, **k: (embedded.append(1), embed(*a, **k))[1]
+    try:
+        several = replace(STEERING, num_candidates=4, candidate_aggregation="pessimistic")
+        handle = steer(expert, critic, several)
+        got = expert.predict_action_chunk(dict(batch), noise=starts)
+        assert torch.equal(got, want) and embedded == [1]
+        assert handle.info.gradient_norms.shape == (5, B)
+        values = handle.info.q_values
+        torch.testing.assert_close(values.mean(0) - RHO * values.std(0, unbiased=False), q.max(1).values)
+        with torch.inference_mode():
+            drawn = expert.predict_action_chunk(dict(batch))
+        assert drawn.shape == got.shape and len(embedded) == 2
+        with pytest.raises(ValueError, match=r"noise has shape \[2, 6, 32\].*expected noise \[B, 4, C, D\]"):
+            chunk(expert, batch)
+        handle.remove()
+        handle = steer(expert, critic, Steering.best_of_n(4, aggregation="pessimistic"))  # an unsteered loop
+        expert.predict_action_chunk(dict(batch), noise=starts)
+        assert (handle.info.gradient_norms == 0).all()
+        handle.remove()
+    finally:
+        del expert.model.embed_prefix
 
 
 # ---------------------------------------------------------------- the diffusion policy
@@ -228,6 +324,20 @@ def test_refusals(expert):
         steer(expert, critic, STEERING)
     handle.remove()
     assert copy.deepcopy(expert) is not expert
+
+    def refusal(critic: Any, error: type[Exception], match: str) -> None:
+        handle = steer(expert, critic, STEERING)
+        with pytest.raises(error, match=match):
+            chunk(expert, policies.batch(B))
+        handle.remove()
+
+    def missing(batch: dict[str, Tensor], actions: Tensor) -> Tensor:
+        return critic({"observation.state": batch["observation.goal"]}, actions)
+
+    refusal(missing, KeyError, r"asks for 'observation.goal', and the batch .* has \['observation.state', ")
+    wide = CriticEnsemble(STATE, 7, 2, (8,))
+    one_step = lambda batch, actions: wide(batch["observation.state"], actions[:, 0])  # noqa: E731
+    refusal(one_step, ValueError, r"could not read actions \[2, 6, 4\]: .* a\[:, :5\]")
 
 
 def test_the_example_runs(capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import runpy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,10 @@ from qpilots_fast import CriticEnsemble, FlowMLP, SteeredSampler, Steering
 pytest.importorskip("torchrl", reason="torchrl is not installed: make test-integrations")
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
-from torchrl.collectors import Collector
+from torchrl.collectors import Collector, MultiAsyncCollector, MultiSyncCollector
 from torchrl.data import Bounded, Composite, Unbounded
-from torchrl.envs import EnvBase, SerialEnv
-from torchrl.modules import Actor, DiffusionActor, ValueOperator
+from torchrl.envs import EnvBase, InitTracker, SerialEnv, TransformedEnv
+from torchrl.modules import Actor, DiffusionActor, MultiStepActorWrapper, ValueOperator
 from torchrl.objectives import DDPGLoss, DiffusionBCLoss, TD3Loss
 
 from qpilots_fast.integrations.torchrl import SteeredPolicy, from_torchrl
@@ -31,14 +32,14 @@ SPEC = Bounded(-torch.ones(A), torch.ones(A), (A,))
 class Drift(EnvBase):
     """The state moves by its action; each step's noise is part of the observation."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, noise_shape: tuple[int, ...] = (A,)) -> None:
         super().__init__()
-        self.observation_spec = Composite(observation=Unbounded((S,)), noise=Unbounded((A,)))
+        self.observation_spec = Composite(observation=Unbounded((S,)), noise=Unbounded(noise_shape))
         self.action_spec, self.reward_spec = SPEC.clone(), Unbounded((1,))
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator, self.noise_shape = torch.Generator().manual_seed(seed), noise_shape
 
     def _seen(self) -> dict[str, Tensor]:
-        return {"observation": self.state.clone(), "noise": torch.randn(A, generator=self.generator)}
+        return {"observation": self.state.clone(), "noise": torch.randn(self.noise_shape, generator=self.generator)}
 
     def _reset(self, tensordict: TensorDict | None = None, **_: object) -> TensorDict:
         self.state = torch.randn(S, generator=self.generator)
@@ -78,6 +79,65 @@ def test_in_a_collector(num_envs):
         batches += 1
     assert batches == 2
     collector.shutdown()
+
+
+def actions_of(steered: SteeredSampler, data: TensorDict) -> Tensor:
+    """What the sampler makes of the observations and noise of a batch."""
+    rows = data.reshape(-1)
+    return steered(rows["observation"], rows["noise"])
+
+
+@pytest.mark.parametrize("kind", [MultiSyncCollector, MultiAsyncCollector])
+def test_workers_follow_the_weights(kind):
+    """Two processes. In step, the batch after an update comes of the new weights; else a worker may be ahead of it."""
+    steered = sampler()
+    collector = kind([Drift, partial(Drift, 1)], SteeredPolicy(steered), frames_per_batch=16, total_frames=64)
+    try:
+        batches = iter(collector)
+        first = next(batches)
+        torch.testing.assert_close(first.reshape(-1)["action"], actions_of(steered, first))
+        old = copy.deepcopy(steered)
+        with torch.no_grad():
+            for parameter in steered.parameters():
+                parameter.mul_(1.3)
+        collector.update_policy_weights_()
+        later = [data.clone() for data in batches]
+    finally:
+        collector.shutdown()
+    assert len(later) == 3
+    for data in later if kind is MultiSyncCollector else later[-1:]:
+        torch.testing.assert_close(data.reshape(-1)["action"], actions_of(steered, data))
+        assert (actions_of(old, data) - actions_of(steered, data)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("settings", [{"backend": "eager"}, {"backend": "aot_eager"}])
+def test_a_compiled_policy(settings):
+    steered = sampler()
+    collector = Collector(Drift(), SteeredPolicy(steered), frames_per_batch=4, total_frames=12, compile_policy=settings)
+    for data in collector:
+        torch.testing.assert_close(data["action"], actions_of(steered, data))
+        with torch.no_grad():
+            for parameter in steered.parameters():
+                parameter.mul_(1.3)
+    collector.shutdown()
+
+
+@pytest.mark.parametrize("replan", [None, 2])
+def test_chunks_are_executed_step_by_step(replan):
+    """MultiStepActorWrapper asks for a chunk [C, A], and takes an action a step of it."""
+    steps, every = 4, replan or 4
+    flow, critic = FlowMLP(S, steps * A, (16,)), CriticEnsemble(S, steps * A, 3, (16,))
+    steered = SteeredSampler(
+        flow, critic, Steering.qpilots_u(0.5), num_steps=4, chunk_shape=(steps, A), action_low=-1.0, action_high=1.0
+    )
+    policy = MultiStepActorWrapper(SteeredPolicy(steered), n_steps=steps, replan_interval=replan)
+    env = TransformedEnv(SerialEnv(2, [partial(Drift, seed, (steps, A)) for seed in range(2)]), InitTracker())
+    data = env.rollout(2 * steps, policy)
+    assert data["action"].shape == (2, 2 * steps, A)
+    for k in range(2 * steps):
+        asked = k - k % every
+        want = steered(data["observation"][:, asked], data["noise"][:, asked])[:, k - asked]
+        torch.testing.assert_close(data["action"][:, k], want)
 
 
 def test_any_batch_size_keys_and_the_way_of_calling():
@@ -211,6 +271,19 @@ def test_a_diffusion_actor(of_loss):
     with torch.no_grad():
         ddpm.score_network[0].weight.mul_(2.0)
     assert not torch.allclose(steered(obs, x), before)
+
+
+def test_a_diffusion_actor_collects_steered():
+    actor = DiffusionActor(action_dim=A, obs_dim=S, num_steps=20, beta_end=0.3)
+    made = from_torchrl(DiffusionBCLoss(actor), critic=losses()[0])
+    steered = SteeredSampler(made.flow, made.critic, Steering.qpilots_u(0.5), num_steps=4)
+    base = SteeredSampler(made.flow, None, Steering.unsteered(), num_steps=4)
+    collector = Collector(Drift(), SteeredPolicy(steered), frames_per_batch=6, total_frames=6)
+    (data,) = list(collector)
+    collector.shutdown()
+    torch.testing.assert_close(data["action"], actions_of(steered, data))
+    q = lambda actions: made.critic(data["observation"], actions).mean()  # noqa: E731
+    assert q(data["action"]) > q(actions_of(base, data))
 
 
 def test_network_refusals():
