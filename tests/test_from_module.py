@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qpilots_fast import CriticEnsemble, FlowMLP, MetaFlowMap, SteeredSampler, Steering, ops
+from qpilots_fast import CriticEnsemble, FlowMLP, MetaFlowMap, SteeredSampler, Steering, as_flow, ops
 from qpilots_fast.backends import unavailable_reason
 from qpilots_fast.from_module import from_module
 from qpilots_fast.objectives import td_loss
@@ -819,6 +819,23 @@ def test_refused_members_that_differ():
         from_module(members, "critic", **DIMS)
     with pytest.raises(ValueError, match=r"the activation or .* differs .*gelu, relu"):
         from_module([mlp(S + A, 1, H), mlp(S + A, 1, H, act=nn.GELU)], "critic", **DIMS)
+
+
+def test_an_encoder_tells_the_width_of_obs():
+    """Its first Linear reads obs alone; and where no width fits, the error asks for them."""
+
+    class Encoded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.Sequential(nn.Linear(11, 24), nn.ReLU(), nn.LayerNorm(24))
+            self.net = nn.Sequential(nn.Linear(24 + 3 + 1, 16), nn.Tanh(), nn.Linear(16, 3))
+
+        def forward(self, obs, noisy_actions, t):
+            return self.net(torch.cat([self.encoder(obs), noisy_actions, t], -1))
+
+    assert (spec := from_module(Encoded(), "flow").spec).obs_dim == 11 and spec.action_dim == 3
+    with pytest.raises(ValueError, match="give the hints obs_dim and action_dim where it has other widths"):
+        from_module(as_flow(Encoded(), call=lambda module, obs, x, t: module(obs[:, :9], x, t)), "flow")
 
 
 def test_wrong_arguments():

@@ -277,8 +277,11 @@ def _recognise(probe: nn.Module, kind: str, hints: dict[str, Any], dtype: torch.
             check_repeats(probe, call, blocks)
             found = _from_operations(refusal, probe, kind, dims, call, hints, generator)
         return replace(found, modes=followed_modes(probe, call, found.layout, blocks))
-    asks = "" if hints.get("call") is not None else " (give the hint call where it takes other arguments)"
-    raise NotCallable("it could not be called: " + "; ".join(reasons[:3]) + asks, hint="call" * bool(asks))
+    asks = [] if hints.get("call") is not None else ["the hint call where it takes other arguments"]
+    if len(dims_to_try(probe, kind, hints)) > 1:  # guesses
+        asks.insert(0, "the hints obs_dim and action_dim where it has other widths")
+    tried = "; ".join(reasons[:3]) + (f" (give {', '.join(asks)})" if asks else "")
+    raise NotCallable(f"it could not be called: {tried}", hint="call" if asks else "")
 
 
 def _from_operations(

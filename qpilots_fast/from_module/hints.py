@@ -142,6 +142,8 @@ def dims_to_try(module: nn.Module, kind: str, hints: dict[str, Any]) -> list[tup
     features = dict.fromkeys([*(n_times * w for w in widths), *([] if embedding else made)])
     left = dict.fromkeys(reads - n_actions * action_dim - f for reads in read for f in features)
     found = [(rest, action_dim) for rest in left if rest > 0 and obs_dim in (None, rest)][:_MOST_DIMS]
+    if obs_dim is None and (width, action_dim) not in found:
+        found.append((width, action_dim))  # an encoder's first Linear reads obs alone
     if not found:
         what = "none for obs" if obs_dim is None else f"other than obs_dim={obs_dim} for obs"
         raise Refused(
