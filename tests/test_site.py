@@ -86,6 +86,12 @@ def test_the_api_pages_show_everything_public():
     assert {"FlowMLP", "CriticEnsemble"} <= names and hasattr(networks, "FlowMLP")
 
 
+def test_every_page_is_in_the_navigation():
+    named = set(re.findall(r"^ +- [^:]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert pages | {"README.md", "CONTRIBUTING.md", "CHANGELOG.md"} == named
+
+
 @pytest.mark.skipif(find_spec("mkdocs") is None, reason="`make docs` installs MkDocs")
 def test_the_site_builds_without_a_warning(tmp_path: Path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
