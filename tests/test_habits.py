@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
+
+import pytest
 
 import qpilots_fast
 
@@ -40,3 +45,14 @@ def test_the_version_has_a_section_of_the_changelog():
     )
     released = [(version, date) for version, date in headings if version != "Unreleased"]
     assert released and released[0][0] == qpilots_fast.__version__ and all(date for _, date in released)
+
+
+def test_the_source_archive_holds_what_a_build_needs(tmp_path: Path):
+    """Without the native sources it would install as pure Python, and say nothing."""
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert len(sources) > 50 and sources | {"CMakeLists.txt", "setup.py", "pyproject.toml"} <= names
