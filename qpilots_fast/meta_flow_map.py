@@ -64,10 +64,10 @@ def meta_flow_map_loss(
     flow's `glass_velocity` and sg the stop-gradient, the loss is diagonal_weight * diagonal + consistency_weight *
     consistency:
 
-    diagonal:     || vhat(s, s, xbar_s) - sg[w(s, xbar_s)] ||^2,  s ~ U(0, 1)
-    consistency:  || vhat(s, u, xbar_s) - sg[target] ||^2,  s <= u two sorted uniforms
-      eulerian:   target = w + (u-s) d vhat(s, u, xbar_s), the derivative along (ds, du, dxbar) = (1, 0, w)
-      semigroup:  target = c vhat(s, r, xbar_s) + (1-c) vhat(r, u, X_{s,r}(xbar_s)),  r = s + c (u-s), c ~ U(0, 1)
+        diagonal:     || vhat(s, s, xbar_s) - sg[w(s, xbar_s)] ||^2,  s ~ U(0, 1)
+        consistency:  || vhat(s, u, xbar_s) - sg[target] ||^2,  s <= u two sorted uniforms
+          eulerian:   target = w + (u-s) d vhat(s, u, xbar_s), the derivative along (ds, du, dxbar) = (1, 0, w)
+          semigroup:  target = c vhat(s, r, xbar_s) + (1-c) vhat(r, u, X_{s,r}(xbar_s)),  r = s + c (u-s), c ~ U(0, 1)
 
     Both consistencies have the same solution. The Eulerian one needs forward-mode derivatives of the network
     (torch.func.jvp) and is awkward with sinusoidal times, whose derivative is of order 1e4: prefer "semigroup" there.

@@ -226,8 +226,8 @@ def iql_loss(
 ) -> IQLLosses:  # fmt: skip
     """Implicit Q-learning (arXiv 2110.06169): an upper expectile of Qbar over the data's actions stands for the max.
 
-    value:  mean_b |expectile - 1[u < 0]| u^2,  u = Qbar'(obs, actions) - V(obs)
-    critic: mean_j,b (Q_j(obs, actions) - [rewards + discounts * V(next_obs)])^2
+        value:  mean_b |expectile - 1[u < 0]| u^2,  u = Qbar'(obs, actions) - V(obs)
+        critic: mean_j,b (Q_j(obs, actions) - [rewards + discounts * V(next_obs)])^2
 
     No action is sampled, so training costs no sampler call (QGF trains its critics this way).
 

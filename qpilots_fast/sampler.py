@@ -134,6 +134,9 @@ class SteeredSampler(SamplerState):
     ) -> Tensor | tuple[Tensor, SampleInfo]:
         """Samples one action per observation; not tracked by autograd.
 
+        B stands for obs's leading dimensions. float64 obs and noise are cast to float32 unless networks or precision
+        are float64.
+
         Args:
             obs: [B, S], or [S] for one, or [B, T, S] and so on, as a tensor or numpy array; any object where flow and
                 critic are callables that read it (then noise gives B and A).
@@ -146,11 +149,10 @@ class SteeredSampler(SamplerState):
             seeds: B integers, or B CPU generators, in place of generator: what row i draws (on the CPU) follows from
                 its seed alone, in any batch and on any device. Beside noise, for posterior_noise alone.
             alpha: [B] >= 0, the strength of each row in place of Steering.alpha: a sweep in one batch.
-        float64 obs and noise are cast to float32 unless networks or precision are float64. B: obs's leading dimensions.
 
         Returns:
-            actions in [action_low, action_high], of noise's shape, or (actions, SampleInfo). Where noise is drawn:
-            [B, A], or [B, C, D] with a chunk_shape.
+            actions in [action_low, action_high], of noise's shape (where noise is drawn, [B, A], or [B, C, D] with a
+            chunk_shape), or (actions, SampleInfo).
 
         Raises:
             ValueError, TypeError: wrong shapes, dtypes, devices, or non-finite obs or noise.
@@ -190,8 +192,15 @@ class SteeredSampler(SamplerState):
     def act(self, obs: Any, seeds: Seeds | None = None) -> np.ndarray:
         """What an environment loop calls: actions as a float32 array, not tracked by autograd.
 
-        obs is as in a call ([S], [B, S] or more), an array, or a tensor on any device; seeds one integer for each
-        observation, [s] for one. Returns [A] for one observation, [B, A] for B; chunks where a chunk_shape says so.
+        Args:
+            obs: as in a call ([S], [B, S] or more), an array, or a tensor on any device.
+            seeds: one integer for each observation, [s] for one.
+
+        Returns:
+            [A] for one observation, [B, A] for B; chunks where a chunk_shape says so.
+
+        Raises:
+            ValueError, TypeError: as a call.
         """
         device = self._device()
 

@@ -52,18 +52,19 @@ def from_module(module: nn.Module | Sequence[nn.Module], kind: str = "flow", **h
             [E, B, 1], [B, 1], [B], or a list of these last.
         kind: "flow", "critic" or "meta_flow_map".
         hints: what the numbers cannot tell, or what shortens the search:
-            obs_dim, action_dim: the widths (read from attributes of that name, or inferred for flows, where absent).
-            call: (module, *blocks) -> output, for another argument order or output; blocks as above, times [B, 1].
-            output: the part of what it returns that is the output: a key, an attribute's name, or a function of it.
-            input_order: of the blocks "obs", "actions" | "noisy_actions", "xbar", "t", "s", "u" among the columns.
-            time_embedding, time_embedding_dim: "raw", "sinusoidal" or "fourier", and its width.
-            like, observation_space, action_space: a packed network, or gymnasium's Boxes, that tell the widths.
-            chunk_shape: (C, D) where the module takes actions as [B, C, D]; the result takes [B, A], A = C D.
-            obs: a function of the call's obs; the module is shown what it returns. Asked once a call.
-            dims, action_scale, action_shift: the critic is shown actions[:, dims] * scale + shift, of the flow's
-                actions; tensors are read at each call.
-            activation, layer_norm, layer_norm_eps: for modules that hold plain tensors.
-            weights, biases, norm_weights, norm_biases: for these, per layer, dotted names or the tensors themselves.
+
+            - obs_dim, action_dim: the widths (read from attributes of that name, or inferred for flows, where absent).
+            - call: (module, *blocks) -> output, for another argument order or output; blocks as above, times [B, 1].
+            - output: the part of what it returns that is the output: a key, an attribute's name, or a function of it.
+            - input_order: of the blocks "obs", "actions" | "noisy_actions", "xbar", "t", "s", "u" among the columns.
+            - time_embedding, time_embedding_dim: "raw", "sinusoidal" or "fourier", and its width.
+            - like, observation_space, action_space: a packed network, or gymnasium's Boxes, that tell the widths.
+            - chunk_shape: (C, D) where the module takes actions as [B, C, D]; the result takes [B, A], A = C D.
+            - obs: a function of the call's obs; the module is shown what it returns. Asked once a call.
+            - dims, action_scale, action_shift: the critic is shown actions[:, dims] * scale + shift, of the flow's
+              actions; tensors are read at each call.
+            - activation, layer_norm, layer_norm_eps: for modules that hold plain tensors.
+            - weights, biases, norm_weights, norm_biases: for these, per layer, dotted names or the tensors themselves.
 
     Returns:
         A PackableNetwork; pass it to SteeredSampler.
