@@ -83,6 +83,8 @@ def module_slots(module: nn.Module, parameters: bool = True) -> Slots:
     slots: Slots = []
     for part in module.modules():
         for owner in (part._modules, part._parameters) if parameters else (part._modules,):
+            if not isinstance(owner, dict):  # of a scripted module, in which nothing can be replaced
+                continue
             slots += [(owner, name, value) for name, value in owner.items()]
             slots.append((owner, None, len(owner)))
     return slots

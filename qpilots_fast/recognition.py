@@ -20,7 +20,7 @@ from .callables import is_list, name_of, unwrapped
 from .from_module import ModuleNetwork, Recognition, cure_for, recognise
 from .from_module.calling import ACTIONS
 from .from_module.proof import batch_size_apart_from, random_blocks
-from .from_module.python_state import Fact, check_functions, check_objects, facts_read, hooks_of_all, surroundings
+from .from_module.python_state import check_functions, check_objects, hooks_of_all, surroundings
 from .from_module.random_states import kept_random_states
 from .from_module.refusal import NotCallable, Refused, first_line
 from .from_module.sources import part_at
@@ -50,7 +50,6 @@ class _Trial:
         structure: path, class and forward of every part, name and shape of every parameter, as they were.
         members: the module, or the modules of a list.
         cure: what to do about the reason, where a sampler cannot call the module as it is.
-        facts: plain attributes that the output depends on.
         count: of the module's trials.
         around: what its forward runs through beside itself.
     """
@@ -61,7 +60,6 @@ class _Trial:
     found: Recognition | None
     reason: str = ""
     cure: str = ""
-    facts: tuple[Fact, ...] = ()
     count: int = 1
     around: Slots = field(default_factory=list)
 
@@ -74,7 +72,8 @@ class _Trial:
             return False
         if not slots_hold(self.around):
             return False
-        return all(getattr(part_at(module, path), name, None) == value for path, name, value in self.facts)
+        facts = () if self.found is None else self.found.facts
+        return all(getattr(part_at(module, path), name, None) == value for path, name, value in facts)
 
 
 _trials: MutableMapping[nn.Module, list[_Trial]] = weakref.WeakKeyDictionary()  # by the first of the members
@@ -111,7 +110,6 @@ def _tried(module: nn.Module, kind: str, dims: Dims, chunk: tuple[int, int] | No
         if trial.asked == asked and trial.holds(module):
             return trial
     found, reason, cure, count = None, "", "", known[-1].count + 1 if known else 1
-    facts: tuple[Fact, ...] = ()
     around: Slots = []
     try:
         around = surroundings(module)
@@ -119,22 +117,18 @@ def _tried(module: nn.Module, kind: str, dims: Dims, chunk: tuple[int, int] | No
             raise Refused(f"it was edited {MOST_TRIALS} times since it was first tried")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a copy's
-            found, facts = _try(module, kind, dims, chunk)
+            found = _try(module, kind, dims, chunk)
     except Refused as refusal:
         reason, cure = str(refusal), refusal.cure
     except Exception as error:  # whatever a user's class does while it is copied or read
         reason = f"it could not be read ({type(error).__name__}: {first_line(error)})"
-    trial = _Trial(
-        asked, _structure(module), tuple(map(weakref.ref, members)), found, reason, cure, facts, count, around
-    )
+    trial = _Trial(asked, _structure(module), tuple(map(weakref.ref, members)), found, reason, cure, count, around)
     known.append(trial)
     del known[:-TRIALS_KEPT]
     return trial
 
 
-def _try(
-    module: nn.Module, kind: str, dims: Dims, chunk: tuple[int, int] | None
-) -> tuple[Recognition, tuple[Fact, ...]]:
+def _try(module: nn.Module, kind: str, dims: Dims, chunk: tuple[int, int] | None) -> Recognition:
     """Recognises a module that may change unseen in fewer ways than from_module lets through."""
     _check_tensors(module)
     hooked = _hooked(module)
@@ -155,7 +149,8 @@ def _try(
                 raise refusal from None
     with torch.no_grad(), torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.device("cpu"):
         with kept_random_states():
-            return found, _check_copy(probe, found)
+            _check_copy(probe, found)
+    return found
 
 
 def _recognised(module: nn.Module, kind: str, hints: dict[str, Any]) -> tuple[Recognition, nn.Module]:
@@ -183,8 +178,8 @@ def _check_tensors(module: nn.Module) -> None:
         raise Refused(f"it has {count / 1e6:.0f} million numbers, which are not copied for a proof unless asked for")
 
 
-def _check_copy(probe: nn.Module, found: Recognition) -> tuple[Fact, ...]:
-    """The plain attributes that the output depends on; raises Refused where it depends on more than can be watched."""
+def _check_copy(probe: nn.Module, found: Recognition) -> None:
+    """Raises Refused where the output depends on more than can be watched."""
     spec = found.spec
     generator = torch.Generator().manual_seed(0)
     named = random_blocks(
@@ -197,9 +192,7 @@ def _check_copy(probe: nn.Module, found: Recognition) -> tuple[Fact, ...]:
     def output() -> Tensor:
         return found.layout.apply(found.call(probe, list(named.values())))
 
-    facts = facts_read(probe, output)
     check_objects(probe, output)
-    return facts
 
 
 def _check_posterior_call(probe: nn.Module, found: Recognition, named: dict[str, Tensor]) -> None:
@@ -253,7 +246,7 @@ class OwnModule:
         self.network = self.trial.found.network(self.module)
         for part in self.module.modules():
             self.slots += [(hooks, None, 0) for hooks in (part._forward_hooks, part._forward_pre_hooks)]
-        for path, name, _ in self.trial.facts:
+        for path, name, _ in self.trial.found.facts:
             attributes = vars(part_at(self.module, path))
             self.slots.append((attributes, name, attributes[name]))
 

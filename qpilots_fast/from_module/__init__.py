@@ -22,6 +22,7 @@ from .explain import ModuleExplanation, explain_own, explain_packed
 from .hints import calls_to_try, check_hints, dims_to_try
 from .modules import ModuleNetwork, Recognition, dropouts
 from .proof import batch_size_apart_from, prove, random_blocks
+from .python_state import facts_read
 from .random_states import kept_random_states
 from .refusal import NotCallable, Refused, first_line
 from .sources import is_mapping, named_sources, randomise, submodule, unwrap_inside
@@ -242,12 +243,15 @@ def _copy_for_proof(module: nn.Module, dtype: torch.dtype, in_eval_mode: bool) -
 
 def _held(module: nn.Module, found: Recognition) -> Recognition:
     """What was found, as of the module itself, which must hold the parameters that its copy had after a call."""
-    for source in found.sources:
+    read = [(str(source), source.find) for source in found.sources]
+    if found.own is not None:
+        read += [(followed.name, followed.find) for followed in found.own.followed]
+    for name, find in read:
         try:
-            source.find(module)
+            find(module)
         except (AttributeError, KeyError, TypeError):
             raise Refused(
-                f"it has no {source} before its first call, which builds it",
+                f"it has no {name} before its first call, which builds it",
                 "Call the module once on a batch, and try again.",
             ) from None
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
@@ -277,12 +281,23 @@ def _recognise(probe: nn.Module, kind: str, hints: dict[str, Any], dtype: torch.
         except Refused as refusal:
             check_repeats(probe, call, blocks)
             found = _from_operations(refusal, probe, kind, dims, call, hints, generator)
-        return replace(found, modes=followed_modes(probe, call, found.layout, blocks))
+        return _with_state(probe, found, blocks)
     asks = [] if hints.get("call") is not None else ["the hint call where it takes other arguments"]
     if len(dims_to_try(probe, kind, hints)) > 1:  # guesses
         asks.insert(0, "the hints obs_dim and action_dim where it has other widths")
     tried = "; ".join(reasons[:3]) + (f" (give {', '.join(asks)})" if asks else "")
     raise NotCallable(f"it could not be called: {tried}", hint="call" if asks else "")
+
+
+def _with_state(probe: nn.Module, found: Recognition, blocks: Sequence[Tensor]) -> Recognition:
+    """With the modes and the plain attributes that the output follows."""
+
+    def output() -> Tensor:
+        return found.layout.apply(found.call(probe, blocks))
+
+    with torch.no_grad():
+        facts = facts_read(probe, output)
+    return replace(found, modes=followed_modes(probe, found.call, found.layout, blocks), facts=facts)
 
 
 def _from_operations(

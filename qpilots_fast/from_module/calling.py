@@ -161,11 +161,11 @@ def check_argument_order(module: nn.Module, kind: str, in_list: bool = False) ->
         return
     if kind == "meta_flow_map":
         return
-    taken = [
-        p
-        for p in inspect.signature(module.forward).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    try:
+        signature = inspect.signature(module.forward)
+    except ValueError:  # a scripted module's
+        return
+    taken = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     names = [p.name for p in taken]
     roles = [next((role for role, known in _ARGUMENT_NAMES.items() if n.lower() in known), None) for n in names]
     ranks = [list(_ARGUMENT_NAMES).index(role) for role in roles if role is not None]

@@ -16,12 +16,13 @@ class Applied(NamedTuple):
     """An operation of PyTorch's core on expressions.
 
     Args:
-        name: as "mul.Tensor".
+        name: as "mul.Tensor". output: which one, of an operation that gives several.
     """
 
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    output: int | None = None
 
 
 Expression = Source | Tensor | Applied
@@ -40,7 +41,8 @@ def evaluate(expression: Any, module: nn.Module, like: Tensor) -> Any:
             return args[0]
         kwargs = {name: value for name, value in expression.kwargs.items() if name not in _OF_A_DTYPE}
         packet, overload = expression.name.split(".")
-        return getattr(getattr(torch.ops.aten, packet), overload)(*args, **kwargs)
+        value = getattr(getattr(torch.ops.aten, packet), overload)(*args, **kwargs)
+        return value if expression.output is None else value[expression.output]
     if isinstance(expression, (list, tuple)):
         return [evaluate(entry, module, like) for entry in expression]
     return expression

@@ -13,6 +13,7 @@ from ..spec import BoundNetwork, NetworkSpec
 from .calling import OutputLayout, UserCall
 from .held import Held
 from .own_columns import ModuleColumns, OwnRecognition
+from .python_state import Fact
 from .sources import Source, part_at, submodule
 
 
@@ -26,6 +27,7 @@ class Recognition:
         call, layout: how it is called, and how its output is read.
         modes: (path, training) of all its parts, where its output follows these; empty where it does not.
         own: where spec.own_columns says that the module computes some.
+        facts: plain attributes of its parts that its output follows.
     """
 
     spec: NetworkSpec
@@ -34,6 +36,7 @@ class Recognition:
     layout: OutputLayout
     modes: tuple[tuple[str, bool], ...] = ()
     own: OwnRecognition | None = None
+    facts: tuple[Fact, ...] = ()
 
     def network(self, module: nn.Module) -> ModuleNetwork:
         """The module packed: a FlowModule, CriticModule or MetaFlowMapModule."""
@@ -64,7 +67,7 @@ class ModuleNetwork(PackableNetwork):
         self._layout = found.layout
         self._dropouts = dropouts(module)
         self._modes = [(part_at(module, path), training) for path, training in found.modes]
-        self._structure = _structure(module)
+        self._structure, self._facts = _structure(module), found.facts
         self._own = None if found.own is None else ModuleColumns(module, found.call, found.spec, found.own)
         self.training = module.training  # not self.train(): parts of the module may be in another mode
 
@@ -75,6 +78,9 @@ class ModuleNetwork(PackableNetwork):
             (layer.__dict__, name, getattr(layer, name)) for layer in self._dropouts for name in ("training", "p")
         ]
         modes += [(part.__dict__, "training", training) for part, training in self._modes]
+        for path, name, _ in self._facts:
+            attributes = vars(part_at(self.module, path))
+            modes.append((attributes, name, attributes.get(name)))
         return module_slots(self) + modes + ([] if self._own is None else self._own.slots())
 
     def mode_refusal(self) -> str | None:
@@ -103,6 +109,14 @@ class ModuleNetwork(PackableNetwork):
                 f"{type(self.module).__name__}.{edited} was {self._structure.get(edited, 'absent')} when from_module "
                 f"read the module, and is {now.get(edited, 'absent')} now; call from_module again."
             )
+        for path, name, then in self._facts:
+            value = getattr(part_at(self.module, path), name, None)
+            if value != then:
+                whole = ".".join(filter(None, (type(self.module).__name__, path, name)))
+                raise ValueError(
+                    f"{whole} was {then!r} when from_module read the module, and is {value!r} now; call from_module "
+                    "again, or give the sampler the module itself, which it reads anew where it changed."
+                )
         if self._own is None:
             return super().bound()
         places = [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in self._own.followed()]

@@ -53,6 +53,8 @@ def number_by_number(walk: Walk, operation: Operation) -> Tensor:
         return _beside_fixed(walk, operation, moving[0], fixed, shape)
     if not fixed and len(moving) == 2:
         return _beside_rows(walk, operation, moving, shape)
+    if not fixed:
+        return _of_several(walk, operation, moving)
     raise Refused(f"it has {shown(operation)}, of {len(moving)} rows and {len(fixed)} other tensors")
 
 
@@ -76,7 +78,8 @@ def _beside_fixed(walk: Walk, operation: Operation, moving: Tensor, fixed: list[
             continue
         follows = walk.known(tensor).follows
         if follows and follows <= {"t"}:
-            rows.states = [_film(walk, state, tensor, is_scale) for state in rows.states]
+            of = {"div": "reciprocal", "sub": "neg"}.get(name, "") if is_scale or sign > 0 else ""
+            rows.states = [_film(walk, state, Modulation(tensor, of), is_scale) for state in rows.states]
         elif follows:
             verb = "multiplied by" if is_scale else "added to"
             raise Refused(
@@ -90,10 +93,10 @@ def _beside_fixed(walk: Walk, operation: Operation, moving: Tensor, fixed: list[
     return codes
 
 
-def _film(walk: Walk, state: State, tensor: Tensor, is_scale: bool) -> State:
+def _film(walk: Walk, state: State, modulation: Modulation, is_scale: bool) -> State:
+    tensor = modulation.tensor
     if tensor.shape[:1] != (walk.batch,) or tensor.numel() not in (walk.batch, walk.batch * state.width):
         raise Refused(f"its hidden rows are modulated by a tensor {list(tensor.shape)}; expected [B, {state.width}]")
-    modulation = Modulation(tensor)
     if isinstance(state, Film) and not is_scale and state.shift is None:
         return Film(state.width, state.parents, state.scale, modulation)
     return Film(state.width, (state,), *((modulation, None) if is_scale else (None, modulation)))
@@ -156,6 +159,21 @@ def _beside_rows(walk: Walk, operation: Operation, moving: list[Tensor], shape: 
     if name == "add" and operation.kwargs.get("alpha", 1) != 1:
         raise Refused(f"{shown(operation)} has alpha={operation.kwargs['alpha']}")
     return walk.codes.spread(of, states)
+
+
+def _of_several(walk: Walk, operation: Operation, moving: list[Tensor]) -> Tensor:
+    """One function of several rows that are all functions of the same row: torch.where of it."""
+    rows = [walk.rows(tensor, shown(operation)) for tensor in moving]
+    first = rows[0]
+    states: list[State] = []
+    for group in zip(*(each.states for each in rows)):
+        if len({id(base_of(state)) for state in group}) > 1 or any(each.is_spread for each in rows):
+            raise Refused(f"its {shown(operation)} puts {len(rows)} rows together")
+        states.append(Pointwise(group[0].width, group, _function_of(operation, moving), operation.name))
+    same = all(torch.equal(r.which, first.which) and torch.equal(r.batch, first.batch) for r in rows)
+    if not same or len(states) < len(first.states):
+        raise Refused(f"its {shown(operation)} puts {len(rows)} rows together")
+    return walk.codes.spread(first, states)
 
 
 def _of_two(

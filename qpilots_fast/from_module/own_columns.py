@@ -25,6 +25,7 @@ from .layers import COLUMN_TOLERANCE, InputColumns, feature_tolerance
 from .recording import Place, read_at, undisturbed
 from .refusal import Refused, number
 from .sources import Source, named_sources, randomise, submodule
+from .states import MODULATED
 
 Columns = Callable[[dict[str, Tensor]], Tensor]  # the blocks -> what the first Linear reads
 
@@ -84,14 +85,18 @@ class Followed:
         part = submodule(module, self.path)
         return getattr(part, self.holder) if self.holder else vars(part)
 
+    def find(self, module: nn.Module) -> Tensor:
+        """The tensor as it is now."""
+        return self.place(module)[self.name]
+
 
 @dataclass(frozen=True)
 class FilmPlaces:
-    """Where a module makes the scale and the shift of one "film"; None: 1, and 0."""
+    """Where a module makes the scale and the shift of one "film", and the function of MODULATED; None: 1, and 0."""
 
     width: int
-    scale: Place | None
-    shift: Place | None
+    scale: tuple[Place, str] | None
+    shift: tuple[Place, str] | None
 
 
 @dataclass(frozen=True)
@@ -132,12 +137,14 @@ class ModuleColumns(OwnColumns):
         return self._block("t", len(t), t, t=t)
 
     def film(self, t: Tensor) -> Tensor:
-        places = [place for film in self._found.film for place in (film.scale, film.shift) if place is not None]
-        values = iter(read_at(places, self._module, self._call, self._blocks(len(t), t=t), self._compiled))
+        made = [part for film in self._found.film for part in (film.scale, film.shift) if part is not None]
+        values = iter(read_at([place for place, _ in made], self._module, self._call, self._blocks(len(t), t=t), self._compiled))
         parts = []
         for film in self._found.film:
-            for place, plain in ((film.scale, 1.0), (film.shift, 0.0)):
-                part = t.new_full((1, 1), plain) if place is None else next(values).reshape(len(t), -1).to(t)
+            for of, plain in ((film.scale, 1.0), (film.shift, 0.0)):
+                part = t.new_full((1, 1), plain)
+                if of is not None:
+                    part = MODULATED[of[1]](next(values)).reshape(len(t), -1).to(t)
                 parts.append(part.expand(len(t), film.width))
         return torch.cat(parts, 1)
 
@@ -147,7 +154,7 @@ class ModuleColumns(OwnColumns):
         return ahead - shift, shift
 
     def followed(self) -> list[Tensor]:
-        tensors = [f.place(self._module)[f.name] for f in self._found.followed]
+        tensors = [f.find(self._module) for f in self._found.followed]
         return [tensor.detach() for tensor in (*tensors, *self._call.tensors)]
 
     def slots(self) -> Slots:

@@ -19,15 +19,24 @@ from .sources import Source
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-5}  # relative, of a module in a dtype against ours in float64
 MOVING = {"flow": "noisy_actions", "critic": "actions", "meta_flow_map": "noisy_actions"}
 
+_NEAR_THE_ENDS = (0.0, 0.003, 0.997)  # among any times: where a clamp, a schedule or a branch would show
+# of all rows at once, as samplers ask: a forward may branch on the time of one row, or average over them
+_OF_ALL_ROWS = torch.tensor(
+    [[0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99]], dtype=torch.float32
+).T.double()
+
 
 def random_blocks(
     kind: str, dims: tuple[int, int], batch_size: int, generator: torch.Generator, scale: float = 1.0
 ) -> dict[str, Tensor]:
-    """The inputs of a kind, float64; times are float32 numbers in (0, 1), so that a cast inside changes nothing."""
+    """The inputs of a kind, float64; times are float32 numbers in [0, 1), so that a cast inside changes nothing."""
     named = {}
+    ends = torch.tensor(_NEAR_THE_ENDS, dtype=torch.float32)
     for name in BLOCKS_OF_KIND[kind]:
         if name in TIMES:
-            named[name] = torch.rand(batch_size, 1, generator=generator, dtype=torch.float32).double()
+            times = torch.rand(batch_size, 1, generator=generator, dtype=torch.float32)
+            times[: len(ends), 0] = ends.roll(TIMES.index(name))[:batch_size]
+            named[name] = times.double()
         else:
             width = dims[0] if name == "obs" else dims[1]
             named[name] = scale * torch.randn(batch_size, width, generator=generator, dtype=torch.float64)
@@ -57,20 +66,28 @@ def evaluate(network: ReferenceNetwork, named: dict[str, Tensor], columns: Tenso
     return network(spec.ordered(blocks))
 
 
-def _own_blocks(network: BoundNetwork, named: dict[str, Tensor], columns: Tensor) -> dict[str, Tensor]:
+def _own_blocks(
+    network: BoundNetwork, named: dict[str, Tensor], columns: Tensor, step: int | None
+) -> dict[str, Tensor]:
     """The blocks among the first layer's columns, where the module computes some of them.
 
-    columns: what its first Linear read, for the features of times that are not its own.
+    columns: what its first Linear read, for the features of times that are not its own. step: where all rows have one
+    time, which of _OF_ALL_ROWS: as backends do, all of these are asked in one call of the module.
     """
     spec = network.spec
     found = {**named, "obs": network.obs_input(named["obs"])}
     mapped = network.action_map(named["obs"])
     if mapped is not None:
         found["actions"] = mapped(named["actions"])
+    if spec.time_embedding == "module" or spec.film_dim:
+        times, count = (named["t"], len(columns)) if step is None else (_OF_ALL_ROWS, len(_OF_ALL_ROWS))
+        of_times = network.time_inputs(times, count, columns.device)
+        if step is not None:
+            of_times = {name: rows[step].expand(len(columns), -1) for name, rows in of_times.items()}
+        found |= of_times
     if spec.time_embedding == "module":
-        return found | network.time_inputs(named["t"], len(columns), columns.device)
-    film = {"film": network.own.film(named["t"])} if spec.film_dim and network.own is not None else {}
-    return found | film | {name: columns[:, spec.block_slices[name]] for name in TIMES if name in named}
+        return found
+    return found | {name: columns[:, spec.block_slices[name]] for name in TIMES if name in named}
 
 
 def to_module_output(spec: NetworkSpec, output: Tensor, named: dict[str, Tensor], layout: OutputLayout) -> Tensor:
@@ -99,25 +116,21 @@ def prove(
         module: a float64 copy of the user's module with random parameters.
         first_columns: function (named) -> the columns that the module's first Linear reads, where they are known:
             then the time features are compared apart, to the precision that the user computes them in.
-        scales: of the inputs, one a batch.
+        scales: of the inputs, one a batch; with all of SCALES also at single times.
         own: what the module computes of its columns, where it does; of this copy.
 
     Raises:
         Refused: with the numbers, where they differ.
     """
-    worst = 0.0
-    moving = MOVING[spec.kind]
     dims = (spec.obs_dim, spec.action_dim)
-    dtype = call.dtype or torch.float64
     with torch.no_grad():
         bound = replace(bind(spec, [source.find(module).double() for source in sources]), own=own)
         recognised = ReferenceNetwork(bound, torch.float64)
-    for offset, scale in enumerate(scales):
-        size = batch_size_apart_from(spec.num_members, offset)
-        named = random_blocks(spec.kind, dims, size, generator, scale)
+
+    def compare(named: dict[str, Tensor], where: str, step: int | None = None) -> float:
         if spec.time_embedding == "module":
             named |= {name: torch.full_like(named[name], at) for name, at in POSTERIOR_DRAW.items() if name in named}
-        leaf = named[moving].requires_grad_()
+        leaf = named[MOVING[spec.kind]].requires_grad_()
         with torch.enable_grad():
             theirs = layout.apply(call(module, list(named.values())))
         cotangent = torch.randn(theirs.shape, generator=generator, dtype=torch.float64)
@@ -127,7 +140,7 @@ def prove(
             if own is None or columns is None:
                 output, pullback = evaluate(recognised, named, columns)
             else:
-                output, pullback = recognised(spec.ordered(_own_blocks(bound, named, columns)))
+                output, pullback = recognised(spec.ordered(_own_blocks(bound, named, columns, step)))
             expected = to_module_output(spec, output, named, layout)
             d_output = cotangent.unsqueeze(-1) if spec.kind == "critic" else cotangent.unsqueeze(0)
             if spec.kind == "meta_flow_map" and not layout.is_velocity:
@@ -135,9 +148,22 @@ def prove(
             d_columns = pullback(d_output).sum(0)
             d_moving, mapped = d_columns[:, spec.moving_columns], bound.action_map(leaf)
             expected_grad = d_moving if mapped is None else mapped.pull_back(d_moving, spec.action_dim)
-        worst = max(worst, _compare("outputs", expected, theirs.detach(), scale, dtype))
+        dtype = call.dtype or torch.float64
         # that with respect to obs is none of a sampler's business: an encoder may run under no_grad, or in float32
-        worst = max(worst, _compare(f"gradient with respect to {moving}", expected_grad, their_grad, scale, dtype))
+        what = f"gradient with respect to {MOVING[spec.kind]}"
+        gap = _compare("outputs", expected, theirs.detach(), where, dtype)
+        return max(gap, _compare(what, expected_grad, their_grad, where, dtype))
+
+    worst = 0.0
+    for offset, scale in enumerate(scales):
+        size = batch_size_apart_from(spec.num_members, offset)
+        named = random_blocks(spec.kind, dims, size, generator, scale)
+        worst = max(worst, compare(named, f"random inputs of scale {scale:g}"))
+    if spec.kind != "critic" and len(scales) == len(SCALES):
+        for step, t in enumerate(_OF_ALL_ROWS.flatten().tolist()):
+            named = random_blocks(spec.kind, dims, batch_size_apart_from(spec.num_members), generator)
+            named["t"] = torch.full_like(named["t"], t)
+            worst = max(worst, compare(named, f"random inputs at t = {t:g}", step))
     return worst
 
 
@@ -148,7 +174,7 @@ def _gradient(output: Tensor, leaf: Tensor, cotangent: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if grad is None else grad
 
 
-def _compare(what: str, ours: Tensor, theirs: Tensor, scale: float, dtype: torch.dtype) -> float:
+def _compare(what: str, ours: Tensor, theirs: Tensor, where: str, dtype: torch.dtype) -> float:
     if ours.shape != theirs.shape:
         raise Refused(f"its {what} have shape {list(theirs.shape)}, expected {list(ours.shape)}")
     size = 1 + ours.abs().max().item()
@@ -156,7 +182,7 @@ def _compare(what: str, ours: Tensor, theirs: Tensor, scale: float, dtype: torch
     if not gap <= TOLERANCE[dtype]:
         raise Refused(
             f"its {what} differ from those of the recognised structure by {number(gap)} (relative, {_name(dtype)}; "
-            f"allowed {number(TOLERANCE[dtype])}) on random inputs of scale {scale:g}"
+            f"allowed {number(TOLERANCE[dtype])}) on {where}"
         )
     return gap
 

@@ -80,7 +80,7 @@ def proved(
     live = None
     if found.own is not None:
         live = ModuleColumns(probe, found.call, spec, found.own)
-        followed = _followed(probe, spec, columns_of, live, named, used, generator)
+        followed = _followed(probe, spec, columns_of, live, named, generator)
         own = replace(found.own, followed=followed)
         found, live = replace(found, own=own), ModuleColumns(probe, found.call, spec, own)
 
@@ -103,7 +103,7 @@ def proved(
 
 def _followed(
     probe: nn.Module, spec: NetworkSpec, columns_of: ColumnsOf, live: ModuleColumns, named: dict[str, Tensor],
-    used: set[int], generator: torch.Generator,
+    generator: torch.Generator,
 ) -> tuple:  # fmt: skip
     """What those of the module's own columns that are kept between calls follow."""
     kept = [columns for columns, own in (
@@ -118,4 +118,4 @@ def _followed(
         film = [live.film(named["t"])] if spec.film_dim else []
         return torch.cat([*(columns[:, part] for part in kept), *film], 1)
 
-    return followed_by(read, others(probe, used), generator)
+    return followed_by(read, others(probe, ()), generator)  # a layer of the trunk may make time features too

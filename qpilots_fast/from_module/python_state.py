@@ -217,13 +217,21 @@ def _first_changing(values: dict[str, Any], changing: tuple[type, ...], seen: se
 def facts_read(probe: nn.Module, output: Callable[[], Tensor]) -> tuple[Fact, ...]:
     """The plain attributes (numbers, strings, tuples of these) that the output follows, or may follow.
 
+    Of torch's own layers the numbers and names that they work with (eps, a slope): these are not tried one by one.
+
     Args:
         probe: a copy of the user's module; its attributes are changed and put back.
         output: calls it.
     """
     expected = output()
     numbers: list[Fact] = []
-    found: list[Fact] = []
+    found: list[Fact] = [
+        (path, name, value)
+        for path, part in probe.named_modules()
+        if type(part).__module__.startswith("torch.") and not isinstance(part, nn.modules.dropout._DropoutNd)
+        for name, value in vars(part).items()
+        if name not in _OF_ANY_MODULE and isinstance(value, (float, str))
+    ]
     for path, _, name, value in own_attributes(probe):
         if isinstance(value, (int, float)):  # bool too
             numbers.append((path, name, value))

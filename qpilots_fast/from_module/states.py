@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..row_ops import RowOp
@@ -42,9 +43,19 @@ class Given:
 
 @dataclass(eq=False)
 class Modulation:
-    """A tensor [B, width] or [B, 1] of the call that follows the flow time alone."""
+    """A function of a tensor [B, width] or [B, 1] of the call that follows the flow time alone.
+
+    Args:
+        function: of its numbers, of MODULATED.
+    """
 
     tensor: Tensor
+    function: str = ""
+
+
+MODULATED: dict[str, Callable[[Tensor], Tensor]] = {
+    "": torch.Tensor.detach, "neg": torch.neg, "reciprocal": torch.reciprocal,
+}  # fmt: skip
 
 
 @dataclass(eq=False)

@@ -179,13 +179,13 @@ def _randomise(probe: nn.Module, used: Sequence[Tensor], generator: torch.Genera
 
 
 def _film(recording: Recording, width: int, scale: Modulation | None, shift: Modulation | None) -> FilmPlaces:
-    def place(modulation: Modulation | None) -> Place | None:
+    def place(modulation: Modulation | None) -> tuple[Place, str] | None:
         if modulation is None:
             return None
         found = recording.place_of(modulation.tensor)
         if found is None:
             raise Refused("what modulates its hidden rows is made inside a function of torch")
-        return found
+        return found, modulation.function
 
     return FilmPlaces(width, place(scale), place(shift))
 

@@ -152,16 +152,18 @@ class Walk:
                     self._fixed[id(output)] = Fixed(follows, None, part)
                 return
         for output in outputs:
-            if follows or len(outputs) > 1:
-                self._fixed[id(output)] = Fixed(follows or frozenset(["what several operations give"]))
+            if follows:
+                self._fixed[id(output)] = Fixed(follows)
                 continue
             expressions = [self.expression(tensor) for tensor in tensors]
             if all(isinstance(e, Tensor) for e in expressions):
                 self._fixed[id(output)] = Fixed(follows, output.clone())
             else:
                 full = plain_name(operation)
-                args = self._as_expressions(operation.args)
-                self._fixed[id(output)] = Fixed(follows, Applied(full, args, self._as_expressions(operation.kwargs)))
+                args, kwargs = self._as_expressions(operation.args), self._as_expressions(operation.kwargs)
+                several = not isinstance(operation.output, Tensor)
+                which = next(i for i, made in enumerate(operation.output) if made is output) if several else None
+                self._fixed[id(output)] = Fixed(follows, Applied(full, args, kwargs, which))
 
     def _as_expressions(self, value: Any) -> Any:
         if isinstance(value, Tensor):
