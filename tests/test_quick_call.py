@@ -175,11 +175,54 @@ def test_networks_of_the_user_s_own(plain):
     next(module.parameters()).data.neg_()
     assert not torch.equal(sampler(*arguments), before)
     assert torch.equal(sampler(*arguments), general(sampler, *arguments))
+    assert sampler._run.quick("cpu") is not None
     if plain:
-        assert sampler._run.quick("cpu") is not None
         module.train()
         with pytest.raises(ValueError, match="training mode"):
             sampler(*arguments)
+
+
+class Categorical(nn.Module):
+    """Its support is the middle of a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(OBS + ACTION, 16), nn.ReLU(), nn.Linear(16, 5))
+        self.register_buffer("edges", torch.linspace(-3, 3, 7))
+
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        return self.net(torch.cat([obs, actions], -1)).softmax(-1) @ self.edges[1:-1]
+
+
+OF_BUFFERS: dict[str, Callable[[Categorical], object]] = {
+    "in place": lambda m: m.edges.mul_(-2),
+    "data": lambda m: setattr(m.edges, "data", m.edges.data * -2),
+    "another tensor": lambda m: setattr(m, "edges", -2 * m.edges),
+    "a slice of a longer one": lambda m: setattr(m, "edges", torch.linspace(9, -4, 20)[3:10]),
+    "one row of a matrix": lambda m: setattr(m, "edges", torch.linspace(9, -4, 14).view(2, 7)[1]),
+}
+
+
+@pytest.mark.parametrize("change", OF_BUFFERS.values(), ids=OF_BUFFERS)
+def test_views_of_buffers_are_seen(change):
+    torch.manual_seed(0)
+    module, flow, arguments = Categorical(), FlowMLP(OBS, ACTION, (16,)), inputs()
+
+    def sampler() -> SteeredSampler:
+        critic = from_module(module, kind="critic", obs_dim=OBS, action_dim=ACTION)
+        return SteeredSampler(flow, critic, Steering.qpilots_u(), num_steps=STEPS, backend="cpu")
+
+    ours = sampler()
+    before = ours(*arguments)
+    for _ in range(2):  # then what took its place, in place
+        spy = Spy(ours)
+        ours(*arguments)
+        assert spy.taken == 1
+        change(module)
+        after = ours(*arguments)
+        assert not torch.equal(after, before)
+        assert torch.equal(after, sampler()(*arguments))
+        change, before = OF_BUFFERS["in place"], after
 
 
 def _set(name: str, value: object) -> Callable[[list], None]:

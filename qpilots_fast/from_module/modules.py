@@ -72,16 +72,22 @@ class ModuleNetwork(PackableNetwork):
         self.training = module.training  # not self.train(): parts of the module may be in another mode
 
     def slots(self) -> Slots | None:
-        if not all(plain or (isinstance(s, Held) and s.is_constant) for _, s, plain in self._entries):
-            return None  # views are made anew at every call
-        modes: Slots = [
-            (layer.__dict__, name, getattr(layer, name)) for layer in self._dropouts for name in ("training", "p")
-        ]
-        modes += [(part.__dict__, "training", training) for part, training in self._modes]
+        slots = module_slots(self)
+        for _, source, plain in self._entries:
+            if isinstance(source, Held):
+                if not source.is_constant:
+                    return None  # computed anew at every call
+            elif source.keys:
+                return None  # a mapping may give another tensor at any call
+            elif not plain:  # a view stays while the tensor that it is of does
+                holder = source.holder(submodule(self.module, source.path))
+                slots.append((holder, source.name, holder[source.name]))
+        slots += [(layer.__dict__, name, getattr(layer, name)) for layer in self._dropouts for name in ("training", "p")]
+        slots += [(part.__dict__, "training", training) for part, training in self._modes]
         for path, name, _ in self._facts:
             attributes = vars(part_at(self.module, path))
-            modes.append((attributes, name, attributes.get(name)))
-        return module_slots(self) + modes + ([] if self._own is None else self._own.slots())
+            slots.append((attributes, name, attributes.get(name)))
+        return slots + ([] if self._own is None else self._own.slots())
 
     def mode_refusal(self) -> str | None:
         """Why the module, in the mode that it is in now, is not what the packed network computes; None where it is."""

@@ -58,14 +58,18 @@ class Source:
     def base(self, owner: Any) -> Tensor:
         """The user's own tensor; owner is the submodule at path."""
         if not self.keys:
-            for held in (owner._parameters, owner._buffers):
-                if held.get(self.name) is not None:
-                    return held[self.name]
-            return vars(owner)[self.name]  # a plain attribute
+            return self.holder(owner)[self.name]
         value = getattr(owner, self.name) if self.name else owner
         for key in self.keys:
             value = value[key]
         return value
+
+    def holder(self, owner: Any) -> dict[str, Tensor]:
+        """The dict that holds the tensor; of one that is in no mapping."""
+        for held in (owner._parameters, owner._buffers):
+            if held.get(self.name) is not None:
+                return held
+        return vars(owner)  # a plain attribute
 
     def resolve(self, owner: Any) -> Tensor:
         """The live tensor, as a view of the user's memory."""
