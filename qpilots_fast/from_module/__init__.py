@@ -197,12 +197,17 @@ def recognise(
 
 
 def _check_layers(module: nn.Module, in_eval_mode: bool) -> None:
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        raise Refused("it is scripted (torch.jit), so its parts cannot be read")
     dropping = [] if in_eval_mode else dropouts(module)
     for name, layer in module.named_modules():
         if layer.training and any(layer is dropout for dropout in dropping):
             raise Refused(f"{name} is {layer} in training mode, so its output is random; call .eval() or set p=0 first")
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            raise Refused(f"{name} is {type(layer).__name__}, which is not supported")
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training and not in_eval_mode:
+            raise Refused(
+                f"{name} is {type(layer).__name__} in training mode, so a row's output follows its batch; call .eval() "
+                "first"
+            )
     if any(tensor.is_meta for tensor in module.parameters()) and not named_sources(module):
         raise Refused("its parameters are on the meta device", "Give them values first: module.to_empty(device='cpu').")
     lazy = next((name for name, tensor in module.named_parameters() if is_lazy(tensor)), None)
@@ -314,7 +319,9 @@ def _from_operations(
     try:
         return from_operations(probe, kind, dims, call, hints, generator)
     except Refused as other:
-        both = type(refusal)(f"{refusal}; read operation by operation: {other}", refusal.cure, refusal.hint)
+        both = type(refusal)(
+            f"{refusal}; read operation by operation: {other}", refusal.cure, refusal.hint or other.hint
+        )
         both.where = refusal.where
         raise both from None
 

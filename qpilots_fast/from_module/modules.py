@@ -82,7 +82,9 @@ class ModuleNetwork(PackableNetwork):
             elif not plain:  # a view stays while the tensor that it is of does
                 holder = source.holder(submodule(self.module, source.path))
                 slots.append((holder, source.name, holder[source.name]))
-        slots += [(layer.__dict__, name, getattr(layer, name)) for layer in self._dropouts for name in ("training", "p")]
+        slots += [
+            (layer.__dict__, name, getattr(layer, name)) for layer in self._dropouts for name in ("training", "p")
+        ]
         slots += [(part.__dict__, "training", training) for part, training in self._modes]
         for path, name, _ in self._facts:
             attributes = vars(part_at(self.module, path))

@@ -138,7 +138,9 @@ class ModuleColumns(OwnColumns):
 
     def film(self, t: Tensor) -> Tensor:
         made = [part for film in self._found.film for part in (film.scale, film.shift) if part is not None]
-        values = iter(read_at([place for place, _ in made], self._module, self._call, self._blocks(len(t), t=t), self._compiled))
+        values = iter(
+            read_at([place for place, _ in made], self._module, self._call, self._blocks(len(t), t=t), self._compiled)
+        )
         parts = []
         for film in self._found.film:
             for of, plain in ((film.scale, 1.0), (film.shift, 0.0)):
@@ -247,7 +249,7 @@ def read_own_columns(columns: Columns, kind: str, named: dict[str, Tensor], gene
                 f"column {column} of what its first Linear reads follows {' and '.join(inputs)} together; a packed "
                 "network reads columns of one input each"
             )
-    runs = _runs([inputs[0] if inputs else "" for inputs in follows])
+    runs = _runs([inputs[0] if inputs else "" for inputs in follows], has_times="t" in named)
     absent = [group[0] for group in groups if group[0] not in runs]
     if moving in absent or "xbar" in absent:
         raise Refused(f"its first Linear reads no columns of {moving if moving in absent else 'xbar'}")
@@ -305,8 +307,11 @@ def _another(name: str, block: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(block.shape, generator=generator, dtype=torch.float64).to(block.dtype)
 
 
-def _runs(follows: Sequence[str]) -> dict[str, slice]:
-    """The columns of each input; constant ones (followed by nothing) go with the times or obs beside them."""
+def _runs(follows: Sequence[str], has_times: bool) -> dict[str, slice]:
+    """The columns of each input; constant ones (which follow nothing) go with the times or obs beside them.
+
+    has_times: whether the network is given times; where no column follows these, constant ones stand in their place.
+    """
     runs: list[list[Any]] = []  # input, first column, end
     for name, group in groupby(enumerate(follows), key=lambda entry: entry[1]):
         places = [place for place, _ in group]
@@ -320,6 +325,8 @@ def _runs(follows: Sequence[str]) -> dict[str, slice]:
             else:
                 joined.append(run)
         runs = joined
+    if has_times and not any(run[0] == "t" for run in runs):
+        runs = [["t", *run[1:]] if not run[0] else run for run in runs]
     lonely = next((run for run in runs if not run[0]), None)
     if lonely is not None:
         raise Refused(

@@ -27,7 +27,8 @@ from .states import Modulation
 from .walk import Walk
 from .whole_rows import HANDLERS
 
-# of one Linear whose outputs are taken as members: more look like the atoms of a distribution; numbers cannot tell
+# Columns of one Linear that are taken as members; numbers cannot tell them from the atoms of a distribution. As a
+# rule ensembles have 2 to 20 members, and distributions 51 or 101 atoms.
 _MOST_HEADS = 20
 
 
@@ -107,7 +108,8 @@ def _members(
         if len(rows.states) != 1 or not torch.equal(rows.batch, torch.arange(walk.batch)):
             raise Refused("its output is in an order that is not followed")
         members.append(layers_of(rows.states[0]))
-    _check_heads(walk, codes)
+    if layout.of_critic == "batch_first":
+        _check_heads(walk, codes)
     return named, recording, walk, layout, members
 
 
@@ -116,7 +118,8 @@ def _check_heads(walk: Walk, codes: Sequence[Tensor]) -> None:
     if len(rows) > _MOST_HEADS and len(set(map(id, rows))) == 1:
         raise Refused(
             f"its last Linear has {len(rows)} outputs, which could be the atoms of a distribution; heads of one Linear "
-            f"are taken as members up to {_MOST_HEADS}"
+            f"are taken as members up to {_MOST_HEADS}; of more, the hint output=lambda q: q.T says that they are members",
+            hint="output",
         )
 
 

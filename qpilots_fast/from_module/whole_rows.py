@@ -11,9 +11,10 @@ from torch import Tensor
 from ..row_ops import RowOp
 from ..spec import NetworkSpec
 from .codes import Weights
+from .held import Applied
 from .recording import Operation
 from .refusal import Refused
-from .states import Linear, Op, Operand, Sorted, State
+from .states import Affine, Linear, Op, Operand, Sorted, State
 from .walk import Walk, shown
 
 
@@ -122,6 +123,31 @@ def _norm(
     return walk.codes.spread(rows, [Op(state.width, (state,), op, *operands) for state in rows.states])
 
 
+def _batch_norm(walk: Walk, operation: Operation) -> Any:
+    """In eval mode: rows scaled and shifted by what the layer holds."""
+    given = _arguments(operation)
+    tensor, mean, var, eps = (given[name] for name in ("input", "running_mean", "running_var", "eps"))
+    if given.get("training") or mean is None or tensor.ndim != 2:
+        raise Refused(f"its {shown(operation)} normalises over the batch (a BatchNorm in training mode?)")
+    rows = walk.rows(tensor, shown(operation))
+    scale, value = (
+        Applied("rsqrt.default", (Applied("add.Scalar", (walk.expression(var), eps), {}),), {}),
+        (var + eps).rsqrt(),
+    )
+    if given["weight"] is not None:
+        scale, value = Applied("mul.Tensor", (scale, walk.expression(given["weight"])), {}), value * given["weight"]
+    moved, at = Applied("mul.Tensor", (walk.expression(mean), scale), {}), mean * value
+    shift, by = Applied("neg.default", (moved,), {}), -at
+    if given["bias"] is not None:
+        shift, by = Applied("sub.Tensor", (walk.expression(given["bias"]), moved), {}), given["bias"] - at
+    factors, terms = (
+        walk.codes.operand(walk.codes.of_tensor(Weights(expression, numbers)))
+        for expression, numbers in ((scale, value), (shift, by))
+    )
+    states: list[State] = [Affine(state.width, (state,), factors, terms) for state in rows.states]
+    return [walk.codes.spread(rows, states), *[None] * (len(operation.output) - 1)]
+
+
 def _softmax(walk: Walk, operation: Operation) -> Tensor:
     tensor, axis = operation.args[:2]
     rows = walk.rows(tensor, shown(operation))
@@ -189,6 +215,7 @@ HANDLERS = {
     **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "mv", "addmv"), _product),
     "native_layer_norm": _layer_norm,
     "_fused_rms_norm": _rms_norm,
+    **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"), _batch_norm),
     "_softmax": _softmax,
     "sort": _sort,
     "topk": _topk,

@@ -18,6 +18,8 @@ enum InputKind { QPILOTS_INPUT_KINDS(QPILOTS_ENUMERATOR) kInputKinds };
 
 inline constexpr int kMostNorms = 3;  // in one layer
 
+inline std::size_t round_up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
+
 // What is done to the rows of a hidden Linear: an activation with at most one LayerNorm, or a chain.
 struct HiddenShape {
   Activation activation = Activation::kGeluTanh;
