@@ -118,7 +118,7 @@ def _check_heads(walk: Walk, codes: Sequence[Tensor]) -> None:
     if len(rows) > _MOST_HEADS and len(set(map(id, rows))) == 1:
         raise Refused(
             f"its last Linear has {len(rows)} outputs, which could be the atoms of a distribution; heads of one Linear "
-            f"are taken as members up to {_MOST_HEADS}; of more, the hint output=lambda q: q.T says that they are members",
+            f"are taken as members up to {_MOST_HEADS}; of more the hint output=lambda q: q.T says that they are",
             hint="output",
         )
 

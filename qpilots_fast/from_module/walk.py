@@ -295,7 +295,10 @@ class Walk:
             raise Refused(f"{what} reads some rows of the batch alone")
         columns = values[order]
         if not torch.equal(columns[at], values) or (self.columns is not None and not _equal(self.columns, columns)):
-            raise Refused(f"{what} reads several different rows of its inputs for one of the batch (tokens?)")
+            raise Refused(
+                f"{what} reads several different rows of its inputs for one of the batch (tokens, "
+                "or inputs that are read again beside the network?)"
+            )
         if self.root is None:
             self.root, self.columns = Columns(width), columns
         return self.codes.of_state(self.root)[at].view(codes.shape)

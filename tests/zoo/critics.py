@@ -290,10 +290,6 @@ class AddedInputs(nn.Module):
 SYMEXP = "" if "symexp" in ACTIVATIONS else "no activation of the table"
 
 
-def crossq() -> nn.Module:
-    return Cat(nn.BatchNorm1d(S + A), nn.Linear(S + A, H), nn.ReLU(), nn.BatchNorm1d(H), nn.Linear(H, 1))
-
-
 def droq() -> nn.Module:
     layers = [nn.Linear(S + A, H), nn.Dropout(0.01), nn.LayerNorm(H), nn.ReLU()]
     return Cat(*layers, nn.Linear(H, H), nn.Dropout(0.01), nn.LayerNorm(H), nn.ReLU(), nn.Linear(H, 1)).eval()
@@ -318,7 +314,6 @@ CRITICS = (
     Entry("FQL", "Value", "critic", twice(plain(act=partial(nn.GELU, "tanh"), layers=4, norm="post"), stacks=True)),
     Entry("REDQ", "Mlp, ten members", "critic", twice(plain(), count=10)),
     Entry("DroQ", "Critic with dropout, in eval mode", "critic", twice(droq)),
-    Entry("CrossQ", "Critic", "critic", crossq, "BatchNorm"),
     Entry("D2RL", "QNetwork", "critic", Dense, "skip connection by concatenation"),
     Entry("BRO", "BroNet critic", "critic", twice(BroNet, stacks=True)),
     Entry("BRO", "BroNet, mean of quantiles", "critic",
