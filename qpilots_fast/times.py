@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
@@ -89,3 +90,8 @@ def glass_coefficients(t: Time, s: Time) -> GlassCoefficients[Time]:
         c_xbar=((1 - t) * (b - 1) - t * a) / total,
         c_v=(1 - t) / total,
     )
+
+
+def column_of(times: Sequence[float]) -> Tensor:
+    """Flow times as [len(times), 1], float64, CPU."""
+    return torch.tensor(times, dtype=torch.float64, device="cpu").reshape(-1, 1)
