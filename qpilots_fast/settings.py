@@ -15,7 +15,8 @@ from .bounds import check_bounds, read_bound
 from .callables import CriticList, has_forward, is_list, name_of, unwrapped
 from .critic_outputs import check_layout
 from .integers import as_int
-from .networks import JoinedCritics, PackableNetwork, are_alike
+from .joined_critics import JoinedCritics, are_alike
+from .networks import PackableNetwork
 from .spec import PRECISIONS
 from .steering import Steering
 

@@ -1,27 +1,39 @@
-"""The native CPU backend: plans and pointer tables for the compiled module; the maths is in csrc/cpu."""
+"""The native CPU backend: calls of the compiled module; the maths is in csrc/cpu."""
 
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..row_ops import ROW_OPS, Chain, RowOp, plain_layer
-from ..spec import BoundNetwork, BoundNetworks, NetworkSpec, NormParameters, RawSample, SamplerSpec, StepReport
+from ..spec import BoundNetwork, BoundNetworks, NetworkSpec, RawSample, SamplerSpec, StepReport
 from .base import Backend, Call, Footprint, QuickCall, Slots
 from .caches import Cache
 from .counts import count_flops
+from .cpu_plan import (
+    MOST_NORMS,
+    NO_OWN,
+    Own,
+    Plan,
+    asked_isa,
+    compute_own_rows,
+    input_kind,
+    is_norm,
+    make_plan,
+    memory_of,
+    network_handle,
+    obs_of,
+    sources_of,
+    weight_format,
+)
 from .native import (
-    DTYPES,
     INPUT_KINDS,
-    ISA_VARIABLE,
     PHASES,
     import_failure,
     load_module,
@@ -29,183 +41,8 @@ from .native import (
     read_weights_seconds,
     write_watch_refusal,
 )  # fmt: skip
-from .params import steering_params
 
-_DTYPE_CODES = {getattr(torch, name): code for code, name in enumerate(DTYPES)}
-_MOST_NORMS = 3  # of a layer, as in csrc/cpu/call/network.h
 _KEPT = 1024  # plans, and tables of parameters, beside those whose sampler or network is gone
-
-
-# ---------------------------------------------------------------- plans and pointer tables
-
-
-class _Plan(NamedTuple):
-    handle: Any  # _C.CpuPlan
-    networks: tuple[Any, Any, Any]  # _C.CpuNetwork of flow, critic, posterior; None where the call does not use it
-
-
-def _isa() -> str:
-    return os.environ.get(ISA_VARIABLE, "")
-
-
-def _input_kind(block: str) -> int:
-    return INPUT_KINDS.index("x" if block in ("noisy_actions", "actions") else block)
-
-
-def _format(precision: str, networks: Iterable[NetworkSpec]) -> str:
-    """The format of weights and operands: the precision, save where bfloat16 would lose a LayerNorm over two units.
-
-    Their normalised values are +-1 up to eps: rounded to bfloat16 they leave nothing of the derivative, and a norm
-    match makes that rounding the whole gradient (50 times torch's error in the actions; over 3 units as torch's).
-    """
-    layers = ((width, chain) for spec in networks for width, chain in zip(spec.hidden_dims, spec.row_chains))
-    return "float32" if any(width == 2 and any(map(_is_norm, chain)) for width, chain in layers) else precision
-
-
-def _is_norm(op: RowOp) -> bool:
-    return ROW_OPS[op.kind].has_weight
-
-
-def _hidden(chain: Chain) -> dict[str, Any]:
-    """A hidden layer as the native module takes it: an activation with at most one LayerNorm, or a chain."""
-    plain = plain_layer(chain)
-    if plain is None:
-        return {"chain": [(op.kind, op.name, list(op.numbers)) for op in chain]}
-    activation, placement, norm = plain
-    return {
-        "activation": activation,
-        "norm": placement,
-        "layer_norm_eps": 0.0 if norm is None else norm.numbers[0],
-    }
-
-
-@lru_cache(maxsize=256)
-def _network(spec: NetworkSpec, precision: str, isa: str) -> Any:
-    inputs = [(_input_kind(name), part.start, part.stop - part.start) for name, part in spec.block_slices.items()]
-    shape = {
-        "members": spec.num_members,
-        "widths": [*spec.hidden_dims, spec.output_dim],
-        "hidden": [_hidden(chain) for chain in spec.row_chains],
-        "scalar_head": spec.kind == "critic",
-        "inputs": inputs,
-    }
-    return load_module().cpu_network(shape, precision, isa)
-
-
-def _time_rows(spec: NetworkSpec, times: Sequence[float]) -> dict[str, np.ndarray]:
-    if spec.time_embedding == "module":  # of each call: OwnRows
-        return {block: np.zeros(0, np.float32) for block in ("t", "s", "u")}
-    return {block: rows.to(torch.float32).numpy() for block, rows in spec.time_rows(times).items()}
-
-
-@lru_cache(maxsize=64)
-def _plan(spec: SamplerSpec, isa: str) -> _Plan:
-    steering = spec.steering
-    weights = _format(spec.precision, spec.networks.values())
-    made = {name: _network(network, weights, isa) for name, network in spec.networks.items()}
-    flow, critic, posterior = (made.get(name) for name in ("flow", "critic", "posterior"))
-    fields = {
-        "flow": flow,
-        "critic": critic,
-        "posterior": posterior,
-        "steering": bytes(steering_params(steering)),
-        **{name: np.array(bound, np.float32) for name, bound in zip(("action_low", "action_high"), spec.box)},
-        "schedule": [tuple(step) for step in spec.schedule],
-        "glass": [(c.p_x, c.p_xbar, c.c_x, c.c_xbar, c.c_v) for row in spec.glass_table for c in row],
-        "obs_dim": spec.flow.obs_dim,
-        "action_dim": spec.flow.action_dim,
-        "steered_dims": None if steering.steered_dims is None else list(steering.steered_dims),
-        "own_obs": [n is not None and n.obs_columns is not None for n in (spec.flow, spec.critic, spec.posterior)],
-        "own_times": [n is not None and n.time_embedding == "module" for n in (spec.flow, spec.critic, spec.posterior)],
-        "action_columns": [] if spec.critic is None else list(spec.critic.action_columns or ()),
-        "flow_times": _time_rows(spec.flow, spec.flow_times)["t"],
-    }
-    if spec.posterior is not None:
-        fields |= {f"posterior_{block}": rows for block, rows in _time_rows(spec.posterior, spec.times).items()}
-    return _Plan(load_module().cpu_plan(fields), (flow, critic, posterior))
-
-
-def _table_entry(parameter: Tensor | None) -> tuple[int, int, int, int]:
-    """(address, row stride, column stride, dtype code) of a weight [out, in] or a vector [out]."""
-    if parameter is None:
-        return (0, 0, 0, 0)
-    if parameter.device.type != "cpu" or parameter.dtype not in _DTYPE_CODES:
-        raise ValueError(
-            f"backend 'cpu' got a parameter of {parameter.dtype} on {parameter.device}; expected a floating dtype on "
-            "the CPU. Move the networks with .to('cpu'), or use backend='auto'."
-        )
-    strides = parameter.stride()
-    return (parameter.data_ptr(), strides[0], strides[1] if len(strides) > 1 else 0, _DTYPE_CODES[parameter.dtype])
-
-
-def _sources(network: BoundNetwork, handle: Any) -> Any:
-    rows = []
-    for member in range(network.spec.num_members):
-        for layer in network.layers:
-            norms = [*layer.norms, *[NormParameters()] * _MOST_NORMS][:_MOST_NORMS]
-            vectors = (layer.bias, *(vector for norm in norms for vector in norm))
-            parts = [_table_entry(layer.weight[member])]
-            parts += [_table_entry(None if vector is None else vector[member]) for vector in vectors]
-            rows.append([value for part in parts for value in part])
-    # a GPU writes to pinned memory past the page tables of the CPU
-    pinned = any(weight.is_pinned() for layer in network.layers for weight in layer.weight)
-    watch = not pinned and write_watch_refusal() is None
-    return load_module().cpu_bind(handle, np.array(rows, dtype=np.int64), watch)
-
-
-# ---------------------------------------------------------------- columns that networks' own modules compute
-
-
-class _Own(NamedTuple):
-    """What a call reads of its networks' own columns: flow, critic, posterior.
-
-    Args:
-        rows: a _C.CpuOwnRows each, or None. obs: what makes each one's observations of the call's, or None.
-    """
-
-    rows: list[Any]
-    obs: list[Callable[[Tensor], Tensor] | None]
-
-    def __call__(self, obs: Tensor) -> list[Tensor | None]:
-        return [None if make is None else make(obs) for make in self.obs]
-
-
-_NO_OWN = _Own([], [None, None, None])
-
-
-def _memory(tensor: Tensor) -> tuple[int, int]:
-    """(address, bytes) of what a tensor reads."""
-    if not tensor.numel():
-        return (0, 0)
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-    needed = (last + 1) * tensor.element_size()
-    held = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
-    if tensor.device.type != "cpu" or held < needed:
-        raise ValueError(
-            f"backend 'cpu': a network's own columns follow a tensor {list(tensor.shape)} on {tensor.device} with "
-            f"{held} of its {needed} bytes; expected one on the CPU that has its memory."
-        )
-    return (tensor.data_ptr(), needed)
-
-
-def _own_obs(network: BoundNetwork) -> Callable[[Tensor], Tensor] | None:
-    if network.spec.obs_columns is None:
-        return None
-    return lambda obs: network.obs_input(obs).contiguous()
-
-
-def _compute_own_rows(network: BoundNetwork, times: Sequence[float]) -> tuple[np.ndarray, ...]:
-    """(times, scale, shift, film), float32; empty where the network has no own ones."""
-    nothing = np.zeros(0, np.float32)
-    is_own = network.spec.time_embedding == "module"
-    named = network.time_rows(times) if is_own or network.spec.film_dim else {}
-    rows, film = (
-        named[name].to(torch.float32).contiguous().numpy() if wanted else nothing
-        for name, wanted in (("t", is_own), ("film", network.spec.film_dim > 0))
-    )
-    mapped = network.action_map(torch.zeros(0, dtype=torch.float32, device=network.device))
-    maps = (nothing, nothing) if mapped is None else (mapped.scale.numpy(), mapped.shift.numpy())
-    return (rows, *maps, film)
 
 
 @lru_cache(maxsize=1)
@@ -236,7 +73,7 @@ class CpuBackend(Backend):
         if failure is not None:
             return failure
         try:
-            load_module().cpu_isa(_isa())
+            load_module().cpu_isa(asked_isa())
         except ValueError as error:
             return str(error)
         return None
@@ -245,9 +82,9 @@ class CpuBackend(Backend):
         return self.network_refusal(spec.precision, device)
 
     def structure_refusal(self, network: NetworkSpec) -> str | None:
-        most = max((sum(map(_is_norm, chain)) for chain in network.row_chains), default=0)
-        if most > _MOST_NORMS:
-            return f"a layer of the {network.kind} has {most} norms; it runs at most {_MOST_NORMS}"
+        most = max((sum(map(is_norm, chain)) for chain in network.row_chains), default=0)
+        if most > MOST_NORMS:
+            return f"a layer of the {network.kind} has {most} norms; it runs at most {MOST_NORMS}"
         return super().structure_refusal(network)
 
     def network_refusal(self, precision: str, device: torch.device) -> str | None:
@@ -255,11 +92,11 @@ class CpuBackend(Backend):
             return f"the tensors are on {device}, not on the CPU"
         return super().network_refusal(precision, device)
 
-    def _get_plan(self, spec: SamplerSpec) -> _Plan:
-        isa = _isa()
-        return self._plans.obtain(isa, lambda: _plan(spec, isa), owner=spec)
+    def _get_plan(self, spec: SamplerSpec) -> Plan:
+        isa = asked_isa()
+        return self._plans.obtain(isa, lambda: make_plan(spec, isa), owner=spec)
 
-    def _get_sources(self, plan: _Plan, networks: BoundNetworks) -> list[Any]:
+    def _get_sources(self, plan: Plan, networks: BoundNetworks) -> list[Any]:
         bound = (networks.flow, networks.critic, networks.posterior)
         return [
             None if handle is None or network is None else self._bind(network, handle)
@@ -267,22 +104,22 @@ class CpuBackend(Backend):
         ]
 
     def _bind(self, network: BoundNetwork, handle: Any) -> Any:
-        return self._tables.obtain(handle, lambda: _sources(network, handle), owner=network)
+        return self._tables.obtain(handle, lambda: sources_of(network, handle), owner=network)
 
     def pack(self, spec: SamplerSpec, networks: BoundNetworks) -> Any:
         plan = self._get_plan(spec)
         packed = load_module().cpu_pack(plan.handle, *self._get_sources(plan, networks), torch.get_num_threads())
         return plan, packed, self._get_own(spec, plan, networks, frozen=True)
 
-    def _get_own(self, spec: SamplerSpec, plan: _Plan, networks: BoundNetworks, frozen: bool = False) -> _Own:
+    def _get_own(self, spec: SamplerSpec, plan: Plan, networks: BoundNetworks, frozen: bool = False) -> Own:
         """The networks' own columns, the rows among them evaluated anew where what they follow changed.
 
         Args:
             frozen: from a copy of the modules as they are now, which nothing changes.
         """
         if spec.own_columns is None:
-            return _NO_OWN
-        found = _Own([], [])
+            return NO_OWN
+        found = Own([], [])
         times = {"flow": spec.flow_times, "critic": (), "posterior": spec.times}
         for name, times_of in times.items():
             network: BoundNetwork | None = getattr(networks, name) if name in spec.networks else None
@@ -291,20 +128,20 @@ class CpuBackend(Backend):
             else:
                 if frozen:
                     network = replace(network, own=copy.deepcopy(network.own))
-                rows, obs = self._own_rows(plan, network, name, times_of, frozen), _own_obs(network)
+                rows, obs = self._own_rows(plan, network, name, times_of, frozen), obs_of(network)
             found.rows.append(rows)
             found.obs.append(obs)
         return found
 
-    def _own_rows(self, plan: _Plan, network: BoundNetwork, name: str, times: Sequence[float], frozen: bool) -> Any:
+    def _own_rows(self, plan: Plan, network: BoundNetwork, name: str, times: Sequence[float], frozen: bool) -> Any:
         def make() -> Any:
             followed = [] if frozen or network.own is None else network.own.followed()
             watch = write_watch_refusal() is None and not any(tensor.is_pinned() for tensor in followed)
-            return load_module().CpuOwnRows([_memory(tensor) for tensor in followed], followed, watch)
+            return load_module().CpuOwnRows([memory_of(tensor) for tensor in followed], followed, watch)
 
         rows = make() if frozen else self._tables.obtain((plan.handle, name), make, owner=network)
         if not rows.current():
-            rows.refresh(partial(_compute_own_rows, network, times))
+            rows.refresh(partial(compute_own_rows, network, times))
         return rows
 
     def sample(self, call: Call) -> RawSample:
@@ -388,11 +225,11 @@ class CpuBackend(Backend):
         spec, batch = network.spec, blocks[0].shape[0]
         if batch == 0:
             return
-        handle = _network(spec, _format(precision, [spec]), _isa())
+        handle = network_handle(spec, weight_format(precision, [spec]), asked_isa())
         pointers = [0] * len(INPUT_KINDS)
         for name, block in zip(spec.input_order, blocks):
             _check(block, (batch, spec.block_dim(name)), name)
-            pointers[_input_kind(name)] = block.data_ptr()
+            pointers[input_kind(name)] = block.data_ptr()
         film = blocks[-1] if spec.film_dim else None
         if film is not None:
             _check(film, (batch, spec.film_dim), "film")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..callables import is_list, name_of, unwrapped
-from ..networks import JoinedCritics, PackableNetwork, are_alike
+from ..joined_critics import JoinedCritics, are_alike
+from ..networks import PackableNetwork
 from ..spec import KINDS, NetworkSpec
 from . import layers, stacked
 from .calling import SCALES, OutputLayout, UserCall, check_argument_order, read_layout

@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...spec import BoundNetwork, BoundNetworks, SamplerSpec, column_of
+from ...spec import BoundNetwork, BoundNetworks, SamplerSpec
+from ...times import column_of
 
 
 class OwnValues:
