@@ -697,8 +697,6 @@ class LearnedTime(nn.Module):
         (mlp(S + A, 1), "critic", "no hidden layer"),
         (nn.Sequential(nn.Linear(S + A, H), nn.BatchNorm1d(H), nn.ReLU(), nn.Linear(H, 1)), "critic", "BatchNorm1d"),
         (nn.Sequential(nn.Linear(S + A, H), nn.ReLU(), nn.Dropout(0.1), nn.Linear(H, 1)), "critic", "training mode"),
-        (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(S + A, H)), nn.ReLU(), nn.Linear(H, 1)),
-         "critic", "no registered parameter"),
         (Wrapped(Critic(), before=lambda o, a: (o, a.clamp(-1, 1))), "critic", r"actions: off by"),
         (Wrapped(Critic(), after=torch.sin), "critic", r"outputs differ .* by .*float64"),
         (Wrapped(Critic(), before=lambda o, a: (o, a.detach())), "critic", "gradient with respect to actions differ"),

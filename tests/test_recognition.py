@@ -573,7 +573,7 @@ EDITS = {
     "another activation": (lambda flow: setattr(flow.net, "1", nn.Mish()), True),
     "another width": (narrow, True),
     "other data": (narrow_data, False),  # its Linears still say the old widths
-    "weight norm": (lambda flow: nn.utils.parametrizations.weight_norm(flow.net[2]), False),
+    "weight norm": (lambda flow: nn.utils.parametrizations.weight_norm(flow.net[2]), True),
     "a layer more": (lambda flow: flow.net.append(nn.Tanh()), True),
     "an unknown layer": (lambda flow: flow.net.append(nn.Softsign()), False),
     "all layers": (lambda flow: setattr(flow, "net", mlp(S + A + 1, A, nn.ReLU)), True),
