@@ -20,7 +20,7 @@ from qpilots_fast import BackendUnavailable
 from qpilots_fast.backends import Call
 from qpilots_fast.backends.counts import network_macs
 from qpilots_fast.backends.triton import LaunchRow, LaunchTable, Tile, TritonBackend
-from qpilots_fast.backends.triton.counts import num_launches, workspace_bytes
+from qpilots_fast.backends.triton.counts import launch_counts, num_launches, programs, workspace_bytes
 from qpilots_fast.backends.triton.launch_table import TABLE
 from qpilots_fast.backends.triton.packing import NetworkLayout
 from qpilots_fast.backends.triton.plan import SamplerPlan
@@ -96,12 +96,23 @@ def test_every_precision_has_tiles_that_fit(precision: str) -> None:
     size = 2 if precision in ("bfloat16", "float16") else 4
     for sm in (80, 86, 90, 100, 120):
         tile = LaunchTable().tile("layer", precision, sm)
-        for one in (tile, tile.for_rows(1 << 20)):
+        for one in (tile.for_rows(rows) for rows in (1, *(rows for rows, _, _ in tile.larger))):
             shared = (one.block_b + one.block_n) * one.block_k * one.num_stages * size
             assert shared <= LIMITS[sm].shared_per_block
         ends = LaunchTable().tile("ends", precision, sm)
         # of what is in flight and what is multiplied, one stage is in registers
         assert (ends.block_b + 256) * ends.block_k * (ends.num_stages - 1) * size <= 99 << 10
+
+
+def test_programs_grow_with_the_rows_while_half_of_an_h100_is_full() -> None:
+    made = plan(Steering.qpilots_u())
+    sizes = []
+    for batch_size in (64, 128, 256, 640):
+        ((_, launches),) = programs(made, batch_size)
+        layer = [one for one in launches if one.name == "layer" and one.grid[2] == 10][-1]
+        sizes.append((layer.arguments["BLOCK_B"], layer.arguments["BLOCK_N"]))
+        assert launch_counts(layer, 2).programs >= 66
+    assert sizes == [(64, 64), (64, 128), (128, 128), (128, 256)]
 
 
 def test_packed_columns_do_not_overlap_and_hold_every_weight() -> None:

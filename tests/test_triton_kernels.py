@@ -47,7 +47,7 @@ def table(tile: Tile) -> LaunchTable:
 
 ONE_TILE = table(Tile(16, 64, 64, 1, 1))  # a layer of up to 64 columns in one product: the fastest here
 MANY_TILES = table(Tile(16, 16, 16, 1, 1))  # several column tiles and depth steps a layer
-LARGE_TILES = table(Tile(16, 16, 16, 1, 1, large_from=20, taller=2, wider=4))  # from 20 rows on, 32 by 64
+LARGE_TILES = table(Tile(16, 16, 16, 1, 1, larger=((20, 2, 4),)))  # from 20 rows on, 32 by 64
 
 
 def backend(rows: LaunchTable = ONE_TILE, chunk: int | None = None) -> TritonBackend:

@@ -69,12 +69,12 @@ def own_columns() -> None:
 FAULTS = {
     # LayerNorm folded into the weights above it, and its pull-back
     "the pull-back of a norm loses its mean": Fault(
-        "layers", "level = d_mean - mean * slope", "level = -mean * slope", post
+        "deltas", "level = -rstd * d_mean - mean * slope", "level = -mean * slope", post
     ),
     "the pull-back of a norm loses its spread": Fault(
-        "layers", "(level[:, None] + slope[:, None] * _activation(z, ACT))", "level[:, None]", post
+        "deltas", "(_activation(z, ACT) * slope[:, None] + level[:, None])", "level[:, None]", post
     ),
-    "a pre-norm's pull-back loses its spread": Fault("layers", " - xhat * d_spread[:, None])", ")", post_below_pre),
+    "a pre-norm's pull-back loses its spread": Fault("deltas", " - xhat * d_spread[:, None])", ")", post_below_pre),
     "no mean leaves a folded product": Fault(
         "layers", "(acc - mean[:, None] * tl.load(u_ptr", "(acc - 0.0 * tl.load(u_ptr", post
     ),
@@ -86,27 +86,26 @@ FAULTS = {
     ),
     # sums over a row, tile by tile
     "one column of the padding counts": Fault(
-        "layers", "within = (offs_n < width)[None, :]", "within = (offs_n <= width)[None, :]", u
+        "tiles", "tl.where((offs_n < WIDTH)[None, :]", "tl.where((offs_n <= WIDTH)[None, :]", u
     ),
-    "moments are merged without the means' distance": Fault("layers", " + delta * delta * share * before", "", post),
+    "moments are merged without the means' distance": Fault(
+        "tiles", "square += count * delta * delta", "square += 0.0 * delta", post
+    ),
     "the last tile weighs as much as the others": Fault(
-        "layers",
-        "count = tl.minimum(width - start, STAT_N).to(tl.float32)",
-        "count = tl.zeros_like(mean) + STAT_N",
-        post,
+        "tiles", "tl.minimum(WIDTH - start, STAT_N).to(tl.float32)", "tl.full((), STAT_N, tl.float32)", post
     ),
     "the second sum stays the first tile's": Fault(
-        "layers", "second += tl.load(sum_ptr + capacity + rows)", "second += 0.0", post
+        "deltas", "second += tl.load(sum_ptr + capacity + rows)", "second += 0.0", post
     ),
     "the halves of a tile are its even and odd columns": Fault(
-        "layers",
+        "tiles",
         "tl.split(tl.permute(parts, (0, 2, 1)))",
         "tl.split(tl.reshape(parts, (tile.shape[0], tile.shape[1] // 2, 2)))",
         post,
     ),
     # planes, chunks, rows
     "a plane's stride is the rows' number": Fault(
-        "layers",
+        "deltas",
         "    plane = (member * capacity + first_row) * H_PAD",
         "    plane = (member * num_rows + first_row) * H_PAD",
         u,
@@ -138,7 +137,7 @@ FAULTS = {
         "packing", "target + column + dim", "target + column + j", own_columns
     ),
     # cotangents, gradients, the update
-    "a scaled cotangent is not scaled back": Fault("layers", "acc *= _row_peak(", "acc += 0.0 * _row_peak(", u),
+    "a scaled cotangent is not scaled back": Fault("deltas", "acc *= _row_peak(", "acc += 0.0 * _row_peak(", u),
     "the weights of draws miss the tilt": Fault(
         "rows",
         "weight = tl.exp(tilt * own - tilt * peak) / total",

@@ -36,6 +36,11 @@ from .roofline import DEVICES, Device, cuda_seconds, triton_seconds
 # of an exchange, of a block's own work between two. Assumed: others measured 0.65 us for a counter's hop on an H100
 # (revollllt/flash-vla), and a word needs no fence; the work is an estimate from instruction counts
 _CUDA_LATENCIES = ((0.35e-6, 0.35e-6), (0.65e-6, 0.45e-6))
+# of a call in bfloat16 on an H100, in milliseconds by batch size: what this model is to come to
+_GOALS = {
+    "U": {64: 0.7, 256: 0.9, 1024: 1.6, 4096: 4.5},
+    "M": {64: 1.2, 256: 2.2, 1024: 5.0, 4096: 16.0},
+}
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 
 
@@ -173,8 +178,10 @@ def issue_table(names: tuple[str, ...], batches: tuple[int, ...], device: Device
                 counts = [(launch_counts(launch, plan.operand.itemsize), issued(launch)) for launch in launches]
                 total += times * sum(one.programs * one.warps * instructions for one, instructions in counts)
             bounds = [1e3 * triton_seconds(plan, batch, device, count) for count in (None, issued)]
-            rows.append((name, str(batch), f"{total / 1e9:.2f}", *(f"{ms:.2f}" for ms in bounds)))
-    return _table("method|B|warp instructions, G|flops and bytes, ms|and instructions, ms", rows)
+            goal = _GOALS.get(name, {}).get(batch)
+            reached = "-" if goal is None else f"{goal:.2f}{', missed' if bounds[-1] > goal else ''}"
+            rows.append((name, str(batch), f"{total / 1e9:.2f}", *(f"{ms:.2f}" for ms in bounds), reached))
+    return _table("method|B|warp instructions, G|flops and bytes, ms|and instructions, ms|goal, ms", rows)
 
 
 def cuda_table(names: tuple[str, ...], batches: tuple[int, ...]) -> str:

@@ -17,8 +17,8 @@ def _tanh_approx(x):
 @triton.jit
 def _activation(z, ACT: tl.constexpr):
     if ACT == "gelu_tanh_approx":
-        half = 0.5 * z
-        h = half + half * _tanh_approx(z * (0.7978845608028654 + 0.035677408136300125 * z * z))
+        # as in the derivative below, which shares what is in both
+        h = z * (0.5 + 0.5 * _tanh_approx(z * (0.7978845608028654 + 0.035677408136300125 * (z * z))))
     elif ACT == "silu_approx":
         half = 0.5 * z
         h = half + half * _tanh_approx(half)
@@ -71,9 +71,11 @@ def _activation(z, ACT: tl.constexpr):
 @triton.jit
 def _activation_derivative(z, ACT: tl.constexpr):
     if ACT == "gelu_tanh_approx":
-        half, square = 0.5 * z, z * z
-        t = _tanh_approx(z * (0.7978845608028654 + 0.035677408136300125 * z * z))
-        d = 0.5 + 0.5 * t + half * (1.0 - t * t) * (0.7978845608028654 + 0.10703222440890037 * square)
+        # tanh' = 4 s (1 - s) of s = (1 + tanh) / 2
+        square = z * z
+        s = 0.5 + 0.5 * _tanh_approx(z * (0.7978845608028654 + 0.035677408136300125 * square))
+        h = z * s
+        d = s + (h - h * s) * (1.5957691216057308 + 0.21406444881780075 * square)
     elif ACT == "silu_approx":
         half = 0.5 * z
         t = _tanh_approx(half)

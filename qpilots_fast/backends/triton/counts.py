@@ -66,14 +66,14 @@ def _layer(args: dict[str, Any], element: int) -> tuple[int, int, int]:
     if args["FIRST"]:
         moved += rows * (4 * (args["OBS_DIM"] + args["BLOCKS"] * args["ACTION_DIM"]) - element * depth)
     moved += element * rows * columns * (1 if args["NORM"] == "pre" else 2)  # z, y
-    moved += 8 * rows * (args["NORM"] != "none") + _tables(args, args["below_width"], args["BELOW_NORM"] != "none")
+    moved += 8 * rows * (args["NORM"] != "none") + _tables(args, args["BELOW_WIDTH"], args["BELOW_NORM"] != "none")
     return flops, moved, steps
 
 
 def _output(args: dict[str, Any], element: int) -> tuple[int, int, int]:
     flops, moved, steps = _product(args, element, args["depth"])
     moved += 4 * args["BLOCK_B"] * args["OUT_DIM"] * (3 if args["ADD"] else 1)
-    return flops, moved + _tables(args, args["width"], args["BELOW_NORM"] != "none"), steps
+    return flops, moved + _tables(args, args["WIDTH"], args["BELOW_NORM"] != "none"), steps
 
 
 def _delta(args: dict[str, Any], element: int) -> tuple[int, int, int]:
@@ -86,15 +86,15 @@ def _delta(args: dict[str, Any], element: int) -> tuple[int, int, int]:
     above = top == "none" and args["ABOVE_NORM"] == "pre"
     moved += element * rows * (2 * columns + depth * above)  # z in, d out; z of the layer above
     sums = norm == "pre" or args["BELOW_NORM"] in ("post", "fold")
-    moved += 8 * rows * sums + _tables(args, args["width"], norm != "none")
-    return flops, moved + _tables(args, args["above_width"], 2 * above + (top == "none" and known and not above)), steps
+    moved += 8 * rows * sums + _tables(args, args["WIDTH"], norm != "none")
+    return flops, moved + _tables(args, args["ABOVE_WIDTH"], 2 * above + (top == "none" and known and not above)), steps
 
 
 def _input_gradient(args: dict[str, Any], element: int) -> tuple[int, int, int]:
     rows, columns, pre = args["BLOCK_B"], args["BLOCK_N"], args["NORM"] == "pre"
     flops, moved, steps = _product(args, element, args["depth"])
     moved += 4 * rows * (min(columns, args["COLUMNS"]) + args["OUT_DIM"] * args["RESCALE"])
-    return flops, moved + pre * element * rows * args["depth"] + _tables(args, args["width"], 2 * pre), steps
+    return flops, moved + pre * element * rows * args["depth"] + _tables(args, args["WIDTH"], 2 * pre), steps
 
 
 def _rowwise(args: dict[str, Any], element: int) -> tuple[int, int, int]:

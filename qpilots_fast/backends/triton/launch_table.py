@@ -29,11 +29,11 @@ class Tile:
     Args:
         block_b: rows of a program. block_n: columns of its accumulator. block_k: depth of one product step.
         num_warps, num_stages: Triton's compile options.
-        large_from: rows of all members from which programs are larger, to read fewer operand bytes; 0: none. They have
-            `taller` times the rows with as many more warps, and `wider` times the columns, of which the epilogue takes
-            block_n at a time: what a warp adds up of a row stays the same.
-        max_registers: a thread's, of large programs 255; 0: as ptxas likes, which may spill to fit more blocks on a
-            multiprocessor.
+        larger: (rows of all members from which programs are larger, times the rows, times the columns), in rising
+            order: larger programs read fewer operand bytes and leave fewer to fill the GPU. They have as many more
+            warps as rows, and their epilogue takes block_n columns at a time: what a warp adds up of a row stays the
+            same.
+        max_registers: a thread's; 0: as ptxas likes, which may spill to fit more blocks on a multiprocessor.
     """
 
     block_b: int
@@ -41,23 +41,24 @@ class Tile:
     block_k: int
     num_warps: int
     num_stages: int
-    large_from: int = 0
-    taller: int = 1
-    wider: int = 1
+    larger: tuple[tuple[int, int, int], ...] = ()
     max_registers: int = 0
 
     def narrowed(self, hidden_dim: int) -> Tile:
         """This tile for layers of at most hidden_dim columns: no wider than their power of two."""
         width = max(16, 1 << (hidden_dim - 1).bit_length())
         block_n = min(self.block_n, width)
-        return replace(self, block_n=block_n, wider=min(self.wider, width // block_n))
+        larger = tuple((rows, taller, min(wider, width // block_n)) for rows, taller, wider in self.larger)
+        return replace(self, block_n=block_n, larger=larger)
 
     def for_rows(self, rows: int) -> Tile:
         """This tile for a launch over so many rows."""
-        if not self.large_from or rows < self.large_from:
+        fitting = [times for least, *times in self.larger if rows >= least]
+        if not fitting:
             return self
-        block_b, block_n, warps = self.most_rows, self.most_columns, self.taller * self.num_warps
-        return replace(self, block_b=block_b, block_n=block_n, num_warps=warps, large_from=0, max_registers=255)
+        taller, wider = fitting[-1]
+        block_b, block_n, warps = self.block_b * taller, self.block_n * wider, self.num_warps * taller
+        return replace(self, block_b=block_b, block_n=block_n, num_warps=warps, larger=())
 
     def with_columns(self, columns: int) -> Tile:
         """This tile with so many columns."""
@@ -66,12 +67,12 @@ class Tile:
     @property
     def most_rows(self) -> int:
         """Rows of a program, at most."""
-        return self.block_b * (self.taller if self.large_from else 1)
+        return self.block_b * max((taller for _, taller, _ in self.larger), default=1)
 
     @property
     def most_columns(self) -> int:
         """Columns of a program, at most."""
-        return self.block_n * (self.wider if self.large_from else 1)
+        return self.block_n * max((wider for _, _, wider in self.larger), default=1)
 
     def options(self) -> dict[str, int]:
         """Block sizes and compile options as launch arguments."""
@@ -111,19 +112,12 @@ _ANY = (80, 999)
 TABLE: tuple[LaunchRow, ...] = (
     LaunchRow(
         "layer",
-        ("float16",),
+        _HALF,
         (90, 90),
-        Tile(64, 64, 64, 4, 3, large_from=4096, taller=2, wider=4, max_registers=200),
-        "As for bfloat16; the exact tanh needs more registers.",
-    ),
-    LaunchRow(
-        "layer",
-        ("bfloat16",),
-        (90, 90),
-        Tile(64, 64, 64, 4, 3, large_from=4096, taller=2, wider=4, max_registers=168),
+        Tile(64, 64, 64, 4, 3, larger=((1024, 1, 2), (1536, 2, 2), (4096, 2, 4)), max_registers=255),
         "64 rows are one warpgroup's MMA height; 64 columns cut a layer of ten 512-wide members into 80 programs at "
-        "64 rows. From 4096 rows of all members on 128 x 256 fill half of the GPU and read 2.7 times fewer operand "
-        "bytes; larger accumulators spill. 144 KiB in 3 stages.",
+        "64 rows. Of larger programs the largest that still fill half of the GPU: 64 x 128, 128 x 128, and 128 x 256, "
+        "which read 1.3, 2 and 2.7 times fewer operand bytes; larger accumulators spill. 144 KiB in 3 stages.",
     ),
     LaunchRow(
         "layer",
@@ -186,7 +180,8 @@ class LaunchTable:
     def from_json(text: str) -> LaunchTable:
         rows = []
         for values in json.loads(text):
-            tile = Tile(**values.pop("tile"))
+            tile = values.pop("tile")
+            tile = Tile(**{**tile, "larger": tuple(map(tuple, tile.get("larger", ())))})
             lists = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
             rows.append(LaunchRow(tile=tile, **lists))  # type: ignore[arg-type]
         return LaunchTable(tuple(rows))

@@ -38,9 +38,10 @@ launches = LaunchCounter()
 
 def kernel_of(name: str) -> Any:
     """The jitted kernel of this name; imports Triton."""
-    from . import layers, pack, rows
+    from . import deltas, layers, pack, rows
 
-    return next(kernel for module in (layers, rows, pack) if (kernel := getattr(module, f"_{name}_kernel", None)))
+    modules = (layers, deltas, rows, pack)
+    return next(kernel for module in modules if (kernel := getattr(module, f"_{name}_kernel", None)))
 
 
 def launch(name: str, grid: tuple[int, ...], **arguments: Any) -> Any:

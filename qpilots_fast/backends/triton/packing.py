@@ -260,9 +260,11 @@ class PackedBuffers:
 
 def pack_options(kernel: str, dtype: torch.dtype, scale: bool) -> dict[str, Any]:
     """Constexpr arguments and compile options of the kernels "pack" and "fold"."""
+    options = {"SOURCE": dtype, "num_warps": 4, "num_stages": 1}
     if kernel == "pack":
-        return {"SOURCE": dtype, "ROWS": PACK_TILE, "COLUMNS": PACK_TILE, "num_warps": 4, "num_stages": 1}
-    return {"SOURCE": dtype, "SCALE": scale, "ROWS": FOLD_ROWS, "COLUMNS": 64, "num_warps": 4, "num_stages": 1}
+        return {**options, "ROWS": PACK_TILE, "COLUMNS": PACK_TILE}
+    # ptxas would rather spill than have fewer blocks on a multiprocessor
+    return {**options, "SCALE": scale, "ROWS": FOLD_ROWS, "COLUMNS": 64, "maxnreg": 128}
 
 
 def _tiles(item: list[int]) -> Iterator[tuple[int, ...]]:
@@ -369,5 +371,9 @@ def network_layout(
     """The layout of one network with the table's tiles; settings: of NetworkLayout."""
     tile, ends = (table.tile(kernel, precision, capability) for kernel in ("layer", "ends"))
     tile = tile.narrowed(max(spec.hidden_dims))
+    if "pre" in spec.layer_norm:
+        # such a norm is applied as operands are loaded, which takes registers; with a "post" one above, two norms are
+        larger = () if "post" in spec.layer_norm else tile.larger
+        tile = replace(tile, larger=larger, max_registers=255)
     depth = max(tile.block_n, tile.block_k)  # what a layer's width is padded to
     return NetworkLayout(spec, tile, replace(ends, block_k=min(ends.block_k, depth)), **settings)

@@ -8,7 +8,7 @@ estimate is mfm or glass; draw n of row b is r = b N + n.
 import triton
 import triton.language as tl
 
-from .layers import _clip
+from .tiles import _clip
 
 
 @triton.jit
