@@ -27,6 +27,7 @@ from bench.peers import Contestant, build_eager
 from qpilots_fast import backends
 from qpilots_fast.backends.cpu import CpuBackend
 from qpilots_fast.backends.cuda.build import find_nvcc, find_sources
+from qpilots_fast.backends.triton import LaunchTable
 from qpilots_fast.testing import Comparison
 
 REASON = backends.unavailable_reason("cpu")
@@ -251,13 +252,18 @@ def test_races_and_rows_that_see_their_batch_are_found(
 
 
 def test_what_ships_is_asked_for() -> None:
-    """The paper's widths, both precisions of every backend, batches with a second tile and with recomputation."""
+    """Every precision of every backend at the paper's widths, every size of program, and several chunks."""
     assert {(call.backend, call.precision) for call in check.SHIPPED} == {
         *(("cuda", precision) for precision in ("float32", "bfloat16")),
         *(("triton", precision) for precision in ("float32", "tf32", "bfloat16", "float16")),
     }
     assert max(call.batch_size for call in check.SHIPPED if call.backend == "cuda") == 16
-    assert max(call.batch_size for call in check.SHIPPED if call.backend == "triton") > 32 * 132
+    tile = LaunchTable().tile("layer", "bfloat16", 90)
+    batches = [c.batch_size for c in check.SHIPPED if (c.backend, c.method, c.precision) == ("triton", "U", "bfloat16")]
+    assert {tile.for_rows(10 * batch) for batch in batches} == {
+        tile.for_rows(rows) for rows in (1, *(rows for rows, _, _ in tile.larger))
+    }
+    assert max(batches) > 2 * 1664  # rows of a chunk, tests/test_triton_backend.py
 
 
 def test_a_backend_is_no_contestant_beyond_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:

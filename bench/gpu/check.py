@@ -44,9 +44,12 @@ SHIPPED = (
     ShippedCall("cuda", "U", "bfloat16", 16, 300),
     ShippedCall("cuda", "M", "bfloat16", 16, 100),
     ShippedCall("cuda", "U", "float32", 3, 50),
+    # on Hopper a size of program each, 64 x 64 to 128 x 256; of the last more programs than multiprocessors
     ShippedCall("triton", "U", "bfloat16", 17, 100),
-    ShippedCall("triton", "U", "bfloat16", 1000, 100),  # on 132 multiprocessors a second tile a program
-    ShippedCall("triton", "U", "bfloat16", 4300, 50),  # more step tiles than programs: the forward is recomputed
+    ShippedCall("triton", "U", "bfloat16", 130, 100),
+    ShippedCall("triton", "U", "bfloat16", 300, 100),
+    ShippedCall("triton", "U", "bfloat16", 1000, 100),
+    ShippedCall("triton", "U", "bfloat16", 4300, 50),  # in three chunks
     ShippedCall("triton", "M", "bfloat16", 300, 50),
     ShippedCall("triton", "U", "float32", 65, 20),
     ShippedCall("triton", "U", "tf32", 65, 20),
