@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from .activations import ACTIVATIONS
 from .integers import as_int
-from .row_ops import ROW_OPS
 from .spec import TIME_EMBEDDINGS, BoundNetwork, LayerParameters, NetworkSpec, NormParameters, NormPlacement
 from .times import time_features
 
@@ -65,9 +64,7 @@ def bind(spec: NetworkSpec, flat: Sequence[Tensor]) -> BoundNetwork:
         bias = members() if has_bias else None
         ops = spec.row_chains[index] if index < len(spec.hidden_dims) else ()
         norms = [
-            NormParameters(members() if op.weight else None, members() if op.bias else None)
-            for op in ops
-            if ROW_OPS[op.kind].has_weight
+            NormParameters(members() if op.weight else None, members() if op.bias else None) for op in ops if op.is_norm
         ]
         first = norms[0] if norms else NormParameters()
         layers.append(LayerParameters(weight, bias, *first, more_norms=tuple(norms[1:])))

@@ -51,6 +51,10 @@ class RowOp(NamedTuple):
         """Its row in ROW_OPS."""
         return "activation" if self.name in ACTIVATIONS else self.name
 
+    @property
+    def is_norm(self) -> bool:
+        return ROW_OPS[self.kind].has_weight
+
     @staticmethod
     def of(entry: Sequence) -> RowOp:
         """From a sequence, as JSON gives it."""

@@ -252,11 +252,12 @@ def test_races_and_rows_that_see_their_batch_are_found(
 
 
 def test_what_ships_is_asked_for() -> None:
-    """Every precision of every backend at the paper's widths, every size of program, and several chunks."""
+    """Every precision of every backend at the paper's widths, sizes of programs, chunks, blocks and a head."""
     assert {(call.backend, call.precision) for call in check.SHIPPED} == {
         *(("cuda", precision) for precision in ("float32", "bfloat16")),
         *(("triton", precision) for precision in ("float32", "tf32", "bfloat16", "float16")),
     }
+    assert {call.case for call in check.SHIPPED} == {"paper", "residual", "c51"}
     assert max(call.batch_size for call in check.SHIPPED if call.backend == "cuda") == 16
     tile = LaunchTable().tile("layer", "bfloat16", 90)
     batches = [c.batch_size for c in check.SHIPPED if (c.backend, c.method, c.precision) == ("triton", "U", "bfloat16")]

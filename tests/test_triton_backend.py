@@ -24,6 +24,7 @@ from qpilots_fast.backends.triton.counts import launch_counts, num_launches, pro
 from qpilots_fast.backends.triton.launch_table import TABLE
 from qpilots_fast.backends.triton.packing import NetworkLayout
 from qpilots_fast.backends.triton.plan import SamplerPlan
+from qpilots_fast.row_ops import Chain, RowOp
 from qpilots_fast.spec import BoundNetworks, NetworkSpec, SamplerSpec
 from qpilots_fast.steering import Steering
 from qpilots_fast.testing import make_case
@@ -78,6 +79,25 @@ def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "at most 256" in (backend.refusal(wide, CPU) or "")
     flat = replace(plain, flow=NetworkSpec("flow", 40, 25, ()))
     assert "no hidden layer" in (backend.refusal(flat, CPU) or "")
+
+
+NORM, FILM = RowOp("layer_norm", (1e-5,)), RowOp("film")
+
+
+@pytest.mark.parametrize(
+    ("chain", "width", "reason"),
+    [
+        ((NORM,) * 7, 64, "7 row operations; it runs at most 6"),
+        ((NORM,), 4097, "4097 columns; it runs row operations on at most 4096"),
+        ((FILM, NORM, FILM), 64, "several modulations by the time; it runs one"),
+        ((NORM,) * 6, 64, ""),
+        ((RowOp("tanh"),), 4097, ""),  # the product's own
+    ],
+)
+def test_row_operations_beyond_its_kernel_are_refused(chain: Chain, width: int, reason: str) -> None:
+    spec = NetworkSpec("flow", 40, 25, (64, width), chains=((NORM, RowOp("relu"), NORM), chain))
+    refusal = TritonBackend().structure_refusal(spec)
+    assert refusal is None if not reason else reason in refusal and "hidden layer 1 of the flow" in refusal
 
 
 def test_launch_table_round_trip_and_precedence() -> None:

@@ -23,8 +23,11 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1: test_triton_interpreter.py starts it", allow_module_level=True)
 
+from qpilots_fast.spec import NetworkSpec
 from qpilots_fast.steering import Steering
+from tests import test_chains
 from tests import test_own_columns as own
+from tests import test_triton_chains as row_ops
 from tests import test_triton_kernels as kernels
 from tests import test_triton_rows as row_pieces
 
@@ -65,6 +68,19 @@ def own_columns() -> None:
     want = kernels.REFERENCE.sample(call).actions
     torch.testing.assert_close(kernels.backend().sample(call).actions, want, atol=kernels.FLOAT32_ERROR, rtol=0)
 
+
+def modulated() -> None:
+    """A flow whose rows its module scales and shifts by the time."""
+    flow = test_chains.Modulated(NetworkSpec("flow", own.S, own.A, (21, 21), chains=test_chains.FILM), 1)
+    spec = kernels.SamplerSpec(flow.spec, None, None, Steering.unsteered(), 3)
+    obs, noise, _ = own.inputs(3, spec.steering)
+    call = kernels.Call(spec, kernels.BoundNetworks(flow.bound()), obs, noise)
+    want = kernels.REFERENCE.sample(call).actions
+    torch.testing.assert_close(kernels.backend().sample(call).actions, want, atol=kernels.FLOAT32_ERROR, rtol=0)
+
+
+normed, blocks, head = (partial(row_ops.test_one_network, n) for n in ("two norms", "pre-norm blocks", "softmax"))
+ties = row_ops.test_of_equal_ones_the_first_are_the_lowest
 
 FAULTS = {
     # LayerNorm folded into the weights above it, and its pull-back
@@ -135,6 +151,30 @@ FAULTS = {
     "a shift of actions is not in the bias": Fault("own_columns", "self.shift.copy_(shift)", "pass", own_columns),
     "columns of actions are read in the flow's order": Fault(
         "packing", "target + column + dim", "target + column + j", own_columns
+    ),
+    # row operations
+    "a norm's mean is taken of its padding too": Fault(
+        "chains",
+        "z = tl.where(within, z - (tl.sum(z, axis=1) / WIDTH)[:, None], 0.0)",
+        "z = z - (tl.sum(z, axis=1) / WIDTH)[:, None]",
+        normed,
+    ),
+    "a second norm has the first one's vectors": Fault(
+        "chains", "    vec_ptr += (2 + 2 * INDEX) * H_PAD", "    vec_ptr += 2 * H_PAD", normed
+    ),
+    "the pull-back of whole rows loses their mean": Fault(
+        "chains", "d -= (tl.sum(d, axis=1) / WIDTH)[:, None]", "d -= 0.0", normed
+    ),
+    "a kept row's cotangent is lost": Fault("chains", "        d += d_kept", "        d += 0.0 * d_kept", blocks),
+    "a block's rows are not handed on": Fault(
+        "evaluation", 'names[:1] == ["add"], "keep" in names', 'names[:1] == ["add"], names[:1] == ["keep"]', blocks
+    ),
+    "probabilities are pulled back one by one": Fault(
+        "chains", "d = p * (d - tl.sum(p * d, axis=1)[:, None])", "d = p * (d - p * d)", head
+    ),
+    "of equal ones the last is the lowest": Fault("chains", "(j < offs_n)", "(j > offs_n)", ties),
+    "every step is modulated as the first": Fault(
+        "evaluation", "(time or 0) * spec.film_dim", "0 * spec.film_dim", modulated
     ),
     # cotangents, gradients, the update
     "a scaled cotangent is not scaled back": Fault("deltas", "acc *= _row_peak(", "acc += 0.0 * _row_peak(", u),
@@ -211,7 +251,7 @@ def test_it_is_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     torch.manual_seed(0)
     fault.test()
     with planted(fault, tmp_path) as faulty:
-        for suite in (kernels, row_pieces):
+        for suite in (kernels, row_ops, row_pieces):
             monkeypatch.setattr(suite, "TritonBackend", faulty.TritonBackend)
         torch.manual_seed(0)
         with pytest.raises(AssertionError):

@@ -15,8 +15,11 @@ from qpilots_fast.backends.triton.launcher import kernel_of
 from qpilots_fast.backends.triton.packing import OPERAND_DTYPES, PackedBuffers, network_layout, pack_options
 from qpilots_fast.backends.triton.plan import SamplerPlan
 from qpilots_fast.backends.triton.row_pieces import clean_actions_launch, steer_step_launch
+from qpilots_fast.row_ops import RowOp
 from qpilots_fast.spec import NetworkSpec, SamplerSpec
 from qpilots_fast.steering import Steering
+
+from ..cases import CASES, Case
 
 _META = torch.device("meta")
 _POINTERS = {
@@ -92,6 +95,20 @@ def _networks(
     }
 
 
+def _of_case(case: Case) -> dict[str, NetworkSpec]:
+    return dict(zip(("flow", "critic"), (network.spec for network in case.networks())))
+
+
+def _every_row_op() -> dict[str, NetworkSpec]:
+    """Each row operation, and the widest row."""
+    norm, film = RowOp("layer_norm", (1e-5,), True, True), RowOp("film")
+    blocks = ((RowOp("silu"), RowOp("keep"), norm, film), (RowOp("leaky_relu", (0.1,)),), (RowOp("add"), norm, film))
+    flow = NetworkSpec("flow", 40, 25, (256, 4096, 256), chains=blocks)
+    clamped = (RowOp("rms_norm", (1e-6,), True), RowOp("clamp", (-1.0, 1.0)))
+    head = (clamped, (RowOp("lowest", (23.0,)),), (RowOp("softmax"),), (RowOp("symexp"), RowOp("tanh")))
+    return {"flow": flow, "critic": NetworkSpec("critic", 40, 25, (512, 25, 101, 1), num_members=2, chains=head)}
+
+
 def cases(sm: int, precisions: tuple[str, ...] = ("bfloat16", "float16", "tf32", "float32")) -> Iterator[KernelCase]:
     """Every kernel that the paper's sizes and some beyond launch, for few rows to many, each compiled once."""
     paper, wide = _networks(40, 25, 512, 10, "post"), _networks(40, 25, 1024, 10, "post")
@@ -99,9 +116,13 @@ def cases(sm: int, precisions: tuple[str, ...] = ("bfloat16", "float16", "tf32",
     mixed = _networks(28, 5, 512, 2, "post", ("post", "pre", "post", None))
     u, m = Steering.qpilots_u(), Steering.qpilots_m()
     glass, gaf = replace(m, estimate="glass"), Steering.gaf()
+    residual, c51 = (_of_case(CASES[name]) for name in ("residual", "c51"))
     samplers = [
         ("U", paper, u, True),
         ("M", paper, m, True),
+        ("residual", residual, u, True),
+        ("C51", c51, u, True),
+        ("row operations", _every_row_op(), u, False),
         ("glass", paper, glass, False),
         ("GAF", paper, gaf, False),
         ("QGF", qgf, Steering.qgf(0.1), True),
@@ -151,6 +172,7 @@ def _what(launch: Launch) -> str:
     args = launch.arguments
     words = {
         "layer": ("first " * args.get("FIRST", False), args.get("BELOW_NORM"), " to ", args.get("NORM")),
+        "chain": (f"chain of {args.get('WIDTH')}", " back" * args.get("PULL", False)),
         "delta": (args.get("ABOVE_NORM"), " to ", args.get("NORM"), ", top " * (args.get("TOP") != "none")),
     }.get(launch.name, ("",))
     return f"{''.join(map(str, words))} {args.get('BLOCK_B')} rows".strip()

@@ -26,10 +26,11 @@ _CHECKED_SHAPES: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class ShippedCall:
-    """One call at the paper's shape.
+    """One call at the shape of a workload of the benchmark.
 
     Args:
         repeats: calls more, whose bits must be those of the first: a race shows in some of them.
+        case: of bench.cases.CASES.
     """
 
     backend: str
@@ -37,6 +38,7 @@ class ShippedCall:
     precision: str
     batch_size: int
     repeats: int
+    case: str = "paper"
 
 
 SHIPPED = (
@@ -54,6 +56,8 @@ SHIPPED = (
     ShippedCall("triton", "U", "float32", 65, 20),
     ShippedCall("triton", "U", "tf32", 65, 20),
     ShippedCall("triton", "U", "float16", 65, 20),
+    ShippedCall("triton", "U", "bfloat16", 65, 20, "residual"),
+    ShippedCall("triton", "U", "float32", 17, 20, "c51"),
 )
 
 
@@ -83,7 +87,7 @@ class KernelCheck:
 
 def check_shipped(call: ShippedCall, device: str = "cuda") -> KernelCheck:
     """Some rows against the reference, all rows against further calls, three rows against a call of their own."""
-    workload = make_workload(CASES["paper"], call.method, call.batch_size, device=device)
+    workload = make_workload(CASES[call.case], call.method, call.batch_size, device=device)
     sampler = workload.sampler(call.backend, call.precision)
 
     def actions() -> torch.Tensor:
@@ -95,7 +99,7 @@ def check_shipped(call: ShippedCall, device: str = "cuda") -> KernelCheck:
     few = torch.tensor(sorted({0, call.batch_size // 2, call.batch_size - 1}), device=device)
     some = workload.rows(few)
     alone = sampler(some.obs, some.noise, some.posterior_noise)
-    what = f"{call.method} B={call.batch_size} at 4 x 512"
+    what = f"{call.method} B={call.batch_size} of {call.case}"
     return KernelCheck(call.backend, what, call.precision, compared, differing, not torch.equal(alone, first[few]))
 
 

@@ -24,7 +24,6 @@ from .cpu_plan import (
     asked_isa,
     compute_own_rows,
     input_kind,
-    is_norm,
     make_plan,
     memory_of,
     network_handle,
@@ -82,7 +81,7 @@ class CpuBackend(Backend):
         return self.network_refusal(spec.precision, device)
 
     def structure_refusal(self, network: NetworkSpec) -> str | None:
-        most = max((sum(map(is_norm, chain)) for chain in network.row_chains), default=0)
+        most = max((sum(op.is_norm for op in chain) for chain in network.row_chains), default=0)
         if most > MOST_NORMS:
             return f"a layer of the {network.kind} has {most} norms; it runs at most {MOST_NORMS}"
         return super().structure_refusal(network)

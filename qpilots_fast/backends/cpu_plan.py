@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..row_ops import ROW_OPS, Chain, RowOp, plain_layer
+from ..row_ops import Chain, plain_layer
 from ..spec import BoundNetwork, NetworkSpec, NormParameters, SamplerSpec
 from .native import DTYPES, INPUT_KINDS, ISA_VARIABLE, load_module, write_watch_refusal
 from .params import steering_params
@@ -45,12 +45,7 @@ def weight_format(precision: str, networks: Iterable[NetworkSpec]) -> str:
     match makes that rounding the whole gradient (50 times torch's error in the actions; over 3 units as torch's).
     """
     layers = ((width, chain) for spec in networks for width, chain in zip(spec.hidden_dims, spec.row_chains))
-    return "float32" if any(width == 2 and any(map(is_norm, chain)) for width, chain in layers) else precision
-
-
-def is_norm(op: RowOp) -> bool:
-    """Whether an operation may have a weight and a bias."""
-    return ROW_OPS[op.kind].has_weight
+    return "float32" if any(width == 2 and any(op.is_norm for op in chain) for width, chain in layers) else precision
 
 
 def _hidden(chain: Chain) -> dict[str, Any]:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendUnavailable
-from ...spec import BoundNetwork, BoundNetworks, RawSample, SamplerSpec, StepReport
+from ...spec import BoundNetwork, BoundNetworks, NetworkSpec, RawSample, SamplerSpec, StepReport
 from ..base import Backend, Call, Footprint, Graph, Slots
 from ..caches import Cache
 from ..captured import CapturedSampler, CudaGraph, capturing, refuse_while_capturing
 from ..quick import GraphedEnqueue, QuickDeviceCall
+from .chain_ops import chain_refusal
 from .evaluation import Evaluation, Scratch, Tape
 from .launch_table import MAX_ACTION_PAD, LaunchTable, default_table, dot_mode
 from .launcher import launch
@@ -70,6 +71,7 @@ class TritonBackend(Backend):
     """
 
     name = "triton"
+    runs_chains = True
     precisions = ("float32", "tf32", "bfloat16", "float16")
     quick_by_batch_size = True
     keeps = (
@@ -133,6 +135,9 @@ class TritonBackend(Backend):
         if capability(device) < 80:
             return f"compute capability {capability(device) / 10} is below 8.0"
         return None
+
+    def structure_refusal(self, network: NetworkSpec) -> str | None:
+        return chain_refusal(network) or super().structure_refusal(network)
 
     def network_refusal(self, precision: str, device: torch.device) -> str | None:
         return self._device_refusal(device) or super().network_refusal(precision, device)
@@ -286,7 +291,9 @@ class TritonBackend(Backend):
         prepared = network if isinstance(network, PreparedNetwork) else self.prepare(network, precision)
         packed = prepared.buffers.networks[0]
         layout, spec, operand = packed.layout, packed.layout.spec, OPERAND_DTYPES[prepared.precision]
-        inputs = torch.cat([block.to(torch.float32) for block in blocks], -1).contiguous()
+        given = [block.to(torch.float32) for block in blocks]
+        film = given.pop().contiguous() if spec.film_dim else None
+        inputs = torch.cat(given, -1).contiguous()
         device, batch_size = inputs.device, len(inputs)
         out = inputs.new_empty(spec.num_members, batch_size, spec.output_dim)
         d_in = inputs.new_empty(0 if cotangent is None else spec.num_members, batch_size, spec.input_dim)
@@ -312,7 +319,7 @@ class TritonBackend(Backend):
                 whole = rows == batch_size
                 target = out if whole else make(*out.shape[:1], rows, out.shape[2])
                 run = Evaluation(packed, tape, space, target, rows, 1, dot_mode(prepared.precision, capability(device)))
-                launches = list(run.forward(inputs[part]))
+                launches = list(run.forward(inputs[part], film=None if film is None else film[part]))
                 if cotangent is not None:
                     of_part = cotangent[:, part].contiguous()
                     gradient = d_in if whole else make(len(d_in), rows, spec.input_dim)

@@ -11,6 +11,7 @@ import torch
 
 from ..base import Footprint
 from ..counts import count_flops, count_weights
+from .chain_ops import MAX_OPS, UNSAVED
 from .evaluation import Launch
 from .packing import OPERAND_DTYPES, PackedBuffers, round_up
 from .plan import SamplerPlan
@@ -65,8 +66,10 @@ def _layer(args: dict[str, Any], element: int) -> tuple[int, int, int]:
     flops, moved, steps = _product(args, element, depth)
     if args["FIRST"]:
         moved += rows * (4 * (args["OBS_DIM"] + args["BLOCKS"] * args["ACTION_DIM"]) - element * depth)
-    moved += element * rows * columns * (1 if args["NORM"] == "pre" else 2)  # z, y
-    moved += 8 * rows * (args["NORM"] != "none") + _tables(args, args["BELOW_WIDTH"], args["BELOW_NORM"] != "none")
+    moved += rows * columns * {"pre": element, "chain": 4}.get(args["NORM"], 2 * element)  # z, y
+    moved += 8 * rows * (args["NORM"] not in ("none", "chain")) + _tables(
+        args, args["BELOW_WIDTH"], args["BELOW_NORM"] != "none"
+    )
     return flops, moved, steps
 
 
@@ -84,9 +87,10 @@ def _delta(args: dict[str, Any], element: int) -> tuple[int, int, int]:
     if top == "rows":
         moved += rows * (4 * args["OUT_DIM"] * (2 + known) - element * depth)
     above = top == "none" and args["ABOVE_NORM"] == "pre"
-    moved += element * rows * (2 * columns + depth * above)  # z in, d out; z of the layer above
+    moved += rows * columns * (4 if norm == "chain" else 2 * element)  # z in, d out
+    moved += element * rows * depth * above  # z of the layer above
     sums = norm == "pre" or args["BELOW_NORM"] in ("post", "fold")
-    moved += 8 * rows * sums + _tables(args, args["WIDTH"], norm != "none")
+    moved += 8 * rows * sums + _tables(args, args["WIDTH"], norm not in ("none", "chain"))
     return flops, moved + _tables(args, args["ABOVE_WIDTH"], 2 * above + (top == "none" and known and not above)), steps
 
 
@@ -105,7 +109,17 @@ def _rowwise(args: dict[str, Any], element: int) -> tuple[int, int, int]:
     return 0, 4 * rows * (wide * args["ACTION_DIM"] + 3 * args.get("E", 0)), 0
 
 
-_COUNTS = {"layer": _layer, "output": _output, "delta": _delta, "input_gradient": _input_gradient}
+def _chain(args: dict[str, Any], element: int) -> tuple[int, int, int]:
+    """Rows in float32 and in the operands' format, kept ones, saves, and the vectors of norms."""
+    names = [args[f"OP{i}"] for i in range(MAX_OPS)]
+    norms = sum(name.endswith("_norm") for name in names)
+    planes = 1 + args["LOADS"] + args["STORES"] + sum(name not in (*UNSAVED, "none") for name in names)
+    moved = args["BLOCK_B"] * (4 * planes * args["WIDTH"] + element * args["COLUMNS"] + 4 * norms)
+    vectors = norms * (1 if args["PULL"] else 2) + 2 * ("film" in names) * (not args["PULL"])
+    return 0, moved + 4 * vectors * args["WIDTH"], 0
+
+
+_COUNTS = {"layer": _layer, "output": _output, "delta": _delta, "input_gradient": _input_gradient, "chain": _chain}
 
 
 def programs(plan: SamplerPlan, batch_size: int) -> Iterator[tuple[int, list[Launch]]]:

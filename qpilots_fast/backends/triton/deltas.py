@@ -70,7 +70,8 @@ def _pull_columns(acc, mean, rstd, d_mean, d_spread, z_ptr, d_ptr, sum_ptr, vec_
     """d and sums of STAT_N columns of a product; pointers are a program's member and rows."""
     offs_n = column + tl.arange(0, STAT_N)
     target = tl.arange(0, acc.shape[0])[:, None] * H_PAD + offs_n[None, :]
-    z = tl.load(z_ptr + target).to(tl.float32)
+    if NORM != "chain":
+        z = tl.load(z_ptr + target).to(tl.float32)
     if NORM == "post" or NORM == "pre":
         gain = tl.load(vec_ptr + 2 * H_PAD + offs_n)[None, :]
     if NORM == "post" or NORM == "fold":
@@ -85,7 +86,7 @@ def _pull_columns(acc, mean, rstd, d_mean, d_spread, z_ptr, d_ptr, sum_ptr, vec_
         xhat = (z - mean[:, None]) * rstd[:, None]
         shift = tl.load(vec_ptr + 3 * H_PAD + offs_n)[None, :]
         acc *= _activation_derivative(xhat * gain + shift, ACT) * gain
-    else:
+    elif NORM == "none":
         acc *= _activation_derivative(z, ACT)
     d = _within(acc, offs_n, WIDTH, H_PAD).to(d_ptr.dtype.element_ty)
     tl.store(d_ptr + target, d)
@@ -191,7 +192,7 @@ def _delta_kernel(cotangent_ptr, out_ptr, above_ptr, above_z_ptr, above_stat_ptr
             d_mean, d_spread = _totals(above_sum_ptr + tiles, rows, capacity, ABOVE_WIDTH, STAT_N)
     mean = d_mean
     rstd = d_mean
-    if NORM != "none":
+    if NORM != "none" and NORM != "chain":
         mean, rstd = _moments(stat_ptr + tiles, rows, capacity, norm_eps, WIDTH, STAT_N)
     d_mean *= 1.0 / WIDTH
     d_spread *= 1.0 / WIDTH

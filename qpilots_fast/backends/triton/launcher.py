@@ -38,9 +38,9 @@ launches = LaunchCounter()
 
 def kernel_of(name: str) -> Any:
     """The jitted kernel of this name; imports Triton."""
-    from . import deltas, layers, pack, rows
+    from . import chains, deltas, layers, pack, rows
 
-    modules = (layers, deltas, rows, pack)
+    modules = (layers, chains, deltas, rows, pack)
     return next(kernel for module in modules if (kernel := getattr(module, f"_{name}_kernel", None)))
 
 

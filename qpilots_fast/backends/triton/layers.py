@@ -21,6 +21,9 @@ that
 needs two numbers a row and no pass. For "post" and "fold" alike the sums of the pull-back are known before its product:
 sum_i d_xhat_i = sum_o dz_o u_o and sum_i d_xhat_i xhat_i = sum_o dz_o (z_o - c_o), o over the layer above [D].
 
+A layer whose norm is "chain" leaves its z, in float32 and alone, to the kernel of chains.py, which makes the plane y of
+it; the pull-back leaves it d of that y, in float32, and d becomes dz there.
+
 Vectors of one layer, float32: c (b where the layer below has no "post" norm), u, gain, shift, H_PAD each; of the
 output: c, u. Weights of one layer [H_PAD, LD] as in torch, [out, in].
 """
@@ -65,10 +68,10 @@ def _keep_columns(acc, mean, rstd, bias_ptr, u_ptr, z_ptr, y_ptr, stat_ptr, colu
     target = tl.arange(0, acc.shape[0])[:, None] * H_PAD + offs_n[None, :]
     kept = _within(z, offs_n, WIDTH, H_PAD).to(z_ptr.dtype.element_ty)
     tl.store(z_ptr + target, kept)
-    if NORM != "pre":
+    if NORM != "pre" and NORM != "chain":
         kept = _within(_activation(z, ACT), offs_n, WIDTH, H_PAD).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + target, kept)
-    if NORM != "none":
+    if NORM != "none" and NORM != "chain":
         # of what was kept: its reader multiplies that
         value = kept.to(tl.float32)
         if WIDTH % STAT_N == 0:
@@ -124,7 +127,7 @@ def _layer_kernel(obs_ptr, x_ptr, xbar_ptr, bounds_ptr, below_ptr, below_stat_pt
                   BELOW_NORM: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr, DOT: tl.constexpr,
                   STAT_N: tl.constexpr,
                   BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """A hidden layer's z, y (not where its norm is "pre") and stat (where it has a norm).
+    """A hidden layer's z, y (not where its norm is "pre" or "chain") and stat (where it has a norm).
 
     FIRST: its inputs are rows of float32: obs [*, OBS_DIM], of which row r // num_draws belongs to row r, at packed
     column 0; then BLOCKS blocks [*, ACTION_DIM] from COLUMN on, A_PAD apart: x, and xbar [num_rows, ACTION_DIM] beside

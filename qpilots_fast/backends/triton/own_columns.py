@@ -14,7 +14,7 @@ from ...times import column_of
 
 
 class OwnValues:
-    """Features of flow times, and the map of actions, of one network, for the kernel that packs them; float32.
+    """Features and modulations of flow times, and the map of actions, of one network, for the pack kernel; float32.
 
     A critic that reads columns a[dims] scale + shift is one that reads a: its first weight takes the scale, and the
     shift goes into its first bias.
@@ -31,6 +31,7 @@ class OwnValues:
         made = torch.zeros(len(times), spec.time_embedding_dim if own_times else 0, device=device)
         self.features = made if known is None else known.to(device)
         self.scale, self.shift = torch.zeros(2, len(spec.action_columns or ()), device=device)
+        self.film = torch.zeros(len(times), spec.film_dim, device=device)
 
     def refresh(self, network: BoundNetwork) -> None:
         """From the module as it is now; queues on the current stream."""
@@ -42,11 +43,14 @@ class OwnValues:
             scale, shift = network.own.actions(self.scale)
             self.scale.copy_(scale)
             self.shift.copy_(shift)
+        if self.film.numel():
+            self.film.copy_(network.own.film(self._times))
 
 
 def asks_host(spec: SamplerSpec) -> bool:
     """Whether packing live weights calls a module, which a graph does not repeat."""
-    return any(n.time_embedding == "module" or n.action_columns is not None for n in spec.networks.values())
+    networks = spec.networks.values()
+    return any(n.time_embedding == "module" or n.action_columns is not None or n.film_dim for n in networks)
 
 
 def copied_encoders(spec: SamplerSpec, networks: BoundNetworks) -> dict[str, BoundNetwork]:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendUnavailable
+from ...row_ops import Chain
 from ...spec import POSTERIOR_DRAW, LayerParameters, NetworkSpec, SamplerSpec
 from ..base import BoundNetwork
 from ..captured import refuse_while_capturing
 from ..fold import folds
+from .chain_ops import is_activation
 from .launch_table import LaunchTable, Tile
 from .launcher import launch
 from .own_columns import OwnValues
@@ -117,13 +119,23 @@ class NetworkLayout:
             return "none"
         return "fold" if folds(self.spec, layer) else self.spec.layer_norm[layer] or "none"
 
+    def chain(self, layer: int) -> Chain | None:
+        """What chains.py's kernel does to a hidden layer's rows; None where its product's epilogue does all."""
+        chain = self.spec.chains[layer] if self.spec.chains and layer < self.depth else None
+        return None if chain is None or is_activation(chain) else chain
+
+    def norm_vectors(self, layer: int) -> list[int]:
+        """Which of a hidden layer's vectors are the gains of its norms, each before its shift."""
+        chain = self.chain(layer)
+        return [2] if chain is None else [2 + 2 * i for i, op in enumerate(chain) if op.is_norm]
+
     @property
     def member_weights(self) -> int:
         return (self.depth * self.hidden_pad + self.out_pad) * self.leading_dim
 
     @property
     def member_vectors(self) -> int:
-        return round_up(self.depth * 4 * self.hidden_pad + 2 * self.out_pad, 16)
+        return round_up(self.vector_start(self.depth) + 2 * self.out_pad, 16)
 
     @property
     def num_weights(self) -> int:
@@ -131,11 +143,16 @@ class NetworkLayout:
 
     @property
     def num_vectors(self) -> int:
-        return self.time_bias_start + len(self.times) * self.hidden_pad
+        return self.film_start + len(self.times) * self.spec.film_dim
 
     @property
     def time_bias_start(self) -> int:
         return self.spec.num_members * self.member_vectors
+
+    @property
+    def film_start(self) -> int:
+        """Of what modulates rows by time, [times, film_dim]."""
+        return self.time_bias_start + len(self.times) * self.hidden_pad
 
     def weight_start(self, layer: int) -> int:
         """Of a layer among a member's weights; the output is layer `depth`."""
@@ -143,7 +160,7 @@ class NetworkLayout:
 
     def vector_start(self, layer: int) -> int:
         """Of a layer's c among a member's vectors."""
-        return layer * 4 * self.hidden_pad
+        return self.hidden_pad * sum(2 + 2 * max(1, len(self.chain(below) or ())) for below in range(layer))
 
     def vector_step(self, layer: int) -> int:
         """From one of a layer's vectors to the next."""
@@ -166,6 +183,7 @@ class PackedNetwork:
     weights: Tensor
     vectors: Tensor
     time_bias: Tensor
+    film: Tensor
 
 
 @dataclass
@@ -193,22 +211,26 @@ class PackedBuffers:
         for layout, size in zip(self.layouts, sizes):
             vectors = self.vectors[vec : vec + size]
             weights = self.weights[w : w + layout.num_weights]
-            self.networks.append(PackedNetwork(layout, weights, vectors, vectors[layout.time_bias_start :]))
+            time_bias, film = vectors[layout.time_bias_start :], vectors[layout.film_start :]
+            self.networks.append(PackedNetwork(layout, weights, vectors, time_bias, film))
             w += layout.num_weights
             vec += size
-            self._set_unit_gains(layout, vectors)
+            self._set_constants(layout, vectors)
 
     @property
     def nbytes(self) -> int:
         return self.weights.nbytes + self.vectors.nbytes
 
     @staticmethod
-    def _set_unit_gains(layout: NetworkLayout, vectors: Tensor) -> None:
-        """LayerNorm weights are 1 where there are none, 0 in the padding."""
-        for member in range(layout.spec.num_members):
-            for layer, width in enumerate(layout.spec.hidden_dims):
-                start = member * layout.member_vectors + layout.vector_start(layer) + 2 * layout.hidden_pad
-                vectors[start : start + width] = 1.0
+    def _set_constants(layout: NetworkLayout, vectors: Tensor) -> None:
+        """Weights of norms: 1 where there are none, 0 in the padding; the numbers of chains."""
+        for layer, width in enumerate(layout.spec.hidden_dims):
+            numbers = [number for op in layout.chain(layer) or () for number in (*op.numbers, 0.0, 0.0)[:2]]
+            for member in range(layout.spec.num_members):
+                own = vectors[member * layout.member_vectors + layout.vector_start(layer) :]
+                own[layout.hidden_pad :][: len(numbers)] = torch.tensor(numbers, dtype=torch.float32, device="cpu")
+                for gain in layout.norm_vectors(layer):
+                    own[gain * layout.hidden_pad :][:width] = 1.0
 
     def pack(self, bound: Sequence[BoundNetwork]) -> None:
         """Copies the current parameters in; no allocation of ours once the table stands."""
@@ -334,7 +356,7 @@ def _items(
                             factor = own_values.scale[j].data_ptr()
                             place = target + column + dim
                             add(part[:, j : j + 1], place, fan_out, 1, strides, layout.leading_dim, 0, factor, 0, 0, 0)
-                    else:
+                    elif part.shape[1]:
                         add(part, target + column, fan_out, part.shape[1], strides, layout.leading_dim, 0)
             elif layout.norm(index - 1) in ("post", "fold"):
                 gain = vectors + layout.vector_start(index - 1) + 2 * layout.hidden_pad
@@ -347,12 +369,17 @@ def _items(
             if shifted:
                 add_bias(layer, member, own, 1, own_values.shift, action_places)
             bias = None if shifted else layer.bias
-            for offset, values in ((0, bias), (2, layer.norm_weight), (3, layer.norm_bias)):
+            placed = [(0, bias)]
+            for gain, norm in zip(layout.norm_vectors(index), layer.norms):
+                placed += [(gain, norm.weight), (gain + 1, norm.bias)]
+            for offset, values in placed:
                 if values is not None:
                     add_vector(values[member], own + offset * step)
     if layout.times:
         start, columns = vec + layout.time_bias_start, indices(layout.time_columns())
         add_bias(network.layers[0], 0, start, len(layout.times), own_values.features, columns)
+        if spec.film_dim:
+            add_vector(own_values.film.view(-1), vec + layout.film_start)
     return items
 
 

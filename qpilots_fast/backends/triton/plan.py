@@ -63,8 +63,8 @@ class Workspace:
     @property
     def nbytes(self) -> int:
         parts = [value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)]
-        parts += [*self.report, self.scratch.planes, self.scratch.sums]
-        parts += [part for tapes in self.tapes.values() for tape in tapes for part in (tape.z, tape.stat)]
+        parts += [*self.report, *self.scratch.tensors]
+        parts += [part for tapes in self.tapes.values() for tape in tapes for part in tape.tensors]
         return sum(part.nbytes for part in parts)
 
 
