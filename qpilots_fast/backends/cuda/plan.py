@@ -65,120 +65,142 @@ def _time_table(spec: NetworkSpec, times: Sequence[float]) -> Tensor:
     return torch.cat(list(spec.time_rows(times).values()), dim=1).float().contiguous()
 
 
-def plan_sample(
-    spec: SamplerSpec, present: tuple[tuple[Presence, ...], ...], batch: int, weight_bytes: int, blocks: int
-) -> Program:
-    """The program of a whole sampling call on at most `blocks` blocks; present: of the networks that take part."""
-    steering, flow, pulls_flow = spec.steering, spec.flow, spec.pulls_flow
-    rows = batch * spec.num_draws
-    action_dim = flow.action_dim
-    layouts: list[NetworkLayout] = []
-    memory = Memory()
-    words = memory.words
-    args = SampleArgs(batch=batch, action_dim=action_dim, num_steps=spec.num_steps)
-    args.steering = steering_params(steering)
-    args.state = words.plane("state", batch, action_dim)
-    once: list[Phase] = []
-    step: list[Phase] = []
-    tables: dict[str, Tensor] = {}
+class _CallPlan:
+    """The phases of a whole call, network after network.
 
-    def add_network(
-        network: NetworkSpec, share: Share, num_rows: int, moving: tuple[str, ...], pulled: tuple[str, ...], back: bool
+    Args:
+        spec: of the sampler. present: of the networks that take part.
+        batch: rows of the call. weight_bytes: of an operand. blocks: at most so many.
+    """
+
+    def __init__(
+        self, spec: SamplerSpec, present: tuple[tuple[Presence, ...], ...], batch: int, weight_bytes: int, blocks: int
+    ) -> None:
+        self.spec, self._present, self._batch = spec, present, batch
+        self._weight_bytes, self._blocks = weight_bytes, blocks
+        self.action_dim = spec.flow.action_dim
+        self.layouts: list[NetworkLayout] = []
+        self.memory = Memory()
+        self.args = SampleArgs(batch=batch, action_dim=self.action_dim, num_steps=spec.num_steps)
+        self.args.steering = steering_params(spec.steering)
+        self.args.state = self.memory.words.plane("state", batch, self.action_dim)
+        self.once: list[Phase] = []
+        self.step: list[Phase] = []
+        self.tables: dict[str, Tensor] = {}
+        self.shares = [Share.of(spec.flow, blocks)]
+        pulled = ("noisy_actions",) if spec.pulls_flow else ()
+        self._flow = self._network(spec.flow, batch, ("noisy_actions",), pulled, spec.pulls_flow)
+        velocity = self.memory.words.plane("velocity", batch, self.action_dim)
+        addends = self._addends("flow", self._flow)
+        self.step += self._flow.forward("state", self.action_dim, "numbers", velocity, **addends)
+        self._outputs_to_all = self._to_all(self.step, "velocity", velocity)
+        self.num_flow = len(self.step) + 1
+        self.args.num_flow_blocks = self.shares[0].end
+        if spec.critic is None:
+            self.step += self._outputs_to_all
+        else:
+            self._steer(spec.critic)
+
+    def _network(
+        self, network: NetworkSpec, rows: int, moving: tuple[str, ...], pulled: tuple[str, ...], back: bool
     ) -> NetworkPhases:
+        """On the blocks that were shared out last."""
         times = _time_blocks(network)
         layout = NetworkLayout(
-            network, present[len(layouts)], layouts[-1].end if layouts else 0, weight_bytes, moving, pulled,
-            (("obs",), times) if times else (("obs",),), keeps_output_transposed=back,
+            network, self._present[len(self.layouts)], self.layouts[-1].end if self.layouts else 0,
+            self._weight_bytes, moving, pulled, (("obs",), times) if times else (("obs",),),
+            keeps_output_transposed=back,
         )  # fmt: skip
-        layouts.append(layout)
-        return NetworkPhases(layout, memory, share, num_rows, differentiable=bool(pulled))
+        self.layouts.append(layout)
+        return NetworkPhases(layout, self.memory, self.shares[-1], rows, differentiable=bool(pulled))
 
-    def add_once(name: str, phases: NetworkPhases) -> dict[str, int]:
+    def _addends(self, name: str, phases: NetworkPhases) -> dict[str, int]:
         """Queues the products of a network's unchanging columns; returns the first layer's addends."""
-        phase, obs_plane = phases.once(0, phases.spec.obs_dim, batch, "obs", with_bias=True)
-        once.append(phase)
-        fields = {"row_addend": obs_plane, "rows_per_addend": phases.rows // batch}
+        phase, obs_plane = phases.once(0, phases.spec.obs_dim, self._batch, "obs", with_bias=True)
+        self.once.append(phase)
+        fields = {"row_addend": obs_plane, "rows_per_addend": phases.rows // self._batch}
         if len(phases.layout.once) > 1:
             times = f"{name}_times"
-            tables[times] = _time_table(phases.spec, spec.times)
-            width = tables[times].shape[1]
-            phase, fields["step_addend"] = phases.once(1, width, spec.num_steps, times, with_bias=False)
-            once.append(phase)
+            self.tables[times] = _time_table(phases.spec, self.spec.times)
+            width = self.tables[times].shape[1]
+            phase, fields["step_addend"] = phases.once(1, width, self.spec.num_steps, times, with_bias=False)
+            self.once.append(phase)
         return fields
 
-    def collect(name: str, num_rows: int, source: int) -> Phase:
-        return Phase(
-            kind=PHASE_KINDS.index("collect"), input=COLLECTED.index(name), rows=num_rows, out_dim=action_dim,
-            source=source, weight=-1, team_blocks=1,
-        )  # fmt: skip
-
-    def to_all(phases: list[Phase], name: str, plane: int) -> list[Phase]:
+    def _to_all(self, phases: list[Phase], name: str, plane: int) -> list[Phase]:
         """How the numbers that the last of these products makes come to every block; takes it away where each does."""
         product = phases[-1]
         if product.rows > _OWN_ROWS:
-            return [collect(name, product.rows, plane)]
+            collect = Phase(
+                kind=PHASE_KINDS.index("collect"), input=COLLECTED.index(name), rows=product.rows,
+                out_dim=self.action_dim, source=plane, weight=-1, team_blocks=1,
+            )  # fmt: skip
+            return [collect]
         product.result, product.input = RESULTS.index("own"), COLLECTED.index(name)
         product.teams = product.team_blocks = 1
         return [phases.pop()]
 
-    pulled = ("noisy_actions",) if pulls_flow else ()
-    shares = [Share.of(flow, blocks)]
-    flow_phases = add_network(flow, shares[0], batch, ("noisy_actions",), pulled, pulls_flow)
-    velocity = words.plane("velocity", batch, action_dim)
-    step += flow_phases.forward("state", action_dim, "numbers", velocity, **add_once("flow", flow_phases))
-    velocity_to_all = to_all(step, "velocity", velocity)
-    num_flow = len(step) + 1
-    if spec.critic is not None:
-        args.num_members = spec.critic.num_members
+    def _map(self, posterior: NetworkSpec, rows: int) -> NetworkPhases:
+        """The map's forward pass, which runs while the flow's does where there are blocks enough."""
+        beside = self.shares[0].end
+        share = Share.of(posterior, self._blocks)
+        if beside + share.end <= self._blocks:
+            share = Share(beside, share.teams, share.team_blocks)
+        self.shares.append(share)
+        phases = self._network(posterior, rows, ("xbar", "noisy_actions"), ("noisy_actions",), True)
+        output = self.memory.words.plane("posterior output", rows, self.action_dim)
+        addends = self._addends("posterior", phases)
+        forward = phases.forward("posterior_input", 2 * self.action_dim, "numbers", output, **addends)
+        output_to_all = self._to_all(forward, "posterior_output", output)
+        for phase in forward:
+            phase.steered_only = 1
+        self.step += forward
+        self.num_flow = len(self.step) + 1
+        self._outputs_to_all += output_to_all
+        return phases
+
+    def _steer(self, critic: NetworkSpec) -> None:
+        """The critics, and their gradient pulled back to the state."""
+        args, words, action_dim = self.args, self.memory.words, self.action_dim
+        posterior, rows = self.spec.posterior, self._batch * self.spec.num_draws
+        args.num_members = critic.num_members
         args.q_values = words.plane("q_values", args.num_members, rows)
         args.critic_vjp = words.plane("critic vjp", args.num_members, rows, action_dim)
-        shares.append(Share.of(spec.critic, blocks))
-        critic_phases = add_network(spec.critic, shares[-1], rows, ("actions",), ("actions",), False)
-        pulled_back = flow_phases
-        if spec.posterior is not None:
-            beside = shares[0].end
-            share = Share.of(spec.posterior, blocks)
-            if beside + share.end <= blocks:  # its forward pass runs while the flow's does
-                share = Share(beside, share.teams, share.team_blocks)
-            shares.append(share)
-            pulled_back = add_network(spec.posterior, share, rows, ("xbar", "noisy_actions"), ("noisy_actions",), True)
-            output = words.plane("posterior output", rows, action_dim)
-            forward = pulled_back.forward(
-                "posterior_input", 2 * action_dim, "numbers", output, **add_once("posterior", pulled_back)
-            )
-            output_to_all = to_all(forward, "posterior_output", output)
-            for phase in forward:
-                phase.steered_only = 1
-            step += forward
-            num_flow = len(step) + 1
-            velocity_to_all += output_to_all
-        step += velocity_to_all
-        step += critic_phases.forward("estimate", action_dim, None, -1, **add_once("critic", critic_phases))
-        step += critic_phases.backward("received", action_dim, "numbers", args.critic_vjp, critic_phases.top_delta)
+        self.shares.append(Share.of(critic, self._blocks))
+        critics = self._network(critic, rows, ("actions",), ("actions",), False)
+        pulled_back = self._flow if posterior is None else self._map(posterior, rows)
+        self.step += self._outputs_to_all
+        self.step += critics.forward("estimate", action_dim, None, -1, **self._addends("critic", critics))
+        self.step += critics.backward("received", action_dim, "numbers", args.critic_vjp, critics.top_delta)
         weigh = Phase(kind=PHASE_KINDS.index("weigh"), result=RESULTS.index("own"), tiles=1, weight=-1, team_blocks=1)
-        step.append(weigh)
-        if spec.posterior is not None or pulls_flow:
-            vjp = words.plane("estimate vjp", rows, action_dim)
-            backward = pulled_back.backward("cotangent", action_dim, "numbers", vjp, None)
-            pulled_to_all = to_all(backward, "estimate_vjp", vjp)
-            if spec.posterior is not None:  # the blocks of the product that takes the gradient
-                for name in ("result", "tiles", "first_block", "teams", "team_blocks"):
-                    setattr(weigh, name, getattr(backward[0], name))
-            step += [*backward, *pulled_to_all]
-    else:
-        step += velocity_to_all
-    args.num_flow_blocks = shares[0].end
+        self.step.append(weigh)
+        if posterior is None and not self.spec.pulls_flow:
+            return
+        vjp = words.plane("estimate vjp", rows, action_dim)
+        backward = pulled_back.backward("cotangent", action_dim, "numbers", vjp, None)
+        pulled_to_all = self._to_all(backward, "estimate_vjp", vjp)
+        if posterior is not None:  # the blocks of the product that takes the gradient
+            for name in ("result", "tiles", "first_block", "teams", "team_blocks"):
+                setattr(weigh, name, getattr(backward[0], name))
+        self.step += [*backward, *pulled_to_all]
+
+
+def plan_sample(
+    spec: SamplerSpec, present: tuple[tuple[Presence, ...], ...], batch: int, weight_bytes: int, blocks: int
+) -> Program:
+    """The program of a whole sampling call on at most `blocks` blocks; present: of the networks that take part."""
+    call = _CallPlan(spec, present, batch, weight_bytes, blocks)
     steps = [[1 - step.t, step.dt, step.weight] for step in spec.schedule]
-    schedule = torch.tensor(steps, dtype=torch.float32, device="cpu")
     mask = None
-    if steering.steered_dims is not None:
-        mask = torch.zeros(action_dim, dtype=torch.uint8, device="cpu")
-        mask[list(steering.steered_dims)] = 1
+    if spec.steering.steered_dims is not None:
+        mask = torch.zeros(spec.flow.action_dim, dtype=torch.uint8, device="cpu")
+        mask[list(spec.steering.steered_dims)] = 1
     program = Program(
-        layouts, memory, once + step, args, weight_bytes, 0, layouts[-1].end, tables, schedule, mask,
+        call.layouts, call.memory, call.once + call.step, call.args, weight_bytes, 0, call.layouts[-1].end, call.tables,
+        torch.tensor(steps, dtype=torch.float32, device="cpu"), mask,
         bounds=torch.tensor(spec.box, dtype=torch.float32, device="cpu"), num_steered=len(spec.steered_steps),
     )  # fmt: skip
-    return _finish(program, len(once), num_flow, shares)
+    return _finish(program, len(call.once), call.num_flow, call.shares)
 
 
 def plan_network(
