@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from .agents import Agent
 from .tasks import ReplayBuffer
@@ -38,6 +38,17 @@ def save(path: Path, agent: Agent, buffer: ReplayBuffer, counters: dict[str, Any
     os.replace(temporary, path)
 
 
+def _fill(networks: dict[str, nn.Module], tensors: dict[str, Tensor]) -> None:
+    for name, network in networks.items():
+        prefix = f"network/{name}/"
+        network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+
+
+def load_networks(path: Path, networks: dict[str, nn.Module]) -> None:
+    """Fills networks by their names in a run, whatever its settings."""
+    _fill(networks, load_file(path))
+
+
 def load(path: Path, agent: Agent, buffer: ReplayBuffer) -> dict[str, Any]:
     """Restores what `save` wrote and returns its counters.
 
@@ -53,9 +64,7 @@ def load(path: Path, agent: Agent, buffer: ReplayBuffer) -> dict[str, Any]:
         raise ValueError(f"{path} was written with other settings of {', '.join(differing)}; use another --out.")
     agent.generator.set_state(tensors["generator"])
     torch.set_rng_state(tensors["torch"])
-    for name, network in agent.networks.items():
-        prefix = f"network/{name}/"
-        network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    _fill(agent.networks, tensors)
     for name, optimiser in agent.optimisers.items():
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
