@@ -873,3 +873,39 @@ def test_integers_of_other_types(integer):
         from_module(mlp(S + A, 1, H), "critic", obs_dim=np.float64(2.5), action_dim=A)
     with pytest.raises(ValueError, match=r"action_dim is .*True"):
         FlowMLP(S, np.bool_(True))
+
+
+class Held(nn.Module):
+    """Its activation is a function, its LayerNorm a layer, its output's scale a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(S + A, H), nn.LayerNorm(H), nn.Linear(H, 1)
+        self.act, self.scale = torch.relu, 2.0
+
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        return self.scale * self.last(self.act(self.norm(self.first(torch.cat([obs, actions], -1)))))
+
+
+EDITS_OF_HELD = {
+    "scale was 2.0": lambda m: setattr(m, "scale", 3.0),
+    "act was relu .* is tanh now": lambda m: setattr(m, "act", torch.tanh),
+    "norm.eps was 1e-05": lambda m: setattr(m.norm, "eps", 0.5),
+    "first was Linear when .* Linear with 1 hooks": lambda m: m.first.register_forward_hook(lambda *a: a[-1] / 2),
+    "last was Linear when .* a forward of its own": lambda m: setattr(m.last, "forward", lambda x: x[:, :1]),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS_OF_HELD)
+def test_what_the_module_holds_is_not_assumed_to_stay(edit):
+    """Also on the quick way, which asks less."""
+    module = Held()
+    critic, flow = from_module(module, "critic", obs_dim=S, action_dim=A), FlowMLP(S, A, (8,))
+    sampler = SteeredSampler(flow, critic, Steering.qpilots_u(), num_steps=2)
+    for _ in range(3):
+        sampler(torch.randn(2, S))
+    EDITS_OF_HELD[edit](module)
+    with pytest.raises(ValueError, match=edit):
+        sampler(torch.randn(2, S))
+    anew = SteeredSampler(flow, module, Steering.qpilots_u(), num_steps=2)
+    assert anew(torch.randn(2, S)).isfinite().all()

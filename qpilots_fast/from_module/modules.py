@@ -86,6 +86,9 @@ class ModuleNetwork(PackableNetwork):
             (layer.__dict__, name, getattr(layer, name)) for layer in self._dropouts for name in ("training", "p")
         ]
         slots += [(part.__dict__, "training", training) for part, training in self._modes]
+        for part in self.module.modules():
+            slots += [(hooks, None, len(hooks)) for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+            slots.append((vars(part), "forward", vars(part).get("forward")))
         for path, name, _ in self._facts:
             attributes = vars(part_at(self.module, path))
             slots.append((attributes, name, attributes.get(name)))
@@ -121,8 +124,9 @@ class ModuleNetwork(PackableNetwork):
             value = getattr(part_at(self.module, path), name, None)
             if value != then:
                 whole = ".".join(filter(None, (type(self.module).__name__, path, name)))
+                was, now_is = (getattr(v, "__name__", repr(v)) for v in (then, value))
                 raise ValueError(
-                    f"{whole} was {then!r} when from_module read the module, and is {value!r} now; call from_module "
+                    f"{whole} was {was} when from_module read the module, and is {now_is} now; call from_module "
                     "again, or give the sampler the module itself, which it reads anew where it changed."
                 )
         if self._own is None:
@@ -192,8 +196,13 @@ def dropouts(module: nn.Module) -> list[Any]:
 
 
 def _structure(module: nn.Module) -> dict[str, str]:
-    """The classes of a module's parts by their paths."""
-    return {path: type(part).__name__ for path, part in module.named_modules()}
+    """What a module's parts run, by their paths: class, hooks, and a forward of their own."""
+    found = {}
+    for path, part in module.named_modules():
+        hooks = len(part._forward_hooks) + len(part._forward_pre_hooks)
+        more = [f"{hooks} hooks"] * bool(hooks) + ["a forward of its own"] * ("forward" in vars(part))
+        found[path] = " with ".join([type(part).__name__, *more])
+    return found
 
 
 def _as_time(t: Tensor | float, like: Tensor) -> Tensor:

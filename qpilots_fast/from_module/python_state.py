@@ -215,9 +215,9 @@ def _first_changing(values: dict[str, Any], changing: tuple[type, ...], seen: se
 
 
 def facts_read(probe: nn.Module, output: Callable[[], Tensor]) -> tuple[Fact, ...]:
-    """The plain attributes (numbers, strings, tuples of these) that the output follows, or may follow.
+    """The plain attributes (numbers, strings, tuples of these, functions) that the output follows, or may follow.
 
-    Of torch's own layers the numbers and names that they work with (eps, a slope): these are not tried one by one.
+    Functions, and the numbers and names that torch's own layers work with (eps, a slope), are not tried one by one.
 
     Args:
         probe: a copy of the user's module; its attributes are changed and put back.
@@ -235,6 +235,8 @@ def facts_read(probe: nn.Module, output: Callable[[], Tensor]) -> tuple[Fact, ..
     for path, _, name, value in own_attributes(probe):
         if isinstance(value, (int, float)):  # bool too
             numbers.append((path, name, value))
+        elif isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
+            found.append((path, name, value))
         elif isinstance(value, (str, tuple)) and _is_plain(value):
             found.append((path, name, value))
     if _follows(probe, numbers, output, expected):
