@@ -173,12 +173,6 @@ class Map(nn.Module):
         return xbar + (u - s) * self.net(torch.cat([obs, xbar, x, t, s, u], -1))
 
 
-class Parametrised(Q):
-    def __init__(self):
-        super().__init__()
-        nn.utils.parametrizations.weight_norm(self.q[0])
-
-
 class Uncopied(Q):
     def __deepcopy__(self, memo):
         raise RuntimeError("not now")
@@ -234,8 +228,7 @@ WAYS = {
     "a cosine after": (Changed(Q(), after=torch.cos), "critic", "outputs differ", None),
     "clipped": (Changed(Q(), before=lambda o, a: (o, a.clamp(-1, 1))), "critic", "none of the inputs", None),
     "no hidden layer": (last_layer(1, nn.Linear(S + A, 1)), "critic", "no hidden layer", None),
-    "parametrised": (Parametrised(), "critic", "no registered parameter", None),
-    "batch norm": (TwoNorms(nn.BatchNorm1d(H)).eval(), "critic", "is BatchNorm1d", None),
+    "another norm": (TwoNorms(nn.GroupNorm(2, H)), "critic", "no known activation", None),
     "a head": (
         last_layer(51), "critic", "51 outputs, expected 1", lambda m: lambda o, a: mean_of_heads(o, a, m),
     ),

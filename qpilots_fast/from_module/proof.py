@@ -162,7 +162,8 @@ def prove(
     if spec.kind != "critic" and len(scales) == len(SCALES):
         for step, t in enumerate(_OF_ALL_ROWS.flatten().tolist()):
             named = random_blocks(spec.kind, dims, batch_size_apart_from(spec.num_members), generator)
-            named["t"] = torch.full_like(named["t"], t)
+            asked = {"t": t, **POSTERIOR_DRAW}
+            named |= {name: torch.full_like(block, asked[name]) for name, block in named.items() if name in TIMES}
             worst = max(worst, compare(named, f"random inputs at t = {t:g}", step))
     return worst
 
