@@ -193,7 +193,7 @@ class Reader:
             raise TypeError(f"{name} is {got}; expected a floating Tensor or numpy array{cure}.")
         if isinstance(obs, Tensor) and noise.device != obs.device:
             raise ValueError(f"{name} is on {noise.device}, obs on {obs.device}; expected one device.")
-        return noise
+        return noise.detach()  # a call is not tracked: callables would be taken to lose this gradient
 
     def _dtype(self, obs: Any, noise: Tensor | None) -> torch.dtype:
         given = [value for value in (obs, noise) if isinstance(value, Tensor) and value.dtype == torch.float64]

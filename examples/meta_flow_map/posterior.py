@@ -14,11 +14,11 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from safetensors.torch import load_model, save_model
 from torch import Tensor
 from tqdm import trange
 
 from qpilots_fast import MetaFlowMap
+from qpilots_fast.files import fill, read_tensors, write_tensors
 from qpilots_fast.meta_flow_map import CONSISTENCIES, glass_velocity
 from qpilots_fast.objectives import meta_flow_map_loss, polyak_update
 
@@ -40,7 +40,8 @@ def make_map() -> MetaFlowMap:
 def stored_map(consistency: str = "eulerian") -> MetaFlowMap:
     """The map that `python -m examples.meta_flow_map.posterior` has trained."""
     network = make_map()
-    load_model(network, str(RESULTS / f"map_{consistency}.safetensors"))
+    path = RESULTS / f"map_{consistency}.safetensors"
+    fill({"": network}, read_tensors(path)[0], path)
     return network
 
 
@@ -187,7 +188,7 @@ def main() -> None:
     for consistency in () if arguments.measure else arguments.consistency:
         start = time.perf_counter()
         network = train(consistency, arguments.steps, arguments.batch_size, arguments.seed)
-        save_model(network, str(RESULTS / f"map_{consistency}.safetensors"))
+        write_tensors(RESULTS / f"map_{consistency}.safetensors", network.state_dict())
         print(f"{consistency}: {time.perf_counter() - start:.0f} s")
     write_table(measure(400, 1000, arguments.consistency), "posterior")
     plot(RESULTS / "posterior.png")

@@ -11,19 +11,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from qpilots_fast import FlowMLP, MetaFlowMap
+from qpilots_fast.files import fill, read_tensors, write_tensors, write_text
 from qpilots_fast.objectives import flow_matching_loss, meta_flow_map_loss, polyak_update
 
 from .config import Config, config_of, make_parser, split_task
@@ -43,31 +41,20 @@ def new_posterior(config: Config, obs_dim: int, action_dim: int) -> MetaFlowMap:
     return MetaFlowMap(obs_dim, action_dim, hidden, time_embedding="fourier", time_embedding_dim=16)
 
 
-def holds(path: str | Path, name: str) -> bool:
-    """Whether the file has that network."""
-    with safe_open(path, "pt") as file:
-        return any(key.startswith(f"{name}.") for key in file.keys())
-
-
 def load_pretrained(path: str | Path, networks: dict[str, nn.Module]) -> None:
     """Fills flow and, where there is one, posterior.
 
     Raises:
         ValueError: where the file has other shapes, or no posterior for a method that needs one.
     """
-    with safe_open(path, "pt") as file:
-        about = file.metadata() or {}
-        for name, network in networks.items():
-            state = {key.removeprefix(f"{name}."): key for key in file.keys() if key.startswith(f"{name}.")}
-            wanted = network.state_dict()
-            if state.keys() != wanted.keys() or any(
-                file.get_slice(key).get_shape() != list(wanted[short].shape) for short, key in state.items()
-            ):
-                raise ValueError(
-                    f"{path} holds no {name} of this run's shape (it was made with {about.get('config', '?')}); give "
-                    "pretrain.py the same --chunk, --hidden-dim and --hidden-layers, and no --posterior-steps 0."
-                )
-            network.load_state_dict({short: file.get_tensor(key) for short, key in state.items()})
+    tensors, about = read_tensors(Path(path))
+    try:
+        fill({f"{name}.": network for name, network in networks.items()}, tensors, Path(path))
+    except ValueError as error:
+        raise ValueError(
+            f"{error} It was made with {about.get('config', '?')}; give pretrain.py the same --chunk, --hidden-dim and "
+            "--hidden-layers, and no --posterior-steps 0."
+        ) from None
 
 
 def _behaviour(config: Config) -> ReplayBuffer:
@@ -135,12 +122,9 @@ def pretrain(config: Config, out: Path, steps: int, posterior_steps: int, batch_
     about = {key: value for key, value in dataclasses.asdict(config).items() if key in kept}
     about |= {"dataset": split_task(config.task)[1], "steps": steps, "posterior_steps": posterior_steps}
     about["chunk"], about["seconds"] = config.action_chunk, round(time.perf_counter() - start, 1)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix(".writing")
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary, {"config": json.dumps(about)})
-    os.replace(temporary, out)
+    write_tensors(out, tensors, {"config": json.dumps(about)})
     lines = [f"{name},{step},{loss:.5f}" for name, curve in curves.items() for step, loss in curve]
-    out.with_suffix(".csv").write_text("\n".join(["network,step,loss", *lines]) + "\n")
+    write_text(out.with_suffix(".csv"), "\n".join(["network,step,loss", *lines]) + "\n")
     print(f"{out}: {json.dumps(about)}")
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qpilots_fast.demo.ogbench_cube import wilson_interval
+from qpilots_fast.files import write_text
 
 from . import checkpoint
 from .agents import Agent, make_agent
@@ -46,9 +47,9 @@ class CsvLog:
     def drop_after(self, step: int) -> None:
         """Forgets rows that a run wrote after its last checkpoint."""
         if self.path.exists():
-            head, *rows = self.path.read_text().splitlines()
+            head, *rows = self.path.read_text().split("\n")[:-1]  # a line without its end was cut off by a kill
             kept = [row for row in rows if int(row.split(",")[0]) <= step]
-            self.path.write_text("\n".join([head, *kept]) + "\n")
+            write_text(self.path, "\n".join([head, *kept]) + "\n")
 
 
 class Run:
@@ -57,7 +58,7 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config, self.folder = config, config.folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.json").write_text(config.to_json() + "\n")
+        write_text(self.folder / "config.json", config.to_json() + "\n")
         self.env, self.eval_env = make_env(config.task), make_env(config.task)
         rows = load_rows(config, self.env)
         self.mean, self.std = np.zeros(1, np.float32), np.ones(1, np.float32)
@@ -217,10 +218,6 @@ class Run:
         if path.exists():
             self.counters = checkpoint.load(path, self.agent, self.buffer)
             tqdm.write(f"going on from step {self.counters['step']}")
-        elif self.config.start_from is not None:
-            critics = {name: self.agent.networks[name] for name in ("critic", "target")}
-            checkpoint.load_networks(Path(self.config.start_from), critics)
-            self.counters["step"] = self.config.offline_steps
         for log in (self.train_log, self.eval_log):
             log.drop_after(self.counters["step"])
         self.since = time.perf_counter()

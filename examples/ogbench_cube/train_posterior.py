@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from train import Log, warmup_cosine
 
 from qpilots_fast import FlowMLP, MetaFlowMap
 from qpilots_fast.demo.ogbench_cube import ACTION_DIM, OBS_DIM, STATE_DIM, CubePolicy
+from qpilots_fast.files import fill, fill_optimiser, optimiser_tensors, read_tensors, write_tensors
 from qpilots_fast.meta_flow_map import CONSISTENCIES
 from qpilots_fast.objectives import meta_flow_map_loss, polyak_update
 from qpilots_fast.times import time_features
@@ -68,23 +68,31 @@ class Run:
 
     def save(self, path: Path, settings: dict[str, Any]) -> None:
         """An interrupted write leaves the previous file."""
-        state = {name: getattr(self, name).state_dict() for name in ("posterior", "slow", "optimizer", "schedule")}
-        rest = {"step": self.step, "settings": settings, "sampling": json.dumps(self.data.rng.bit_generator.state)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({**state, **rest, "torch": torch.get_rng_state()}, path.with_suffix(".writing"))
-        os.replace(path.with_suffix(".writing"), path)
+        tensors = {"torch": torch.get_rng_state(), **optimiser_tensors("optimizer/", self.optimizer)}
+        for name, network in (("posterior", self.posterior), ("slow", self.slow)):
+            tensors |= {f"{name}.{key}": value for key, value in network.state_dict().items()}
+        about = {
+            "step": self.step, "settings": settings, "schedule": self.schedule.state_dict(),
+            "sampling": self.data.rng.bit_generator.state,
+        }  # fmt: skip
+        write_tensors(path, tensors, {name: json.dumps(value, default=str) for name, value in about.items()})
 
     def load(self, path: Path, settings: dict[str, Any]) -> None:
         """Continues what `save` wrote under the same settings."""
-        state = torch.load(path, weights_only=True)
-        differing = [key for key, value in settings.items() if state["settings"].get(key) != value]
+        tensors, written = read_tensors(path)
+        about = {name: json.loads(written[name]) for name in ("step", "settings", "schedule", "sampling")}
+        asked = json.loads(json.dumps(settings, default=str))
+        differing = [key for key, value in asked.items() if about["settings"].get(key) != value]
         if differing:
             raise SystemExit(f"{path} was written with other settings of {', '.join(differing)}; use another --out.")
-        for name in ("posterior", "slow", "optimizer", "schedule"):
-            getattr(self, name).load_state_dict(state[name])
-        self.step = state["step"]
-        self.data.rng.bit_generator.state = json.loads(state["sampling"])
-        torch.set_rng_state(state["torch"])
+        fill({"posterior.": self.posterior, "slow.": self.slow}, tensors, path)
+        fill_optimiser(self.optimizer, tensors, "optimizer/")
+        self.schedule.load_state_dict(about["schedule"])
+        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr()):
+            group["lr"] = rate
+        self.step = about["step"]
+        self.data.rng.bit_generator.state = about["sampling"]
+        torch.set_rng_state(tensors["torch"])
 
 
 def train(policy: CubePolicy, data: PlayData, args: argparse.Namespace) -> MetaFlowMap:
@@ -93,7 +101,7 @@ def train(policy: CubePolicy, data: PlayData, args: argparse.Namespace) -> MetaF
     posterior = new_posterior(policy.flow)
     optimizer = torch.optim.Adam(posterior.parameters(), lr=args.lr, fused=True)
     run = Run(posterior, copy.deepcopy(posterior), optimizer, warmup_cosine(optimizer, args.steps), data)
-    checkpoint = args.out / "posterior_checkpoint.pt"
+    checkpoint = args.out / "posterior_checkpoint.safetensors"
     settings = {key: value for key, value in vars(args).items() if key not in MAY_CHANGE}
     if checkpoint.exists():
         run.load(checkpoint, settings)

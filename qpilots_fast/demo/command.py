@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         return run(args)
-    except BackendUnavailable as error:
+    except (BackendUnavailable, OSError) as error:
         print(f"qpilots-fast demo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import fill, read_tensors, write_tensors, write_text
 from ..networks import CriticEnsemble, FlowMLP, MetaFlowMap
 
 ASSETS = Path(__file__).parents[1] / "assets" / "ogbench_cube"
@@ -68,11 +69,8 @@ class CubePolicy:
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         """Writes policy.safetensors (bfloat16) and policy.json (shapes, normalisation, how it was trained)."""
-        from safetensors.torch import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"{name}.{k}": v for name, net in self.networks.items() for k, v in net.state_dict().items()}
-        save_file({k: v.to(torch.bfloat16).contiguous() for k, v in tensors.items()}, folder / "policy.safetensors")
+        write_tensors(folder / "policy.safetensors", {k: v.to(torch.bfloat16) for k, v in tensors.items()})
         config: dict[str, Any] = {
             "flow_hidden_dims": self.flow.spec.hidden_dims,
             "critic_hidden_dims": self.critic.spec.hidden_dims,
@@ -84,25 +82,39 @@ class CubePolicy:
         if self.posterior is not None:
             names = ("hidden_dims", "time_embedding", "time_embedding_dim")
             config["posterior"] = {name: getattr(self.posterior.spec, name) for name in names}
-        (folder / "policy.json").write_text(json.dumps(config, indent=1) + "\n")
+        write_text(folder / "policy.json", json.dumps(config, indent=1) + "\n")
 
     @staticmethod
     def load(folder: Path = ASSETS) -> CubePolicy:
-        """Reads what `save` wrote, in float32; a file without a posterior gives a policy without one."""
-        from safetensors.torch import load_file
+        """Reads what `save` wrote, in float32; a file without a posterior gives a policy without one.
 
-        config = json.loads((folder / "policy.json").read_text())
+        Raises:
+            ValueError: where a file is cut off, altered, or not of the sizes that policy.json tells.
+        """
+        config = _read_config(folder / "policy.json")
         policy = new_policy(
             tuple(config["flow_hidden_dims"]), tuple(config["critic_hidden_dims"]), config["num_critics"],
             np.asarray(config["state_mean"]), np.asarray(config["state_std"]),
         )  # fmt: skip
         if "posterior" in config:
             policy.posterior = MetaFlowMap(OBS_DIM, ACTION_DIM, **config["posterior"])
-        tensors = {k: v.float() for k, v in load_file(folder / "policy.safetensors").items()}
-        for name, network in policy.networks.items():
-            network.load_state_dict({k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(name + ".")})
+        path = folder / "policy.safetensors"
+        fill({f"{name}.": network for name, network in policy.networks.items()}, read_tensors(path)[0], path)
+        for network in policy.networks.values():
             network.requires_grad_(False)
         return policy
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    needed = ("flow_hidden_dims", "critic_hidden_dims", "num_critics", "state_mean", "state_std")
+    try:
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); expected the JSON object that was written.") from None
+    missing = [name for name in needed if name not in config]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; expected what CubePolicy.save wrote.")
+    return config
 
 
 def new_policy(
@@ -198,10 +210,9 @@ class CubeTasks:
         """
         shape = (rounds, len(self.envs))
         result = Rollouts(np.zeros(shape, dtype=bool), np.full(shape, max_steps))
-        action_dim = policy.flow.spec.action_dim
         for r in range(rounds):
             generator = torch.Generator().manual_seed(seed + 7919 * r)
-            noise = torch.randn(math.ceil(max_steps / CHUNK), len(self.tasks), action_dim, generator=generator)
+            noise = torch.randn(math.ceil(max_steps / CHUNK), len(self.tasks), ACTION_DIM, generator=generator)
             states, goals = self._reset(seed + 1000 * (r + 1))
             running = list(range(len(self.envs)))
             for k in range(len(noise)):

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{_NAME}: stopped. What is done stays; go on with:  {again}", file=sys.stderr)
         return 130
     except Exception as error:
-        said = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        said = error if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
         print(f"{_NAME}: {said}", file=sys.stderr)
         return 1
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ..files import replacing, write_text
 
 COLUMNS = ("row_id", "actions", "q_before", "q_after")
 
@@ -64,7 +65,7 @@ class Store:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"--out is {self.out}, a file; expected a folder, or a new file that ends in .parquet.")
         if self._manifest.exists():
-            found: dict[str, Any] = json.loads(self._manifest.read_text())
+            found = self._told()
             for name, value in told.items():
                 if found.get(name) != value:
                     raise ValueError(
@@ -76,13 +77,22 @@ class Store:
             raise ValueError(f"--out is {self.out}, which exists and is not ours; expected a new file.")
         if self.folder.exists() and any(self.folder.iterdir()):
             raise ValueError(f"--out is {self.out}, a folder with other files in it; expected a new or an empty one.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._replace(self._manifest, lambda path: path.write_text(json.dumps(told, indent=1)))
+        write_text(self._manifest, json.dumps(told, indent=1))
         return told
+
+    def _told(self) -> dict[str, Any]:
+        """The manifest as it stands."""
+        try:
+            return dict(json.loads(self._manifest.read_text(encoding="utf-8")))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{self._manifest} is not what was written; expected a whole JSON object. Take another --out, or "
+                f"remove {self.folder}."
+            ) from None
 
     def part_rows(self) -> int | None:
         """How many rows a part has, as an earlier run chose; None before the first."""
-        return int(json.loads(self._manifest.read_text())["part_rows"]) if self._manifest.exists() else None
+        return int(self._told()["part_rows"]) if self._manifest.exists() else None
 
     def claim_sampler(self, fingerprint: str, function: str) -> None:
         """Says that this sampler makes all parts; the first worker to say so is right.
@@ -90,7 +100,7 @@ class Store:
         Raises:
             ValueError: for another sampler than the first.
         """
-        claim = self._new(self._sampler)
+        claim = self._sampler.with_name(f".{self._sampler.name}.{uuid.uuid4().hex}.tmp")
         claim.write_text(fingerprint)
         try:
             os.link(claim, self._sampler)  # fails where another was first, also over a network
@@ -122,7 +132,8 @@ class Store:
         arrays = {} if row_id is None else {"row_id": pa.array(row_id), "actions": _lists(actions)}
         arrays |= {name: pa.array(value) for name, value in zip(COLUMNS[2:], values) if value is not None}
         table = pa.table(arrays).replace_schema_metadata({"set_aside": json.dumps(list(made.set_aside.items()))})
-        self._replace(self.path(part), lambda path: parquet.write_table(table, path))
+        with replacing(self.path(part)) as path:
+            parquet.write_table(table, path)
 
     def finish(self, parts: list[Part], manifest: dict[str, Any]) -> dict[str, Any]:
         """Checks that every row is there once, made or set aside, writes the rows set aside, joins a single file.
@@ -138,13 +149,15 @@ class Store:
             aside |= self._check(part)
         if aside:
             table = pa.table({"row_id": pa.array(list(aside), pa.int64()), "reason": pa.array(list(aside.values()))})
-            self._replace(self.set_aside, lambda path: parquet.write_table(table, path))
+            with replacing(self.set_aside) as path:
+                parquet.write_table(table, path)
         files = [f for f in map(self.path, parts) if parquet.read_metadata(f).num_columns]
         if self.one_file and files:
-            self._replace(self.out, lambda path: _join(files, path))
+            with replacing(self.out) as path:
+                _join(files, path)
         rows = parts[-1].stop
         manifest = {**manifest, "complete": True, "relabelled": rows - len(aside), "set_aside": len(aside)}
-        self._replace(self._manifest, lambda path: path.write_text(json.dumps(manifest, indent=1)))
+        write_text(self._manifest, json.dumps(manifest, indent=1))
         for left in [*self.folder.glob(".*.tmp"), *(map(self.path, parts) if self.one_file else ())]:
             left.unlink(missing_ok=True)
         for part in () if self.one_file else parts:  # a part of no rows has no columns, which readers stumble over
@@ -168,20 +181,6 @@ class Store:
                 "the command again to make it anew."
             )
         return aside
-
-    def _new(self, path: Path) -> Path:
-        return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-
-    def _replace(self, path: Path, write: Callable[[Path], Any]) -> None:
-        """Writes a file beside and renames it: at no time is there half of one."""
-        new = self._new(path)
-        try:
-            write(new)
-            with new.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(new, path)
-        finally:
-            new.unlink(missing_ok=True)
 
 
 def _lists(actions: np.ndarray | None) -> Any:
