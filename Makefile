@@ -14,7 +14,8 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 CXX_FILES := $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-cpu test-pure test-interpreter test-emulator test-integrations test-lerobot sanitize lint types docs bench profile format clean
+.PHONY: demo test test-cpu test-pure test-interpreter test-emulator test-integrations test-lerobot sanitize lint \
+  types docs bench profile format clean fuzz mutants soak sbom
 
 demo: $(VENV)/.built
 	$(BIN)/qpilots-fast demo
@@ -50,6 +51,26 @@ test-lerobot: $(LEROBOT)/.installed
 sanitize: $(VENV)/.built
 	$(BIN)/pip install -q cmake ninja pybind11 setuptools
 	PATH=$(abspath $(BIN)):$$PATH tests/sanitize.sh $(BIN)/python
+
+# random samplers and calls against the float64 reference; a night: make fuzz N=1000000
+N ?= 20000
+fuzz: $(VENV)/.built
+	$(BIN)/python -m tests.fuzz --calls $(N)
+
+# plants faults in a copy of the sources, one after the other: which of them do the tests miss?
+mutants: $(VENV)/.built
+	$(BIN)/python -m tests.mutants
+
+# does memory grow, or a call slow down, over many calls?
+MINUTES ?= 60
+soak: $(VENV)/.built
+	$(BIN)/python -m bench.soak --minutes $(MINUTES)
+
+# the software bill of materials of .venv, CycloneDX, in build/sbom.json
+sbom: $(VENV)/.built
+	$(PYTHON) -m venv $(VENV)/sbom && $(VENV)/sbom/bin/pip install -q cyclonedx-bom
+	$(VENV)/sbom/bin/cyclonedx-py environment --mc-type library --pyproject pyproject.toml --output-reproducible \
+	  -o build/sbom.json $(BIN)/python
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

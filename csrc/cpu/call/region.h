@@ -19,7 +19,7 @@
 namespace qpilots::cpu {
 
 template <class Body>
-void parallel_region(int threads, Body body) {
+void parallel_region([[maybe_unused]] int threads, Body body) {
 #if defined(__SANITIZE_THREAD__)
   // GCC's OpenMP is not instrumented: ThreadSanitizer would take its fork and join for races.
   if (usable_threads(threads) > 1) {

@@ -177,7 +177,7 @@ void SampleRun::run(int thread, int threads) {
 }
 
 namespace {
-std::atomic<bool> forked{false};
+[[maybe_unused]] std::atomic<bool> forked{false};
 }
 
 int usable_threads(int threads) {

@@ -118,13 +118,11 @@ std::shared_ptr<const Network> make_network(const py::dict& spec, const std::str
   require(shape.hidden.size() + 1 == shape.widths.size(), "hidden: expected one entry per hidden layer");
   check_kept(shape);
   shape.scalar_head = spec["scalar_head"].cast<bool>();
-  int columns = 0;
   for (const py::handle entry : spec["inputs"]) {  // (kind, first column, width)
     const auto [kind, column, dim] = entry.cast<std::tuple<int, int, int>>();
     require(kind >= 0 && kind < kInputKinds && column >= 0 && dim >= 0, "inputs: bad entry");
     shape.input_dims[kind] = dim;
     shape.input_columns[kind] = column;
-    columns += dim;
   }
   require(shape.input_dims[kX] > 0, "inputs: the actions are missing");
   return std::make_shared<const Network>(std::move(shape), precision == "float32" ? Format::kF32 : Format::kBf16,
