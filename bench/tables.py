@@ -135,6 +135,18 @@ def training_speed(paths: list[Path]) -> str:
     return _table(["networks", "phase", "eager", "native float32", "native bfloat16"], 3, lines)
 
 
+def generalist(paths: list[Path]) -> str:
+    """Success over the six tasks, told in trained phrasings, from examples/generalist's episodes.csv."""
+    rows = [row for row in _rows(paths) if row["phrasings"] == "trained"]
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        done = [int(row["success"]) for row in rows if row["method"] == method]
+        low, high = wilson_interval(sum(done), len(done))
+        rate = f"{100 * sum(done) / len(done):.0f} %"
+        lines.append([method, str(len(done)), rate, f"{100 * low:.0f} % to {100 * high:.0f} %"])
+    return _table(["method", "episodes", "success", "95 % interval"], 3, lines)
+
+
 MAKERS: dict[str, Callable[[list[Path]], str]] = {
     "first_screen": _last(_first_screen),
     "against_peers": _last(headline),
@@ -143,6 +155,7 @@ MAKERS: dict[str, Callable[[list[Path]], str]] = {
     "control": _last(control),
     "busy": _last(busy),
     "success": success,
+    "generalist": generalist,
     "training": training,
     "training_speed": training_speed,
 }
