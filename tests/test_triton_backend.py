@@ -22,7 +22,7 @@ from qpilots_fast.backends.counts import network_macs
 from qpilots_fast.backends.triton import LaunchRow, LaunchTable, Tile, TritonBackend
 from qpilots_fast.backends.triton.counts import launch_counts, num_launches, programs, workspace_bytes
 from qpilots_fast.backends.triton.launch_table import TABLE
-from qpilots_fast.backends.triton.packing import NetworkLayout
+from qpilots_fast.backends.triton.layouts import NetworkLayout
 from qpilots_fast.backends.triton.plan import SamplerPlan
 from qpilots_fast.row_ops import Chain, RowOp
 from qpilots_fast.spec import BoundNetworks, NetworkSpec, SamplerSpec

@@ -15,7 +15,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from torch import Tensor
 
 from qpilots_fast.backends.triton import Tile
-from qpilots_fast.backends.triton.packing import NetworkLayout, PackedBuffers, PackedNetwork
+from qpilots_fast.backends.triton.layouts import NetworkLayout
+from qpilots_fast.backends.triton.packing import PackedBuffers, PackedNetwork
 from qpilots_fast.spec import BoundNetwork, LayerParameters
 from qpilots_fast.testing import make_case
 from tests import triton_interpreter

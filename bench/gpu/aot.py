@@ -12,7 +12,8 @@ from qpilots_fast.backends.triton.counts import programs
 from qpilots_fast.backends.triton.evaluation import Evaluation, Given, Launch, Scratch, Tape
 from qpilots_fast.backends.triton.launch_table import LaunchTable, dot_mode
 from qpilots_fast.backends.triton.launcher import kernel_of
-from qpilots_fast.backends.triton.packing import OPERAND_DTYPES, PackedBuffers, network_layout, pack_options
+from qpilots_fast.backends.triton.layouts import network_layout
+from qpilots_fast.backends.triton.packing import OPERAND_DTYPES, PackedBuffers, pack_options
 from qpilots_fast.backends.triton.plan import SamplerPlan
 from qpilots_fast.backends.triton.row_pieces import clean_actions_launch, steer_step_launch
 from qpilots_fast.row_ops import RowOp

@@ -22,8 +22,9 @@ from .chain_ops import chain_refusal
 from .evaluation import Evaluation, Scratch, Tape
 from .launch_table import MAX_ACTION_PAD, LaunchTable, default_table, dot_mode
 from .launcher import launch
+from .layouts import network_layout, padded_width, round_up
 from .own_columns import asks_host, copied_encoders, shown_obs
-from .packing import OPERAND_DTYPES, PackedBuffers, network_layout, padded_width, parameter_addresses, round_up
+from .packing import OPERAND_DTYPES, PackedBuffers, parameter_addresses
 from .plan import SamplerPlan, Workspace, capability, chunk_rows
 from .row_pieces import TritonRows
 

@@ -13,7 +13,8 @@ from ..base import Footprint
 from ..counts import count_flops, count_weights
 from .chain_ops import MAX_OPS, UNSAVED
 from .evaluation import Launch
-from .packing import OPERAND_DTYPES, PackedBuffers, round_up
+from .layouts import round_up
+from .packing import OPERAND_DTYPES, PackedBuffers
 from .plan import SamplerPlan
 
 _META = torch.device("meta")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .chain_ops import MAX_OPS, chain_block, is_saved, kept_ops
-from .packing import NetworkLayout, PackedNetwork, padded_width
+from .layouts import NetworkLayout, padded_width
+from .packing import PackedNetwork
 
 _APPROXIMATED = ("gelu_tanh", "silu", "tanh")  # activations with a form by the hardware's tanh
 

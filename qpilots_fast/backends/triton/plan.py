@@ -15,7 +15,8 @@ from ..caches import Cache
 from .evaluation import Evaluation, Given, Launch, Scratch, Tape
 from .launch_table import LaunchTable, dot_mode
 from .launcher import launch
-from .packing import OPERAND_DTYPES, NetworkLayout, PackedBuffers, padded_width, round_up, sampler_layouts
+from .layouts import NetworkLayout, padded_width, round_up, sampler_layouts
+from .packing import OPERAND_DTYPES, PackedBuffers
 from .row_pieces import scale_arguments
 
 # The rows of a call go through its K steps in chunks, whose two planes that pass from launch to launch are at most this

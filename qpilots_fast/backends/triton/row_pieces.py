@@ -14,7 +14,7 @@ from ..caches import Cache
 from ..captured import refuse_while_capturing
 from .evaluation import Launch
 from .launcher import launch
-from .packing import padded_width
+from .layouts import padded_width
 
 _VALUES = 512  # of a program: 4 a lane
 
