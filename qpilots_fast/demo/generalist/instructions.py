@@ -11,6 +11,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ...files import read_tensors
+
 ASSETS = Path(__file__).parents[2] / "assets" / "generalist"
 EMBEDDING_DIM = 384
 
@@ -103,9 +105,7 @@ TASKS = tuple(TRAINED)
 
 @cache
 def _embeddings() -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    stored = load_file(ASSETS / "instructions.safetensors")
+    stored, _ = read_tensors(ASSETS / "instructions.safetensors")
     return {
         sentence: row.float()
         for task in TASKS

@@ -1,4 +1,4 @@
-"""The generalist's weights on disk, in bfloat16."""
+"""The generalist's weights on disk, in bfloat16, checked when they are read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from ...files import fill, read_tensors, write_tensors
 from .critics import GeneralistCritics
 from .instructions import ASSETS
 from .policy import GeneralistConfig, GeneralistPolicy
@@ -16,17 +17,13 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def save(network: nn.Module, path: Path) -> None:
-    """Writes the network's tensors."""
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.to(torch.bfloat16).contiguous() for name, value in network.state_dict().items()}, path)
+    """Writes the network's tensors, whole or not at all."""
+    write_tensors(path, {name: value.to(torch.bfloat16) for name, value in network.state_dict().items()})
 
 
 def _load(network: Network, path: Path) -> Network:
-    from safetensors.torch import load_file
-
-    network.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+    tensors, _ = read_tensors(path)
+    fill({"": network}, tensors, path)
     return network.requires_grad_(False).eval()
 
 
