@@ -1,6 +1,8 @@
 """CleanRL style, in one file: a behaviour-cloned flow, steered by the SoftQNetworks of a SAC-like critic update.
 
 The networks are your own classes; only the three lines marked NEW are ours. Trains for --steps updates on Pendulum-v1.
+
+    pip install . gymnasium && python examples/quickstart_cleanrl.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """A diffusion policy's own sampling loop, steered by its scheduler: one line is new.
 
-Needs diffusers (pip install "qpilots-fast[diffusers]"). Nothing is trained: the network stands for yours.
+Nothing is trained: the network stands for yours. `examples/diffusers_cube` has a trained policy.
+
+    pip install ".[diffusers]" && python examples/quickstart_diffusers.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Steer one of LeRobot's policies by your critic, without editing it: two lines are new.
 
-Needs lerobot and diffusers (pip install "qpilots-fast[lerobot]"). The policy is a small random diffusion policy; pi0,
-pi0.5 and SmolVLA are steered by the same two lines.
+The policy is a small random diffusion policy; pi0, pi0.5 and SmolVLA are steered by the same two lines.
+
+    pip install ".[lerobot]" && python examples/quickstart_lerobot.py
 """
 
 from __future__ import annotations

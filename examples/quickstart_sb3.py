@@ -1,6 +1,8 @@
 """stable-baselines3's SAC critics, steering a behaviour-cloned flow: two lines are ours.
 
-Needs stable-baselines3. SAC trains for --steps environment steps; the flow then imitates its replay buffer.
+SAC trains for --steps environment steps; the flow then imitates its replay buffer.
+
+    pip install . stable-baselines3 && python examples/quickstart_sb3.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Steer a flow by the critics of a TorchRL loss, inside a TorchRL collector: three lines are new.
 
-Needs torchrl (pip install "qpilots-fast[torchrl]"). Networks are random; only the critics are trained, for a moment.
+Networks are random; only the critics are trained, for a moment.
+
+    pip install ".[torchrl]" && python examples/quickstart_torchrl.py
 """
 
 from __future__ import annotations
