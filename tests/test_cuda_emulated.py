@@ -25,6 +25,7 @@ from qpilots_fast.backends.reference import ReferenceBackend
 from qpilots_fast.reference import clean_actions, steer_velocity
 from qpilots_fast.spec import BoundNetwork, BoundNetworks, LayerParameters, RawSample, SamplerSpec
 from qpilots_fast.testing import PRESETS, Case, assert_close, make_case, random_case, settings_grid
+from tests import test_own_columns as own
 
 cuda_emulator = pytest.importorskip("cuda_emulator")
 pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="g++ is missing")
@@ -407,6 +408,10 @@ def test_refusals_say_why(cuda, library):
     assert "glass" in cuda.refusal(spec, device)
     spec = call(make_case(), "float16")[0]
     assert "float32, bfloat16, not float16" in cuda.refusal(spec, device)
+    own_flow = own.from_module(own.Flow(own.SinusoidalMLP()), "flow", **own.DIMS).bound()
+    critic = own.from_module(own.Everything(), "critic", **own.DIMS).bound()
+    spec = SamplerSpec(own_flow.spec, critic.spec, None, Steering.qpilots_u(), 2)
+    assert "columns" in cuda.refusal(spec, device) and "does not read yet" in cuda.refusal(spec, device)
     with pytest.raises(BackendUnavailable, match="batches up to 16"):
         sample(cuda, make_case(batch_size=17))
     library.emulator.configure(blocks_per_sm=0)
