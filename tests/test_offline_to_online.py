@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from qpilots_fast import Steering
 from qpilots_fast.objectives import td_loss
 
 pytest.importorskip("ogbench")
@@ -23,7 +25,7 @@ def example(tmp_path_factory):
     """The example's modules and a dataset of three short episodes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT))
-        from examples.offline_to_online import config, generate, pretrain, report, run, speed, sweep, tasks
+        from examples.offline_to_online import config, generate, ladder, pretrain, report, run, speed, sweep, tasks
 
         data = tmp_path_factory.mktemp("data") / "maze.npz"
         generate.generate("pointmaze-medium-navigate-v0", 3, data, steps=40)
@@ -38,7 +40,7 @@ def example(tmp_path_factory):
 
         flow = tmp_path_factory.mktemp("pretrained") / "flow.safetensors"
         pretrain.pretrain(settings("bc", "unused"), flow, steps=4, posterior_steps=2, batch_size=8, rate=1e-3)
-        modules = (config, pretrain, report, run, speed, sweep, tasks)
+        modules = (config, ladder, pretrain, report, run, speed, sweep, tasks)
         names = {module.__name__.rpartition(".")[2]: module for module in modules}
         yield names | dict(settings=settings, flow=str(flow), data=str(data))
 
@@ -182,3 +184,86 @@ def test_speed_compares_both_samplers_in_both_phases(example, tmp_path, monkeypa
     rows = list(csv.DictReader((tmp_path / "speed.csv").open()))
     assert [(row["sampler"], row["phase"]) for row in rows[:2]] == [("eager", "offline"), ("eager", "online")]
     assert len(rows) == 4 and all(float(row["updates_per_s"]) > 0 for row in rows)
+
+
+def test_settings_of_steering_and_the_target_of_another_method(example, tmp_path):
+    settings = example["settings"]
+    changed = {"steering": '{"scale": "absolute"}', "target": "bc", "pretrained": example["flow"]}
+    agent = example["run"].Run(settings("qpilots_u", tmp_path, alpha=0.7, **changed)).agent
+    assert (agent.sampler.steering.scale, agent.sampler.steering.alpha) == ("absolute", 0.7)
+    torch.nn.init.normal_(agent.target.weights[-1])
+    obs = torch.randn(3, agent.flow.spec.obs_dim)
+    state = agent.generator.get_state()
+    steered = agent.act(obs)
+    agent.generator.set_state(state)
+    aimed_at = agent.next_actions(obs)
+    agent.generator.set_state(state)
+    noise = torch.randn(3, agent.flow.spec.action_dim, generator=agent.generator)
+    assert torch.equal(aimed_at, agent.target_sampler(obs, noise)) and not torch.equal(aimed_at, steered)
+    with pytest.raises(ValueError, match="target is 'fql'"):
+        settings("qpilots_u", tmp_path, target="fql")
+
+
+def test_a_run_that_starts_from_anothers_critics_begins_online(example, tmp_path):
+    settings = example["settings"]
+    first = example["run"].Run(settings("qgf", tmp_path / "first", online_steps=0, pretrained=example["flow"]))
+    first.go()
+    start_from = str(first.folder / "checkpoint.safetensors")
+    changed = {"start_from": start_from, "pretrained": example["flow"], "learning_rate": 0.0}
+    run = example["run"].Run(settings("qpilots_u", tmp_path / "second", **changed))
+    run.go()
+    assert [row["phase"] for row in csv.DictReader((run.folder / "eval.csv").open())] == ["online"]
+    for p, q in zip(first.agent.critic.parameters(), run.agent.critic.parameters()):
+        assert torch.equal(p, q)
+    assert run.counters["step"] >= run.config.total_steps and run.buffer.size > run.buffer.offline_size
+
+
+def test_the_ladder_goes_from_u_to_qgf_one_setting_at_a_time(example):
+    by_name = {variant.name: variant.steering for variant in example["ladder"].factorial()}
+    assert by_name["0000"] == Steering.qpilots_u()
+    same = dict(alpha=1.0, clip="masked", candidate_aggregation="min")  # neither matters at an identity Jacobian
+    assert replace(by_name["1111"], **same) == Steering.qgf(1.0)
+    for names in zip(("0000", "1000", "1100", "1110"), ("1000", "1100", "1110", "1111")):
+        before, after = (vars(by_name[name]) for name in names)
+        assert sum(before[key] != after[key] for key in before if key != "json") == 1
+    assert len(by_name) == len(set(by_name.values())) == 16
+
+
+def test_effects_are_those_of_the_variants_that_differ_in_one_setting_alone(example, capsys):
+    outcomes = {"0000": "0000", "1000": "1110", "0001": "1000", "1001": "1111", "1111": "0000", "best of 8": "1111"}
+    rows = [
+        dict(source="run", variant=name, stage="report", strength="1", success="0.5", low="0", high="1", steps="9",
+             outcomes=text)
+        for name, text in outcomes.items()
+    ]  # fmt: skip
+    effects = example["ladder"].effects(rows)
+    assert effects.keys() == {"scale", "aggregation"}
+    assert effects["scale"][:2] == (2, 0.75) and effects["aggregation"][:2] == (2, 0.25)
+    for _, mean, low, high in effects.values():
+        assert low < mean < high
+    example["ladder"].print_tables(rows)
+    assert "| scale | 2 | +75 % [" in capsys.readouterr().out
+
+
+def test_the_ladder_tries_strengths_together_and_reports_the_chosen_one(example, tmp_path, monkeypatch):
+    ladder, factorial = example["ladder"], example["ladder"].factorial
+    run = example["run"].Run(example["settings"]("qgf", tmp_path, pretrained=example["flow"]))
+    torch.nn.init.normal_(run.agent.target.weights[-1])
+    run.save()
+    monkeypatch.setattr(ladder, "ALPHAS", (0.5, 4.0))
+    monkeypatch.setitem(ladder.SETS, "factorial", lambda: [v for v in factorial() if v.name in ("0000", "1000")])
+    flags = [str(run.folder), "--sets", "factorial", "--choose-rounds", "1", "--rounds", "1"]
+    records = tmp_path / "ladder.csv"
+    ladder.main([*flags, "--out", str(records)])
+    rows = list(csv.DictReader(records.open()))
+    assert [(row["variant"], row["stage"]) for row in rows] == [
+        (name, stage) for name in ("0000", "1000") for stage in ("choose", "choose", "report")
+    ]
+    for tried in (rows[:3], rows[3:]):
+        best = min(tried[:2], key=lambda row: float(row["steps"]))
+        assert tried[2]["strength"] == best["strength"]
+        assert float(tried[1]["strength"]) == pytest.approx(8 * float(tried[0]["strength"]), rel=1e-3)
+    ladder.main([*flags, "--out", str(records)])
+    assert list(csv.DictReader(records.open())) == rows
+    ladder.main([*flags, "--strengths", str(records), "--out", str(tmp_path / "again.csv")])
+    assert list(csv.DictReader((tmp_path / "again.csv").open())) == [rows[2], rows[5]]

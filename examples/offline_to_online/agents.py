@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ from .pretrain import load_pretrained, new_flow, new_posterior
 from .tasks import Batch
 
 
-def steering_of(config: Config) -> Steering:
+def steering_of(config: Config, method: str) -> Steering:
     """The sampler's settings of each method; fql and fbrac sample their base flow unsteered."""
     settings = {
         "qpilots_u": Steering.qpilots_u(config.alpha, config.rho),
@@ -28,7 +29,8 @@ def steering_of(config: Config) -> Steering:
         "qgf": Steering.qgf(config.alpha),
         "best_of_n": replace(Steering.best_of_n(config.candidates, "pessimistic"), rho=config.rho),
     }
-    return settings.get(config.method, Steering.unsteered())
+    steering = settings.get(method, Steering.unsteered())
+    return replace(steering, **json.loads(config.steering)) if method == config.method else steering
 
 
 class Agent:
@@ -51,7 +53,7 @@ class Agent:
         self.networks: dict[str, nn.Module] = {"flow": self.flow, "critic": self.critic, "target": self.target}
         self.posterior: MetaFlowMap | None = None
         self.slow_posterior: MetaFlowMap | None = None
-        if config.method == "qpilots_m":
+        if "qpilots_m" in (config.method, config.target):
             self.posterior = new_posterior(config, obs_dim, action_dim)
         pretrained: dict[str, nn.Module] = {"flow": self.flow}
         if self.posterior is not None:
@@ -62,16 +64,21 @@ class Agent:
             self.slow_posterior = copy.deepcopy(self.posterior).requires_grad_(False)
             self.networks |= {"posterior": self.posterior, "slow_posterior": self.slow_posterior}
         # the slow critics steer: they are also the ones that judge the action
-        self.sampler = SteeredSampler(
-            self.flow, self.target, steering_of(config), posterior=self.slow_posterior, num_steps=config.num_steps,
-            backend=config.backend, precision=config.precision, action_low=-1.0, action_high=1.0,
-        )  # fmt: skip
+        self.sampler = self._sampler(config.method)
+        self.target_sampler = self._sampler(config.target) if config.target else None
         self._regression = self._compiled(self._critic_loss)
         self.optimisers: dict[str, torch.optim.Optimizer] = {}
         for name in ("flow", "critic", "posterior"):
             self._optimise(name)
         if config.pretrained is not None:
             self.freeze(*(name for name in pretrained if not (self.trains_flow and name == "flow")))
+
+    def _sampler(self, method: str) -> SteeredSampler:
+        return SteeredSampler(
+            self.flow, self.target, steering_of(self.config, method), posterior=self.slow_posterior,
+            num_steps=self.config.num_steps, backend=self.config.backend, precision=self.config.precision,
+            action_low=-1.0, action_high=1.0,
+        )  # fmt: skip
 
     def freeze(self, *names: str) -> None:
         """Leaves these networks as they are from now on."""
@@ -94,6 +101,11 @@ class Agent:
         """Actions [B, A] at obs [B, S]."""
         return self.sampler(obs, generator=self.generator)
 
+    def next_actions(self, obs: Tensor) -> Tensor:
+        """Actions [B, A] that the TD target values at obs [B, S]."""
+        sampler = self.target_sampler
+        return self.act(obs) if sampler is None else sampler(obs, generator=self.generator)
+
     def _step(self, name: str, loss: Tensor) -> None:
         self.optimisers[name].zero_grad(set_to_none=True)
         loss.backward()
@@ -105,8 +117,8 @@ class Agent:
         if self.config.method != "bc":
             with torch.no_grad():
                 target = td_target(
-                    self._target_values, batch.rewards, batch.discounts, batch.next_obs, self.act(batch.next_obs),
-                    rho=self.config.rho,
+                    self._target_values, batch.rewards, batch.discounts, batch.next_obs,
+                    self.next_actions(batch.next_obs), rho=self.config.rho,
                 )  # fmt: skip
             loss = self._regression(batch.obs, batch.actions, target)
             self._step("critic", loss)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qpilots_fast.files import fill, fill_optimiser, optimiser_tensors, read_tensors, write_tensors
 
@@ -31,6 +31,15 @@ def save(path: Path, agent: Agent, buffer: ReplayBuffer, counters: dict[str, Any
         "starts": json.dumps(buffer.starts[buffer.starts >= buffer.offline_size].tolist()),
     }
     write_tensors(path, tensors, about)
+
+
+def load_networks(path: Path, networks: dict[str, nn.Module]) -> None:
+    """Fills networks by their names in a run, whatever its settings.
+
+    Raises:
+        ValueError: where the file lacks one, or has it in another shape.
+    """
+    fill({f"network/{name}/": network for name, network in networks.items()}, read_tensors(path)[0], path)
 
 
 def load(path: Path, agent: Agent, buffer: ReplayBuffer) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-METHODS = ("bc", "best_of_n", "qpilots_u", "qpilots_m", "qgf", "fql", "fbrac")
+SAMPLED = ("bc", "best_of_n", "qpilots_u", "qpilots_m", "qgf")  # the clone's samples, steered or not
+METHODS = (*SAMPLED, "fql", "fbrac")
 
 # environment -> (its dataset's kind, action chunk); five singletask goals each
 ENVIRONMENTS: dict[str, tuple[str, int]] = {
@@ -67,10 +68,14 @@ class Config:
         offline_steps, online_steps: gradient steps; online, also environment steps (one update each).
         sparse: reward -1 until all of the task is solved, in place of OGBench's sum over its parts.
         alpha: steering strength; for qgf its absolute weight.
+        steering: JSON of the Steering fields that shall differ from the method's, e.g. '{"scale": "absolute"}'.
+        target: the method whose sampler takes the next action in the TD target, at the run's alpha ("bc": the clone);
+            "" the run's own.
         distill_weight: FQL's weight of distillation, against the normalised value; its authors use 300 against values
             of about -30 on these tasks (arXiv 2502.02538).
         value_weight: FBRAC's weight of the normalised value, against behaviour cloning.
         pretrained: file of pretrain.py; its flow (and posterior) then stay as they are, except that fbrac trains on.
+        start_from: checkpoint of another run of the same shapes; this one takes its critics and begins online.
         critic_dim, critic_layers: of the critics; 0 takes hidden_dim and hidden_layers.
         initial_value: what the critics say at first; near the tasks' values, TD need not climb down from 0.
         compile, autocast: torch.compile and bfloat16 autocast for the critics' regression.
@@ -97,12 +102,15 @@ class Config:
     posterior_polyak: float = 1e-3
     rho: float = 0.5
     alpha: float = 0.2
+    steering: str = "{}"
+    target: str = ""
     num_samples: int = 4
     candidates: int = 32
     num_steps: int = 10
     distill_weight: float = 10.0
     value_weight: float = 0.1
     pretrained: str | None = None
+    start_from: str | None = None
     critic_dim: int = 0
     critic_layers: int = 0
     initial_value: float = 0.0
@@ -126,6 +134,8 @@ class Config:
             raise ValueError(f"task is {self.task!r}; expected e.g. {TASKS[0]!r} (--list-tasks prints all).")
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}; expected one of {', '.join(METHODS)}.")
+        if self.target and self.target not in SAMPLED:
+            raise ValueError(f"target is {self.target!r}; expected '' or one of {', '.join(SAMPLED)}.")
 
     @property
     def action_chunk(self) -> int:

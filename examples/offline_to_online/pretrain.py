@@ -41,6 +41,11 @@ def new_posterior(config: Config, obs_dim: int, action_dim: int) -> MetaFlowMap:
     return MetaFlowMap(obs_dim, action_dim, hidden, time_embedding="fourier", time_embedding_dim=16)
 
 
+def holds(path: str | Path, name: str) -> bool:
+    """Whether the file has that network."""
+    return any(key.startswith(f"{name}.") for key in read_tensors(Path(path))[0])
+
+
 def load_pretrained(path: str | Path, networks: dict[str, nn.Module]) -> None:
     """Fills flow and, where there is one, posterior.
 

@@ -218,6 +218,10 @@ class Run:
         if path.exists():
             self.counters = checkpoint.load(path, self.agent, self.buffer)
             tqdm.write(f"going on from step {self.counters['step']}")
+        elif self.config.start_from is not None:
+            critics = {name: self.agent.networks[name] for name in ("critic", "target")}
+            checkpoint.load_networks(Path(self.config.start_from), critics)
+            self.counters["step"] = self.config.offline_steps
         for log in (self.train_log, self.eval_log):
             log.drop_after(self.counters["step"])
         self.since = time.perf_counter()

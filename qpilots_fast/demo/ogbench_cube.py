@@ -210,9 +210,10 @@ class CubeTasks:
         """
         shape = (rounds, len(self.envs))
         result = Rollouts(np.zeros(shape, dtype=bool), np.full(shape, max_steps))
+        action_dim = policy.flow.spec.action_dim
         for r in range(rounds):
             generator = torch.Generator().manual_seed(seed + 7919 * r)
-            noise = torch.randn(math.ceil(max_steps / CHUNK), len(self.tasks), ACTION_DIM, generator=generator)
+            noise = torch.randn(math.ceil(max_steps / CHUNK), len(self.tasks), action_dim, generator=generator)
             states, goals = self._reset(seed + 1000 * (r + 1))
             running = list(range(len(self.envs)))
             for k in range(len(noise)):
