@@ -20,7 +20,7 @@ from .callables import is_list, name_of, unwrapped
 from .from_module import ModuleNetwork, Recognition, cure_for, recognise
 from .from_module.calling import ACTIONS
 from .from_module.proof import batch_size_apart_from, random_blocks
-from .from_module.python_state import check_functions, check_objects, hooks_of_all, surroundings
+from .from_module.python_state import check_functions, check_objects, fact_slots, hooks_of_all, surroundings
 from .from_module.random_states import kept_random_states
 from .from_module.refusal import NotCallable, Refused, first_line
 from .from_module.sources import part_at
@@ -247,8 +247,7 @@ class OwnModule:
         for part in self.module.modules():
             self.slots += [(hooks, None, 0) for hooks in (part._forward_hooks, part._forward_pre_hooks)]
         for path, name, _ in self.trial.found.facts:
-            attributes = vars(part_at(self.module, path))
-            self.slots.append((attributes, name, attributes[name]))
+            self.slots += fact_slots(part_at(self.module, path), name)
 
     @property
     def edited(self) -> bool:

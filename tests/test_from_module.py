@@ -876,19 +876,25 @@ def test_integers_of_other_types(integer):
 
 
 class Held(nn.Module):
-    """Its activation is a function, its LayerNorm a layer, its output's scale a number."""
+    """Its activation is a function, its LayerNorm a layer, its output's scale and shift numbers, one of NumPy's."""
+
+    SHIFT = 0.5
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.norm, self.last = nn.Linear(S + A, H), nn.LayerNorm(H), nn.Linear(H, 1)
-        self.act, self.scale = torch.relu, 2.0
+        self.act, self.scale, self.sign, self.bound = torch.relu, 2.0, np.float32(1), None
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
-        return self.scale * self.last(self.act(self.norm(self.first(torch.cat([obs, actions], -1)))))
+        q = self.sign * self.scale * self.last(self.act(self.norm(self.first(torch.cat([obs, actions], -1)))))
+        return (q if self.bound is None else self.bound * torch.tanh(q)) + self.SHIFT
 
 
 EDITS_OF_HELD = {
     "scale was 2.0": lambda m: setattr(m, "scale", 3.0),
+    "sign was np.float32": lambda m: setattr(m, "sign", np.float32(-1)),
+    "bound was None": lambda m: setattr(m, "bound", 0.5),
+    "SHIFT was 0.5": lambda m: setattr(m, "SHIFT", 1.5),
     "act was relu .* is tanh now": lambda m: setattr(m, "act", torch.tanh),
     "norm.eps was 1e-05": lambda m: setattr(m.norm, "eps", 0.5),
     "first was Linear when .* Linear with 1 hooks": lambda m: m.first.register_forward_hook(lambda *a: a[-1] / 2),
@@ -901,11 +907,11 @@ def test_what_the_module_holds_is_not_assumed_to_stay(edit):
     """Also on the quick way, which asks less."""
     module = Held()
     critic, flow = from_module(module, "critic", obs_dim=S, action_dim=A), FlowMLP(S, A, (8,))
-    sampler = SteeredSampler(flow, critic, Steering.qpilots_u(), num_steps=2)
+    rule, inputs = Steering.qgf(0.5), (torch.randn(2, S), torch.randn(2, A))
+    packed, given = (SteeredSampler(flow, q, rule, num_steps=2) for q in (critic, module))
     for _ in range(3):
-        sampler(torch.randn(2, S))
+        assert torch.equal(packed(*inputs), given(*inputs))
     EDITS_OF_HELD[edit](module)
     with pytest.raises(ValueError, match=edit):
-        sampler(torch.randn(2, S))
-    anew = SteeredSampler(flow, module, Steering.qpilots_u(), num_steps=2)
-    assert anew(torch.randn(2, S)).isfinite().all()
+        packed(*inputs)
+    assert torch.equal(given(*inputs), SteeredSampler(flow, module, rule, num_steps=2)(*inputs))

@@ -13,7 +13,7 @@ from ..spec import BoundNetwork, NetworkSpec
 from .calling import OutputLayout, UserCall
 from .held import Held
 from .own_columns import ModuleColumns, OwnRecognition
-from .python_state import Fact
+from .python_state import Fact, fact_slots
 from .sources import Source, part_at, submodule
 
 
@@ -90,8 +90,7 @@ class ModuleNetwork(PackableNetwork):
             slots += [(hooks, None, len(hooks)) for hooks in (part._forward_hooks, part._forward_pre_hooks)]
             slots.append((vars(part), "forward", vars(part).get("forward")))
         for path, name, _ in self._facts:
-            attributes = vars(part_at(self.module, path))
-            slots.append((attributes, name, attributes.get(name)))
+            slots += fact_slots(part_at(self.module, path), name)
         return slots + ([] if self._own is None else self._own.slots())
 
     def mode_refusal(self) -> str | None:

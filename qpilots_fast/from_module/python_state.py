@@ -8,6 +8,7 @@ import functools
 import gc
 import inspect
 import logging
+import numbers
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import count
@@ -23,7 +24,8 @@ from .sources import is_mapping, named_sources
 Fact = tuple[str, str, Any]  # path of the part, name of its attribute, value
 
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))
-_CONSTANTS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum, type, types.ModuleType)
+_NUMBERS = (numbers.Number, np.generic)  # none changes in place, and a copy may be the number itself
+_CONSTANTS = (*_NUMBERS, str, bytes, type(None), torch.dtype, torch.device, enum.Enum, type, types.ModuleType)
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
 
 
@@ -51,7 +53,8 @@ def surroundings(module: nn.Module) -> list[tuple[dict, str | None, Any]]:
         methods = {"forward"}
         for cls in type(part).__mro__:
             if not cls.__module__.startswith("torch.") and cls is not object:
-                methods |= {name for name, value in vars(cls).items() if isinstance(value, types.FunctionType)}
+                hidden = (types.FunctionType, str, tuple, *_NUMBERS)
+                methods |= {name for name, value in vars(cls).items() if isinstance(value, hidden)} - _KEPT_BY_PYTHON
         slots += [(vars(part), name, vars(part).get(name)) for name in sorted(methods)]  # an instance's own hides it
         classes.update(dict.fromkeys(type(part).__mro__))
     for cls in classes:
@@ -224,7 +227,7 @@ def facts_read(probe: nn.Module, output: Callable[[], Tensor]) -> tuple[Fact, ..
         output: calls it.
     """
     expected = output()
-    numbers: list[Fact] = []
+    tried: list[Fact] = []
     found: list[Fact] = [
         (path, name, value)
         for path, part in probe.named_modules()
@@ -233,15 +236,36 @@ def facts_read(probe: nn.Module, output: Callable[[], Tensor]) -> tuple[Fact, ..
         if name not in _OF_ANY_MODULE and isinstance(value, (float, str))
     ]
     for path, _, name, value in own_attributes(probe):
-        if isinstance(value, (int, float)):  # bool too
-            numbers.append((path, name, value))
+        if value is None or isinstance(value, _NUMBERS):
+            tried.append((path, name, value))
         elif isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
             found.append((path, name, value))
         elif isinstance(value, (str, tuple)) and _is_plain(value):
             found.append((path, name, value))
-    if _follows(probe, numbers, output, expected):
-        found += [fact for fact in numbers if _follows(probe, [fact], output, expected)]
+    for path, part in probe.named_modules():
+        names = dict.fromkeys(_numbers_of_classes(part)) if not is_mapping(part) else {}
+        values = {name: inspect.getattr_static(part, name) for name in names if name not in vars(part)}
+        tried += [(path, name, value) for name, value in values.items() if isinstance(value, _NUMBERS)]
+    if _follows(probe, tried, output, expected):
+        found += [fact for fact in tried if _follows(probe, [fact], output, expected)]
     return tuple(found)
+
+
+def _numbers_of_classes(part: nn.Module) -> Iterator[str]:
+    """The names of numbers that the user's classes of a part hold."""
+    for cls in type(part).__mro__:
+        if not cls.__module__.startswith("torch.") and cls is not object:
+            yield from (name for name, value in vars(cls).items() if isinstance(value, _NUMBERS))
+
+
+def fact_slots(part: nn.Module, name: str) -> list[tuple[dict, str | None, Any]]:
+    """Slots (see networks.Slots) that hold while a part's attribute, its own or its class's, is what it is now."""
+    own = vars(part)
+    slots: list[tuple[dict, str | None, Any]] = [(own, name, own.get(name))]
+    cls = next((cls for cls in type(part).__mro__ if name in vars(cls)), None)
+    if name not in own and cls is not None:
+        slots.append((_dict_of(cls), name, vars(cls)[name]))
+    return slots
 
 
 def _is_plain(value: Any) -> bool:
@@ -250,14 +274,17 @@ def _is_plain(value: Any) -> bool:
 
 def _follows(probe: nn.Module, facts: list[Fact], output: Callable[[], Tensor], expected: Tensor) -> bool:
     """Whether other numbers in these places make another output."""
-    holders = [(vars(probe.get_submodule(path)), name, value) for path, name, value in facts]
-    for holder, name, value in holders:
-        holder[name] = not value if isinstance(value, bool) else value + 1
+    holders = [(vars(probe.get_submodule(path)), name) for path, name, _ in facts]
+    before = [dict(holder) for holder, _ in holders]
+    for (holder, name), (_, _, value) in zip(holders, facts):
+        holder[name] = 1.0 if value is None else not value if isinstance(value, (bool, np.bool_)) else value + 1
     try:
         return not _same(output, expected)
     finally:
-        for holder, name, value in holders:
-            holder[name] = value
+        for (holder, name), was in zip(holders, before):
+            holder.pop(name)
+            if name in was:
+                holder[name] = was[name]
 
 
 def check_objects(probe: nn.Module, output: Callable[[], Tensor]) -> None:
