@@ -194,6 +194,7 @@ class CubeTasks:
     def rollout(
         self, policy: CubePolicy, sampler: ChunkSampler, rounds: int, seed: int,
         on_round: Callable[[], None] = lambda: None, max_steps: int = EPISODE_STEPS, alpha: Tensor | None = None,
+        noise_dim: int | None = None,
     ) -> Rollouts:  # fmt: skip
         """Runs `rounds` episodes of every task with chunks of actions, executed open loop.
 
@@ -201,19 +202,20 @@ class CubeTasks:
 
         Args:
             policy: turns states and goals into observations.
-            sampler: (obs [B, S], noise [B, A]) -> actions [B, A].
+            sampler: (obs [B, S], noise [B, noise_dim]) -> actions [B, A].
             rounds: episodes a task.
             seed: of the environments' starts and of the noise.
             on_round: called after each round.
             max_steps: environment steps at which an episode is given up.
             alpha: a strength for each environment, which the sampler then takes as alpha=.
+            noise_dim: of a sampler that makes more actions than are executed; None: the policy's A.
         """
         shape = (rounds, len(self.envs))
         result = Rollouts(np.zeros(shape, dtype=bool), np.full(shape, max_steps))
-        action_dim = policy.flow.spec.action_dim
+        noise_dim = noise_dim or policy.flow.spec.action_dim
         for r in range(rounds):
             generator = torch.Generator().manual_seed(seed + 7919 * r)
-            noise = torch.randn(math.ceil(max_steps / CHUNK), len(self.tasks), action_dim, generator=generator)
+            noise = torch.randn(math.ceil(max_steps / CHUNK), len(self.tasks), noise_dim, generator=generator)
             states, goals = self._reset(seed + 1000 * (r + 1))
             running = list(range(len(self.envs)))
             for k in range(len(noise)):
