@@ -257,3 +257,12 @@ def test_members_under_vmap(mode):
     functions = as_functions(case)
     with mode():
         assert_close(SteeredSampler(functions["flow"], critic, case.steering)(case.obs, case.noise), expected)
+
+
+def test_noise_that_requires_a_gradient_is_taken_as_numbers():
+    """A call is not tracked by autograd; a callable flow must not be taken to have lost this gradient."""
+    case = make_case()
+    sampler = SteeredSampler(lambda obs, x, t: case.flow(obs, x, t), case.critic, case.steering)
+    expected = sampler(case.obs, case.noise)
+    actions = sampler(case.obs, case.noise.clone().requires_grad_())
+    assert torch.equal(actions, expected) and not actions.requires_grad

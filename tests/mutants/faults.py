@@ -76,7 +76,7 @@ FAULTS: list[Fault] = [
         ("usable = rank.isfinite()", "usable = ~rank.isinf()"),
     ),
     *_of(
-        "qpilots_fast/inputs.py", SAMPLER,
+        "qpilots_fast/inputs.py", ("test_callables.py", *SAMPLER),
         ("return noise.detach()  # a call", "return noise  # a call"),
         ("bad = ~(alpha.isfinite() & (alpha >= 0))", "bad = ~alpha.isfinite()"),
         ("obs = obs.to(dtype)", "obs = obs.to(dtype).abs()"),
