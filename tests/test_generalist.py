@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -141,10 +140,8 @@ def test_steering_raises_the_critics_value(networks):
 def test_the_gate_leaves_out_its_share(networks):
     policy, critics = networks
     batch, noise = batch_and_noise()
-    limit = methods.gate(policy, critics, batch)
-    sampler = methods.whole_sampler(
-        policy, critics, replace(Steering.qpilots_u(0.5, jacobian="identity"), max_disagreement=limit)
-    )
+    steering = Steering.qpilots_u(0.5, jacobian="identity")
+    sampler = methods.whole_sampler(policy, critics, methods.gated(policy, critics, batch, steering))
     _, info = sampler(methods.cached(policy, batch), noise.flatten(1), return_info=True)
     assert 0 < info.gated_count < info.gated.numel()
 

@@ -90,11 +90,12 @@ def _start(rows: int) -> Tensor:
     return torch.randn(rows, CHUNK * PADDED_DIM, generator=torch.Generator().manual_seed(0))
 
 
-def gate(policy: GeneralistPolicy, critics: GeneralistCritics, batch: Batch) -> float:
-    """`Steering.max_disagreement` at GATE_QUANTILE of the critics' disagreement on these observations."""
-    sampler = whole_sampler(policy, critics, Steering.qpilots_u(STRONG_ALPHA, jacobian="identity"))
+def gated(policy: GeneralistPolicy, critics: GeneralistCritics, batch: Batch, steering: Steering) -> Steering:
+    """The steering with a gate at GATE_QUANTILE of the critics' disagreement on these observations."""
+    sampler = whole_sampler(policy, critics, steering)
     noise = _start(len(batch["observation.state"]))
-    return calibrate_gate(sampler, cached(policy, batch), GATE_QUANTILE, noise=noise)
+    limit = calibrate_gate(sampler, cached(policy, batch), GATE_QUANTILE, noise=noise)
+    return replace(steering, max_disagreement=limit)
 
 
 def matched_weight(policy: GeneralistPolicy, critics: GeneralistCritics, batch: Batch, alpha: float) -> float:
@@ -123,9 +124,10 @@ def methods(policy: GeneralistPolicy, critics: GeneralistCritics, batch: Batch) 
             f"QPILOTS-U identity, alpha {alpha:g}": Steering.qpilots_u(alpha, jacobian="identity"),
             f"QPILOTS-M (GLASS), alpha {alpha:g}, N={DRAWS}": replace(drawn, estimate="glass", glass_steps=GLASS_STEPS),
         }
-    strong = Steering.qpilots_u(STRONG_ALPHA, jacobian="identity")
-    rows[f"QPILOTS-U identity, alpha {STRONG_ALPHA:g}"] = strong
-    rows[f"QPILOTS-U identity, alpha {STRONG_ALPHA:g}, gated"] = replace(
-        strong, max_disagreement=gate(policy, critics, batch)
-    )
+    weak, strong = Steering.qpilots_u(WEAK_ALPHA), Steering.qpilots_u(STRONG_ALPHA, jacobian="identity")
+    rows |= {
+        f"QPILOTS-U full, alpha {WEAK_ALPHA:g}, gated": gated(policy, critics, batch, weak),
+        f"QPILOTS-U identity, alpha {STRONG_ALPHA:g}": strong,
+        f"QPILOTS-U identity, alpha {STRONG_ALPHA:g}, gated": gated(policy, critics, batch, strong),
+    }
     return [Method(name, steering) for name, steering in rows.items()]
