@@ -198,6 +198,11 @@ def test_real_time_chunking(expert, jacobian, monkeypatch):
     unguided = written_out(expert, critic, batch, steering, list(range(REAL)))
     assert (got - plain).abs().max() > 1e-2 and (got - unguided).abs().max() > 1e-2
 
+    handle = steer(expert, critic, replace(steering, num_candidates=2))
+    starts = torch.stack([noise(), noise()], 1)  # of one start: either candidate is the chunk above
+    assert torch.equal(expert.predict_action_chunk(dict(batch), noise=starts, **of_chunk), got)
+    handle.remove()
+
 
 def test_a_compiled_loop_runs_uncompiled_while_steered(expert):
     batch, critic = policies.batch(B), Q()
