@@ -22,6 +22,7 @@ class DefaultBound(float):
 
 
 DEFAULT_LOW, DEFAULT_HIGH = DefaultBound(-1.0), DefaultBound(1.0)
+_LARGEST = 3.4e38
 _ABSENT = {"action_low": -math.inf, "action_high": math.inf}
 _EXPECTED = "None, a number, or one per dimension ([A], [D] or [C, D]: a tensor, an array or a sequence)"
 
@@ -40,7 +41,8 @@ def read_bound(name: str, value: Any) -> float | tuple[Any, ...]:
     if isinstance(value, DefaultBound):
         return value
     if type(value) in (int, float) and value == value:  # numpy's part cannot be traced
-        return float(value)
+        number = float(value)  # beyond float32, which torch would refuse to clamp to: no clip
+        return number if abs(number) < _LARGEST else math.copysign(math.inf, number)
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} is {value!r}; expected {_EXPECTED}.")
     try:

@@ -223,3 +223,11 @@ def test_remarks_name_the_user_s_line(call):
     with pytest.warns(UserWarning, match="default bounds") as caught:
         call(SteeredSampler(flow, CRITIC, Steering.unsteered(), num_steps=2))
     assert {warning.filename for warning in caught} == {__file__}
+
+
+def test_a_bound_beyond_float32_is_no_clip():
+    case = make_case()
+    flow = lambda obs, x, t: case.flow(obs, x, t)  # noqa: E731
+    free, huge = (SteeredSampler(flow, case.critic, case.steering, action_high=high) for high in (None, 1e300))
+    assert huge.action_high == math.inf
+    assert torch.equal(huge(case.obs, case.noise), free(case.obs, case.noise))
