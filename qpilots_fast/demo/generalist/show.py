@@ -38,6 +38,7 @@ def _table(found: list[tuple[Method, list[Episode]]]) -> Table:
 def run(args: argparse.Namespace) -> int:
     """The demo, once its packages are known to be there."""
     console, copies = Console(), args.episodes or (2 if args.quick else 5)
+    torch.set_num_threads(1)  # rows are few and networks small: threads cost more than they bring
     policy, critics = load_policy(), load_critics()
     count = sum(value.numel() for value in policy.parameters())
     console.print(
