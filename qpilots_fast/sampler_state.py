@@ -14,7 +14,7 @@ from .networks import PackableNetwork
 from .recognition import OwnModule, recognised
 from .remarks import Remarks
 from .runs import CallableRun, Choices, PackedRun, make_run
-from .settings import check_settings, read_setting
+from .settings import check_argument_order, check_settings, read_setting
 from .steering import Steering
 
 _Sampler = TypeVar("_Sampler", bound="SamplerState")
@@ -114,6 +114,7 @@ class SamplerState(nn.Module):
         if name == "backend" and value not in ("auto", *backends.BACKENDS):
             named = ", ".join(map(repr, backends.BACKENDS))
             raise ValueError(f"backend is {value!r}; expected 'auto' or one of {named}.")
+        check_argument_order(name, value)
         before = {known: getattr(self, known, None) for known in (name, "num_steps")}
         self._put(name, read_setting(name, value))
         if name == "time_grid" and self.time_grid is not None:

@@ -14,11 +14,13 @@ from torch import nn
 from .bounds import check_bounds, read_bound
 from .callables import CriticList, has_forward, is_list, name_of, unwrapped
 from .critic_outputs import check_layout
+from .from_module.calling import other_order
 from .integers import as_int
 from .joined_critics import JoinedCritics, are_alike
 from .networks import PackableNetwork
 from .spec import PRECISIONS
 from .steering import Steering
+from .user_warning import warn
 
 if TYPE_CHECKING:
     from .sampler_state import SamplerState
@@ -45,6 +47,31 @@ def read_setting(name: str, value: Any) -> Any:
     if name in ("flow", "critic", "posterior") and isinstance(unwrapped(value), PackableNetwork):
         return unwrapped(value)  # the wrapper itself would run as a callable, many times slower
     return value
+
+
+def check_argument_order(name: str, network: Any) -> None:
+    """Of a flow or critic that is given: a module's arguments are passed by place, and their names may say another.
+
+    Raises:
+        ValueError: where they contradict the order of the call; where they are only odd, a warning says so.
+    """
+    is_several = is_list(network) or _are_modules(network)
+    network = nn.ModuleList(map(unwrapped, network)) if is_several else unwrapped(network)
+    if name not in ("flow", "critic") or not isinstance(network, nn.Module) or isinstance(network, PackableNetwork):
+        return
+    order = other_order(network, name)
+    if order is None:
+        return
+    called = f"and is called with ({order.given}), by place"
+    cure = f"qpilots_fast.as_{name}(module, {order.call})"
+    if order.is_certain:
+        raise ValueError(
+            f"{name} {name_of(network)}: its forward takes ({order.takes}), {called}; expected that order. Give {cure}."
+        )
+    warn(
+        f"{name} {name_of(network)}: its forward takes ({order.takes}), {called}. Where the names mean another order, "
+        f"give {cure}; in such a call you can also say that it is right."
+    )
 
 
 def _are_modules(value: Any) -> bool:

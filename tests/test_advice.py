@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -520,6 +521,79 @@ def test_the_call_of_swapped_arguments_cures(in_list):
     torch.testing.assert_close(
         ops.critic_values(obs, actions, packed), torch.cat([q(actions, obs) for q in members], -1).T
     )
+
+
+class Turned(Flow):
+    def forward(self, noisy_actions, obs, t):
+        return super().forward(obs, noisy_actions, t)
+
+
+class Denoiser(Flow):
+    def forward(self, sample, timestep, obs, _guidance=None):
+        return super().forward(obs, sample, timestep)
+
+
+class Conditioned(Flow):
+    def forward(self, x, t, cond):
+        return super().forward(cond, x, t)
+
+
+OTHER_ORDERS = {
+    "flow": (Turned(), "flow"),
+    "flow, time in the middle": (Denoiser(), "flow"),
+    "critic": (Swapped(), "critic"),
+    "critic, compiled": (torch.compile(Swapped(), backend="eager"), "critic"),
+    "critics": ([Swapped(), Swapped()], "critic"),
+    "critics, wrapped": (nn.ModuleList([nn.DataParallel(Swapped()), Swapped()]), "critic"),
+}
+BY_NAME = {
+    Turned: lambda m: lambda o, x, t: m(x, o, t),
+    Denoiser: lambda m: lambda o, x, t: m(x, t, o),
+    Conditioned: lambda m: lambda o, x, t: m(x, t, o),
+}
+
+
+@pytest.mark.parametrize("which", list(OTHER_ORDERS))
+def test_arguments_named_in_another_order_are_refused_and_run_as_advised(which):
+    module, kind = OTHER_ORDERS[which]
+    with pytest.raises(
+        ValueError, match=r"its forward takes .* is called with \(obs, .*; expected that order"
+    ) as error:
+        actions_of(kind, module)
+    cured = actions_of(kind, _cured(str(error.value), kind, module))
+    if kind == "flow":
+        meant = BY_NAME[type(module)](module)
+    else:
+        members = list(module) if isinstance(module, (list, nn.ModuleList)) else [module]
+        meant = lambda o, a: [q(a, o) for q in members]  # noqa: E731
+    assert_close(cured, actions_of(kind, meant))
+
+
+def test_arguments_whose_names_say_little_are_warned_of_once():
+    module = Conditioned()
+    with pytest.warns(UserWarning, match=r"forward takes \(x, t, cond\)") as said:
+        SteeredSampler(module, None, Steering.unsteered())
+    assert len(said) == 1
+    advised = _cured(str(said[0].message), "flow", module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SteeredSampler(advised, None, Steering.unsteered())
+    assert_close(actions_of("flow", advised), actions_of("flow", BY_NAME[Conditioned](module)))
+
+
+@pytest.mark.parametrize("names", ["o, a", "x, a", "input, other", "obs, action, state=None", "*blocks"])
+def test_names_that_fit_are_not_warned_of(names):
+    made: dict = {}
+    exec(f"def forward(self, {names}): return self.q(torch.ones(5, self.width))", {"torch": torch}, made)
+    module = type("Named", (Q,), made)()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SteeredSampler(lambda o, x, t: -x, module, Steering.qpilots_u())
+
+
+def _cured(message: str, kind: str, module):
+    code = re.search(rf"qpilots_fast\.as_{kind}\(module, call=lambda [^:]*: \[?\w+\(.*?\).*?\)", message)[0]
+    return eval(code, {"qpilots_fast": qpilots_fast, "module": module})
 
 
 # ---------------------------------------------------------------- the sampler

@@ -148,37 +148,74 @@ def _beside(value: Tensor | float, actions: Tensor) -> Tensor | float:
 
 _ARGUMENT_NAMES = {
     "obs": ("obs", "observation", "observations", "state", "states", "s", "o"),
-    "actions": ("action", "actions", "act", "acts", "a", "noisy_action", "noisy_actions", "x", "x_t", "xbar"),
+    "actions": ("action", "actions", "act", "acts", "a", "noisy_action", "noisy_actions", "x", "x_t", "xbar", "sample"),
     "t": ("t", "time", "times", "timestep", "timesteps", "tau"),
 }
+_WEAK_NAMES = ("x",)  # also what a network's only input is called
 
 
-def check_argument_order(module: nn.Module, kind: str, in_list: bool = False) -> None:
-    """Raises Refused where the names of forward's arguments contradict (obs, actions, t), which numbers cannot tell."""
+@dataclass(frozen=True)
+class OtherOrder:
+    """A forward whose arguments are not named in the order in which they are given.
+
+    Args:
+        takes: the names of its arguments.
+        given: what it is called with.
+        call: the hint that gives each argument what its name says.
+        is_certain: the names contradict the order; else one of them stands in another place, which says less.
+    """
+
+    takes: str
+    given: str
+    call: str
+    is_certain: bool
+
+
+def other_order(module: nn.Module, kind: str, in_list: bool = False) -> OtherOrder | None:
+    """What the names of forward's arguments say against (obs, actions, t), which numbers cannot tell; None: nothing."""
     if is_list(module):
-        for member in module:
-            check_argument_order(member, kind, in_list=True)
-        return
+        found = (other_order(member, kind, in_list=True) for member in module)
+        return next((order for order in found if order is not None), None)
     if kind == "meta_flow_map":
-        return
+        return None
     try:
         signature = inspect.signature(module.forward)
     except ValueError:  # a scripted module's
-        return
-    taken = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    names = [p.name for p in taken]
-    roles = [next((role for role, known in _ARGUMENT_NAMES.items() if n.lower() in known), None) for n in names]
+        return None
+    wanted = BLOCKS_OF_KIND[kind]
+    block = dict(zip(_ARGUMENT_NAMES, wanted))  # what each role is called
+    positional = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    taken = [p for place, p in enumerate(positional) if place < len(wanted) or p.default is p.empty]
+    roles = [next((role for role, known in _ARGUMENT_NAMES.items() if p.name.lower() in known), None) for p in taken]
     ranks = [list(_ARGUMENT_NAMES).index(role) for role in roles if role is not None]
-    if ranks != sorted(ranks):
-        wanted = BLOCKS_OF_KIND[kind]
-        block = dict(zip(_ARGUMENT_NAMES, wanted))  # what each role is called
-        needed = [role for role, p in zip(roles, taken) if role is not None or p.default is p.empty]
-        in_order = ", ".join("..." if role is None else block[role] for role in needed)
-        called = f"[q({in_order}) for q in module]" if in_list else f"module({in_order})"
-        call = f"call=lambda module, {', '.join(wanted)}: {called}"
+    strong = [role for role, p in zip(roles, taken) if p.name.lower() not in _WEAK_NAMES]
+    misplaced = len(taken) == len(wanted) and any(
+        role in strong and role in roles and roles[place] != role for place, role in enumerate(block)
+    )
+    if ranks == sorted(ranks) and not misplaced:
+        return None
+    needed = [block.get(role or "") for role, p in zip(roles, taken) if role in block or p.default is p.empty]
+    unnamed = [name for name in wanted if name not in needed]
+    if len(unnamed) == needed.count(None) == 1:  # what is left is the one whose name says nothing
+        needed[needed.index(None)] = unnamed[0]
+    in_order = ", ".join("..." if name is None else name for name in needed)
+    called = f"[q({in_order}) for q in module]" if in_list else f"module({in_order})"
+    return OtherOrder(
+        ", ".join(p.name for p in positional),
+        ", ".join(wanted),
+        f"call=lambda module, {', '.join(wanted)}: {called}",
+        ranks != sorted(ranks),
+    )
+
+
+def check_argument_order(module: nn.Module, kind: str) -> None:
+    """Raises Refused where the names of forward's arguments contradict (obs, actions, t)."""
+    order = other_order(module, kind)
+    if order is not None and order.is_certain:
         raise Refused(
-            f"its forward takes ({', '.join(names)}), and is called with ({', '.join(wanted)})",
-            f"Give the hint {call}; or, as a callable, give SteeredSampler qpilots_fast.as_{kind}(module, {call}).",
+            f"its forward takes ({order.takes}), and is called with ({order.given})",
+            f"Give the hint {order.call}; or, as a callable, give SteeredSampler qpilots_fast.as_{kind}(module, "
+            f"{order.call}).",
         )
 
 
