@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any, TypeGuard
@@ -16,7 +17,7 @@ class CriticList(nn.ModuleList):
     """Critics side by side, called as one: a list of their outputs, which the reader of critic outputs joins."""
 
     def forward(self, obs: Any, actions: Tensor, *t: Tensor) -> list[Any]:
-        return [critic(obs, actions, *t) for critic in self]
+        return [called_as_it_takes("critic", critic)(obs, actions, *t) for critic in self]
 
 
 def has_forward(module: nn.Module) -> bool:
@@ -122,6 +123,48 @@ def unwrapped(network: Any) -> Any:
             return network
 
 
+def takes_one_tensor(network: Any) -> bool:
+    """Whether a module's forward has one argument, as nn.Sequential's."""
+    module = unwrapped(network)
+    if not isinstance(module, nn.Module):
+        return False
+    try:
+        taken = [p.kind for p in inspect.signature(module.forward).parameters.values()]
+    except (TypeError, ValueError):  # a scripted module's
+        return False
+    kinds = inspect.Parameter
+    several = kinds.VAR_POSITIONAL in taken
+    return not several and sum(k in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD) for k in taken) == 1
+
+
+def called_as_it_takes(name: str, network: Any) -> Any:
+    """The network, or where it takes one tensor a function of the call's blocks that joins them to columns.
+
+    Args:
+        name: "flow", "critic" or "posterior"; a posterior's columns end with s = 0 and u = 1, those of a draw.
+    """
+    return _Joining(name, network) if takes_one_tensor(network) else network
+
+
+class _Joining:
+    """module(columns), called as (obs, actions, ...); returns what it returns."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, module
+
+    def __call__(self, obs: Any, *blocks: Tensor) -> Any:
+        if not isinstance(obs, Tensor):
+            raise TypeError(
+                f"{self.name} {name_of(self.module)} takes one tensor, obs and actions side by side, and obs is "
+                f"{type(obs).__name__}; expected a tensor [B, S]. Or say how it is called: qpilots_fast.as_{self.name}("
+                "module, call=...)."
+            )
+        columns = [obs.to(blocks[0].dtype), *(block.flatten(1) for block in blocks)]
+        if self.name == "posterior":
+            columns += [torch.zeros_like(blocks[-1]), torch.ones_like(blocks[-1])]
+        return self.module(torch.cat(columns, -1))
+
+
 def out_of_inference(tree: Any) -> Any:
     """The tree with clones of the tensors made under torch.inference_mode(), which autograd cannot read."""
     if isinstance(tree, Tensor):
@@ -138,6 +181,8 @@ def out_of_inference(tree: Any) -> Any:
 def inference_tensor_error(owner: str, network: Any, error: RuntimeError) -> RuntimeError:
     """What to say where a callable holds such a tensor itself."""
     held: list[str] = []
+    if isinstance(network, _Joining):
+        network = network.module
     if isinstance(network, nn.Module):
         for path, part in network.named_modules():
             values = {**vars(part), **part._parameters, **part._buffers}

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .callables import called_as_it_takes
 from .networks import PackableNetwork
 
 # where a network's actions stand among its arguments, and what it is asked for
@@ -18,10 +19,14 @@ _SIGNATURES = {
 
 
 def in_chunks(name: str, network: Any, chunk: tuple[int, int] | None) -> Any:
-    """A callable that is shown its actions as chunks [B, C, D] and returns rows; a packed network as it is."""
-    if chunk is None or network is None or isinstance(network, PackableNetwork):
+    """A callable that is shown its actions as chunks [B, C, D] and returns rows; a packed network as it is.
+
+    A module of one tensor is shown columns, whose actions are rows.
+    """
+    if network is None or isinstance(network, PackableNetwork):
         return network
-    return _shown_chunks(name, network, chunk)
+    called = called_as_it_takes(name, network)
+    return called if chunk is None or called is not network else _shown_chunks(name, network, chunk)
 
 
 def _shown_chunks(name: str, network: Callable[..., Any], chunk: tuple[int, int]) -> Callable[..., Any]:

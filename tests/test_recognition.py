@@ -204,15 +204,56 @@ def test_widths_that_nobody_tells(log):
     assert is_packed(sampler) and "packed" in log()[0]
 
 
+def joined(network):
+    """A module of one tensor, or a list of them, as a callable of the sampler's."""
+    if isinstance(network, (list, nn.ModuleList)):
+        return lambda *blocks: [q(torch.cat(blocks, -1)) for q in network]
+    return lambda *blocks: network(torch.cat(blocks, -1))
+
+
 def test_a_sequential_is_called_as_it_can_be():
-    """Its one argument is the joined columns: no callable of the sampler's, but packed all the same."""
+    """Its one argument is the joined columns, packed or not."""
     flow, critic = mlp(S + A + 1, A), mlp(S + A, 1)
-    columns = lambda net: lambda *blocks: net(torch.cat(blocks, -1))  # noqa: E731
     sampler = sampler_of(flow, critic)
-    assert_runs_as_given(sampler, columns(flow), columns(critic))
-    flow.append(nn.Softsign())  # no longer recognised
-    with pytest.raises(TypeError):
-        sampler(*inputs())
+    assert_runs_as_given(sampler, joined(flow), joined(critic))
+    critic[1] = nn.Softsign()
+    assert_runs_as_given(sampler, joined(flow), joined(critic), packed=False)
+    critic[1] = nn.ReLU()
+    assert_runs_as_given(sampler, joined(flow), joined(critic))
+    for module in (flow, critic):
+        module.register_forward_hook(lambda *_: None)
+    assert_runs_as_given(sampler, joined(flow), joined(critic), packed=False)
+    with pytest.raises(TypeError, match=r"flow Sequential takes one tensor.*and obs is dict"):
+        sampler({"state": inputs()[0]}, inputs()[1])
+
+
+AT_TIME = replace(Steering.noisy(0.5), critic_time=True)
+UNPACKED = {"PReLU": nn.PReLU, "GroupNorm": lambda: nn.GroupNorm(2, H)}
+
+
+@pytest.mark.parametrize("layer", UNPACKED)
+@pytest.mark.parametrize("container", [None, list, nn.ModuleList])
+@pytest.mark.parametrize("packed_flow", [True, False])
+def test_a_sequential_that_does_not_pack(layer, container, packed_flow):
+    flow = Flow() if packed_flow else opaque(Flow())
+    critics = [nn.Sequential(nn.Linear(S + A, H), UNPACKED[layer](), nn.Linear(H, 1)) for _ in range(2)]
+    critic = critics[0] if container is None else container(critics)
+    assert_runs_as_given(sampler_of(flow, critic), flow, joined(critic), packed=False)
+    shown = {"chunk_shape": (2, A // 2)}
+    chunked = sampler_of(flow if packed_flow else lambda o, x, t: x, critic, **shown)
+    obs, noise = inputs()
+    as_chunks = joined(critic)
+    own = sampler_of(chunked.flow, lambda o, a: as_chunks(o, a.flatten(1)), **shown)
+    assert torch.equal(chunked(obs, noise), own(obs, noise))
+    timed = nn.Sequential(nn.Linear(S + A + 1, H), UNPACKED[layer](), nn.Linear(H, 1))
+    assert_runs_as_given(sampler_of(flow, timed, AT_TIME), flow, joined(timed), packed=False)
+
+
+def test_a_posterior_that_takes_columns_draws_at_0_and_1():
+    flow, critic, posterior = Flow(), Q(), nn.Sequential(nn.Linear(S + 2 * A + 3, H), nn.PReLU(), nn.Linear(H, A))
+    sampler = sampler_of(flow, critic, Steering.qpilots_m(), posterior=posterior)
+    draw = lambda o, e, x, t: posterior(torch.cat([o, e, x, t, 0 * t, 0 * t + 1], -1))  # noqa: E731
+    assert_runs_as_given(sampler, flow, critic, draw, packed=False)
 
 
 def test_maps_that_return_the_velocity():
@@ -308,7 +349,7 @@ def test_a_critic_of_noised_actions_is_asked_with_the_time(log):
     critic, flow = Timed(), Flow()
     sampler = sampler_of(flow, critic)
     assert_runs_as_given(sampler, flow, critic)
-    sampler.steering = replace(Steering.noisy(0.5), critic_time=True)
+    sampler.steering = AT_TIME
     assert_runs_as_given(sampler, flow, critic, packed=False)
     sampler.steering = U
     assert_runs_as_given(sampler, flow, critic)
@@ -470,7 +511,7 @@ def test_explain_says_how_each_network_runs():
     sampler.posterior = Object()
     line = "posterior Object runs as a callable: it is no nn.Module (this steering does not ask it)"
     assert sampler.explain(1).networks[2] == line and is_packed(sampler)
-    sampler.steering = replace(Steering.noisy(0.5), critic_time=True)
+    sampler.steering = AT_TIME
     assert sampler.explain(1).networks[1] == "critic Q runs as a callable: Steering.critic_time asks Q(obs, a, t)"
     sampler.steering, sampler.flow = Steering.unsteered(), Dropping()
     assert "Dropping is in training mode" in sampler.explain(1).networks[0]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..callables import is_list
+from ..callables import is_list, takes_one_tensor
 from ..critic_outputs import describe, layout_of
 from .calling import TIMES
 from .proof import batch_size_apart_from, random_blocks
@@ -171,6 +171,8 @@ def _tried(module: nn.Module, kind: str, dims: tuple[int, int], hints: dict[str,
     calls = [f"module({arguments})" for arguments in (_CALLS[kind][1], *_OTHER_CALLS[kind])]
     if hints.get("input_order") and kind != "meta_flow_map":
         calls[-1] = f"module(torch.cat([{', '.join(hints['input_order'])}], -1))"
+    elif all(map(takes_one_tensor, module if is_list(module) else [module])):  # a sampler joins the columns
+        calls.insert(0, calls.pop())
     if is_list(module):
         calls = [f"[q{call[len('module') :]} for q in module]" for call in calls]
     return [_Call(probe, kind, code, blocks, shape) for code in calls]
