@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, MutableSet
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
 
+from .callables import is_list
 from .steering import check_choice
 from .trees import with_rows
+from .user_warning import warn
 
 CRITIC_LAYOUTS = ("auto", "members_first", "batch_first")
 
@@ -18,8 +20,13 @@ CRITIC_LAYOUTS = ("auto", "members_first", "batch_first")
 # "single" [B]; a tuple of one of these for each entry of a list. "either" [B, B] could be both of the first two.
 Layout = str | tuple[Any, ...]
 
+# Numbers a row that are taken as members; shapes cannot tell members from the atoms of a distribution. As a rule
+# ensembles have 2 to 20 members, and distributions 51 or 101 atoms.
+MOST_HEADS = 20
+
 # what a probe found, by critic; a layout is a property of the function
 _settled: MutableMapping[Any, Layout] = WeakKeyDictionary()
+_said: MutableSet[Any] = WeakSet()  # critics whose columns were spoken of
 
 
 def describe(output: Any) -> str:
@@ -119,7 +126,74 @@ def ask_critic(
     found = layout_of(output, len(actions), layout, owner)
     if _is_open(found):
         found = _remembered(key, found) or _settle(key, _probe(critic, obs, actions, found, owner))
+    if layout == "auto":
+        _check_columns(key, output, found, owner)
     return read_output(output, found)
+
+
+def _columns(output: Any, layout: Layout) -> list[int]:
+    """The numbers a row of each tensor [B, n]; 1 where the form says by itself which are members."""
+    if isinstance(layout, tuple):
+        return [count for entry, part in zip(output, layout) for count in _columns(entry, part)]
+    return [output.shape[1] if layout == "batch_first" and output.ndim == 2 else 1]
+
+
+def _check_columns(critic: Any, output: Any, layout: Layout, owner: str) -> None:
+    """Says once of a critic that its columns are taken as members, where they could be something else.
+
+    Raises:
+        ValueError: for a list of critics of which one returns more than MOST_HEADS.
+    """
+    counts, several = _columns(output, layout), is_list(critic)
+    most = max(counts)
+    if most <= (1 if several else MOST_HEADS):
+        return
+    if most <= MOST_HEADS:
+        _once(critic, lambda: warn_of_columns(owner, len(critic), sum(counts)))
+        return
+    says = f"{owner} returned {describe(output)}: {most} numbers a row"
+    cure = (
+        "Where they are logits, let a head read them: "
+        + _with_head(several)
+        + f" with head = qpilots_fast.heads.C51(v_min, v_max, {most}). Where they are members, critic_layout="
+        "'batch_first' says so"
+    )
+    if several:
+        raise ValueError(
+            f"{says} may be the atoms of a distribution; expected at most {MOST_HEADS} of each critic of a list. "
+            f"{cure}."
+        )
+    _once(
+        critic,
+        lambda: warn(
+            f"qpilots_fast: {says} may be the atoms of a distribution, and each is taken as a member. {cure}."
+        ),
+    )
+
+
+def _with_head(several: bool) -> str:
+    called = "[head.values(q(obs, actions)) for q in critic]" if several else "head.values(critic(obs, actions))"
+    return f"qpilots_fast.as_critic(critic, call=lambda critic, obs, actions: {called})"
+
+
+def warn_of_columns(owner: str, critics: int, members: int) -> None:
+    """Says that a list of critics returns more values than it has critics."""
+    warn(
+        f"qpilots_fast: {owner} is a list of {critics} modules that return {members} values a row together, which are "
+        f"taken as an ensemble of E = {members} members. Where they are quantiles or logits of one value, give what "
+        f"makes it: {_with_head(several=True)}, or their mean in place of head.values.",
+    )
+
+
+def _once(critic: Any, say: Callable[[], None]) -> None:
+    """Of critics that can be remembered."""
+    try:
+        if critic in _said:
+            return
+        _said.add(critic)
+    except TypeError:
+        pass
+    say()
 
 
 class _AtTime:

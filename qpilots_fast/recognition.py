@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .callables import is_list, name_of, unwrapped
+from .critic_outputs import warn_of_columns
 from .from_module import ModuleNetwork, Recognition, cure_for, recognise
 from .from_module.calling import ACTIONS
 from .from_module.proof import batch_size_apart_from, random_blocks
@@ -244,6 +245,10 @@ class OwnModule:
         if self.trial.found is None:
             return
         self.network = self.trial.found.network(self.module)
+        layout, members = self.trial.found.layout.of_critic, self.network.spec.num_members
+        if is_list(self.module) and isinstance(layout, tuple) and set(layout) == {"batch_first"}:
+            if members > len(layout):
+                warn_of_columns(self.name, len(layout), members)
         for part in self.module.modules():
             self.slots += [(hooks, None, 0) for hooks in (part._forward_hooks, part._forward_pre_hooks)]
         for path, name, _ in self.trial.found.facts:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import nn
 
-from qpilots_fast import SteeredSampler, Steering
+import qpilots_fast
+from qpilots_fast import SteeredSampler, Steering, from_module
 from qpilots_fast.critic_outputs import ask_critic
+from qpilots_fast.heads import C51
 from qpilots_fast.objectives import iql_loss, td_loss
 from qpilots_fast.testing import assert_close, make_case
 
@@ -154,6 +159,94 @@ def test_sampler_follows_critic_layout():
     assert (turned(case.obs, case.noise) - case.expected()).abs().max() > 1e-3
     with pytest.raises(ValueError, match="critic_layout is 'rows'; expected one of 'auto', 'members_first'"):
         turned.critic_layout = "rows"
+
+
+# ---------------------------------------------------------------- columns that may be no members
+
+
+class Columns(nn.Module):
+    """n outputs of one Linear; of an activation that packs, or of one that does not."""
+
+    def __init__(self, n, packs):
+        super().__init__()
+        case = make_case()
+        width = case.critic.spec.obs_dim + case.critic.spec.action_dim
+        self.first, self.last, self.packs = nn.Linear(width, 16), nn.Linear(16, n), packs
+
+    def forward(self, obs, actions):
+        hidden = self.first(torch.cat([obs, actions], -1))
+        return self.last(torch.relu(hidden) if self.packs else torch.cos(hidden))
+
+
+def actions_of(critic, **settings):
+    case = make_case()
+    return SteeredSampler(case.flow, critic, case.steering, **settings)(case.obs, case.noise)
+
+
+def cured(message, critic):
+    advice = r"(qpilots_fast\.as_critic\(.*\)) with head = (qpilots_fast\.heads\.C51\(v_min, v_max, \d+\))\."
+    code, head = re.search(advice, message).groups()
+    names = {"qpilots_fast": qpilots_fast, "critic": critic, "v_min": -3.0, "v_max": 3.0}
+    return eval(code, {**names, "head": eval(head, names)})
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("container", [list, nn.ModuleList])
+def test_atoms_of_listed_critics_are_no_members(packs, container):
+    critics = container([Columns(51, packs), Columns(51, packs)])
+    with pytest.raises(ValueError, match="51 numbers a row may be the atoms of a distribution") as error:
+        actions_of(critics)
+    head = C51(-3.0, 3.0, 51)
+    values = actions_of(lambda o, a: [head.values(q(o, a)) for q in critics])
+    assert_close(actions_of(cured(str(error.value), critics)), values)
+    members = actions_of(lambda o, a: torch.cat([q(o, a) for q in critics], 1).T)
+    assert_close(actions_of(critics, critic_layout="batch_first"), members)
+    assert (values - members).abs().max() > 1e-3
+
+
+def test_the_hint_says_of_listed_critics_that_columns_are_members():
+    critics, dims = [Columns(51, True), Columns(51, True)], make_case().critic.spec
+    dims = {"obs_dim": dims.obs_dim, "action_dim": dims.action_dim}
+    with pytest.raises(ValueError, match="the hint output=lambda qs") as error:
+        from_module(critics, "critic", **dims)
+    hint = eval(re.search(r"the hint output=(lambda qs: \[.*?\])", str(error.value))[1])
+    packed = from_module(critics, "critic", **dims, output=hint)
+    assert packed.spec.num_members == 102
+    assert_close(actions_of(packed), actions_of(critics, critic_layout="batch_first"))
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_critic_of_many_columns_is_spoken_of_once(packs):
+    critic = Columns(51, packs)
+    with pytest.warns(UserWarning, match="51 numbers a row may be the atoms of a distribution") as said:
+        members = actions_of(critic)
+    assert sum("atoms" in str(warning.message) for warning in said) == 1
+    head = C51(-3.0, 3.0, 51)
+    message = next(str(warning.message) for warning in said if "atoms" in str(warning.message))
+    assert_close(actions_of(cured(message, critic)), actions_of(lambda o, a: head.values(critic(o, a)).unsqueeze(0)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*atoms")
+        assert_close(actions_of(critic), members)  # said before
+        assert_close(actions_of(Columns.__call__.__get__(critic), critic_layout="batch_first"), members)
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_list_of_critics_with_several_values_each_names_the_ensemble(packs):
+    critics = [Columns(2, packs), Columns(2, packs)]
+    with pytest.warns(UserWarning, match=r"a list of 2 modules .* ensemble of E = 4 members") as said:
+        got = actions_of(critics)
+    assert sum("ensemble" in str(warning.message) for warning in said) == 1
+    assert_close(got, actions_of(lambda o, a: torch.cat([q(o, a) for q in critics], 1).T))
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_ensembles_are_not_spoken_of(packs):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(atoms|ensemble of E)")
+        for critic in (Columns(20, packs), [Columns(1, packs)] * 3, [Columns(1, packs) for _ in range(30)]):
+            actions_of(critic)
+        critic = Columns(30, packs)
+        actions_of(lambda o, a: critic(o, a).T)
 
 
 # ---------------------------------------------------------------- objectives

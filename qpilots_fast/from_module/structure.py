@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..critic_outputs import layout_of, read_output
+from ..critic_outputs import MOST_HEADS, Layout, layout_of, read_output
 from ..spec import MOVING_BLOCK, NetworkSpec
 from . import layers
 from .calling import OutputLayout, UserCall
@@ -26,10 +26,6 @@ from .sources import Source, named_sources, randomise, submodule
 from .states import Modulation
 from .walk import Walk
 from .whole_rows import HANDLERS
-
-# Columns of one Linear that are taken as members; numbers cannot tell them from the atoms of a distribution. As a
-# rule ensembles have 2 to 20 members, and distributions 51 or 101 atoms.
-_MOST_HEADS = 20
 
 
 def from_operations(
@@ -101,24 +97,32 @@ def _members(
             break
         count = len(outputs)
     walk = Walk(recording, named, MOVING_BLOCK[kind], _every_source(probe), HANDLERS, number_by_number, late)
-    codes = _outputs(kind, _codes(walk, recording.output), len(named["obs"]), layout)[1]
+    coded = _codes(walk, recording.output)
+    codes = _outputs(kind, coded, len(named["obs"]), layout)[1]
     members = []
     for member in codes:
         rows = walk.rows_of(member, "its output")
         if len(rows.states) != 1 or not torch.equal(rows.batch, torch.arange(walk.batch)):
             raise Refused("its output is in an order that is not followed")
         members.append(layers_of(rows.states[0]))
-    if layout.of_critic == "batch_first":
-        _check_heads(walk, codes)
+    if layout.of_critic is not None:
+        _check_heads(walk, coded, layout.of_critic)
     return named, recording, walk, layout, members
 
 
-def _check_heads(walk: Walk, codes: Sequence[Tensor]) -> None:
-    rows = [walk.codes.entry(int(member.flatten()[0]))[0] for member in codes]
-    if len(rows) > _MOST_HEADS and len(set(map(id, rows))) == 1:
+def _check_heads(walk: Walk, coded: Any, layout: Layout, hint: str = "q: q.T") -> None:
+    """Raises Refused where the columns of one Linear are more than members can be taken to be."""
+    if isinstance(layout, tuple):
+        for entry, part in zip(coded, layout):
+            _check_heads(walk, entry, part, "qs: [q.T for q in qs]")
+        return
+    members = read_output(coded, layout)
+    if layout != "batch_first" or len(members) <= MOST_HEADS:
+        return
+    if len({id(walk.codes.entry(int(member[0]))[0]) for member in members}) == 1:
         raise Refused(
-            f"its last Linear has {len(rows)} outputs, which could be the atoms of a distribution; heads of one Linear "
-            f"are taken as members up to {_MOST_HEADS}; of more the hint output=lambda q: q.T says that they are",
+            f"its last Linear has {len(members)} outputs, which could be the atoms of a distribution; heads of one "
+            f"Linear are taken as members up to {MOST_HEADS}; of more the hint output=lambda {hint} says that they are",
             hint="output",
         )
 
