@@ -275,9 +275,31 @@ class ScaledByObs(Critic):
         return super().forward(obs, actions * obs[:, :1])
 
 
+class TrainedVariance(Critic):
+    def __init__(self) -> None:
+        super().__init__()
+        self.var = nn.Parameter(torch.ones(S))
+
+    def observe(self, obs: Tensor) -> Tensor:
+        return obs / self.var.sqrt()
+
+
+class TrainedScale(TrainedVariance):
+    """Of the outputs."""
+
+    def observe(self, obs: Tensor) -> Tensor:
+        return obs
+
+    def forward(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        q1, q2 = super().forward(obs, actions)
+        return q1 * self.var.log().mean(), q2 * self.var.log().mean()
+
+
 @pytest.mark.parametrize(
     ("module", "kind", "reason"),
     [
+        (TrainedVariance(), "critic", "its first Linear reads is not finite where its tensors hold random numbers"),
+        (TrainedScale(), "critic", "its outputs are not finite where its tensors hold random numbers"),
         (Added(), "flow", "follows obs and t together"),
         (Clipping(), "critic", "no scaled and shifted action: off by"),
         (ScaledByObs(), "critic", "follows obs and actions together"),

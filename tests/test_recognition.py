@@ -171,6 +171,19 @@ def test_critics_in_a_list_are_an_ensemble(container, wrap, log):
     assert_runs_as_given(sampler, flow, critics)
 
 
+@pytest.mark.parametrize("container", [list, nn.ModuleList])
+def test_a_list_is_in_its_members_mode(container, log):
+    critics = [nn.Sequential(nn.Linear(S + A, H), nn.BatchNorm1d(H), nn.ReLU(), nn.Linear(H, 1)) for _ in range(2)]
+    flow, critic = Flow(), container(q.eval() for q in critics)
+    sampler = sampler_of(flow, critic)
+    assert_runs_as_given(sampler, flow, joined(critic))
+    critics[1].train()
+    sampler(*inputs())
+    assert not is_packed(sampler) and "Sequential is in training mode" in sampler.explain(1).networks[1]
+    critics[1].eval()
+    assert_runs_as_given(sampler, flow, joined(critic))
+
+
 @pytest.mark.parametrize("order", ["packed flow", "packed critic", "flow tells", "critic tells"])
 def test_one_network_tells_the_widths_to_the_others(order):
     flow, critic = Flow(), Q()

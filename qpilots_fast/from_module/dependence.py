@@ -7,10 +7,11 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..callables import is_list
 from .calling import OutputLayout, UserCall
 from .modules import dropouts
 from .own_columns import changed, others
-from .refusal import FollowsOther, Refused, number
+from .refusal import FollowsOther, NotFinite, Refused, number
 
 
 def check_other_tensors(
@@ -47,6 +48,8 @@ def _proves_without(group: Sequence[tuple[str, Tensor]], prove: Callable[[], Non
     with changed([tensor for _, tensor in group], generator):
         try:
             prove()
+        except NotFinite:
+            raise
         except Exception:  # a shape or a solver may fail on random numbers: it depends on them, then
             return False
         return True
@@ -58,6 +61,7 @@ def followed_modes(
 ) -> tuple[tuple[str, bool], ...]:
     """(path, training) of every part where the output follows these, dropout layers' own mode apart; else nothing."""
     present = {path: part.training for path, part in probe.named_modules()}
+    lists = {path for path, part in probe.named_modules() if is_list(part)}  # whose own mode nothing reads
     expected = layout.apply(call(probe, blocks))
     try:
         for training in (True, False):
@@ -65,7 +69,7 @@ def followed_modes(
             for layer in dropouts(probe):
                 layer.eval()
             if not torch.equal(layout.apply(call(probe, blocks)), expected):
-                return tuple(present.items())
+                return tuple((path, mode) for path, mode in present.items() if path not in lists)
         return ()
     finally:
         for path, part in probe.named_modules():

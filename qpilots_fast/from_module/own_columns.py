@@ -23,7 +23,7 @@ from ..times import time_features
 from .calling import BLOCKS_OF_KIND, SCALES, TIMES, UserCall
 from .layers import COLUMN_TOLERANCE, InputColumns, feature_tolerance
 from .recording import Place, read_at, undisturbed
-from .refusal import Refused, number
+from .refusal import Refused, check_finite_numbers, number
 from .sources import Source, named_sources, randomise, submodule
 from .states import MODULATED
 
@@ -192,9 +192,13 @@ class ModuleColumns(OwnColumns):
 
 @contextmanager
 def changed(tensors: Sequence[Tensor], generator: torch.Generator) -> Iterator[None]:
-    """These tensors with other numbers, put back on leaving."""
+    """These tensors with other numbers, put back on leaving; what is not trained and >= 0 stays so, as variances."""
     before = [tensor.clone() for tensor in tensors]
     randomise(tensors, generator)
+    with torch.no_grad():
+        for tensor, value in zip(tensors, before):
+            if not tensor.requires_grad and bool((value >= 0).all()):
+                tensor.abs_()
     try:
         yield
     finally:
@@ -236,6 +240,7 @@ def read_own_columns(columns: Columns, kind: str, named: dict[str, Tensor], gene
     """
     moving = MOVING_BLOCK[kind]
     base = columns(named)
+    check_finite_numbers("what its first Linear reads is", base)
     groups: list[tuple[str, ...]] = [("obs",), *((name,) for name in ("xbar", moving) if name in named)]
     groups += [tuple(name for name in TIMES if name in named)] if "t" in named else []
     follows: list[list[str]] = [[] for _ in range(base.shape[1])]

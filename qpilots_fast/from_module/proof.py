@@ -13,7 +13,7 @@ from ..reference import ReferenceNetwork
 from ..spec import POSTERIOR_DRAW, BoundNetwork, NetworkSpec, OwnColumns
 from .calling import BLOCKS_OF_KIND, SCALES, TIMES, OutputLayout, UserCall
 from .held import Held
-from .refusal import Refused, number
+from .refusal import Refused, check_finite_numbers, number
 from .sources import Source
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-5}  # relative, of a module in a dtype against ours in float64
@@ -178,6 +178,7 @@ def _gradient(output: Tensor, leaf: Tensor, cotangent: Tensor) -> Tensor:
 def _compare(what: str, ours: Tensor, theirs: Tensor, where: str, dtype: torch.dtype) -> float:
     if ours.shape != theirs.shape:
         raise Refused(f"its {what} have shape {list(theirs.shape)}, expected {list(ours.shape)}")
+    check_finite_numbers(f"its {what} are", theirs)
     size = 1 + ours.abs().max().item()
     gap = (ours - theirs).abs().max().item() / size
     if not gap <= TOLERANCE[dtype]:

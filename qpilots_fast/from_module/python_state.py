@@ -23,7 +23,7 @@ from .sources import is_mapping, named_sources
 
 Fact = tuple[str, str, Any]  # path of the part, name of its attribute, value
 
-_OF_ANY_MODULE = frozenset(vars(nn.Module()))
+_OF_ANY_MODULE = frozenset((*vars(nn.Module()), "_compiled_call_impl"))  # the last by .compile()
 _NUMBERS = (numbers.Number, np.generic)  # none changes in place, and a copy may be the number itself
 _CONSTANTS = (*_NUMBERS, str, bytes, type(None), torch.dtype, torch.device, enum.Enum, type, types.ModuleType)
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch import Tensor
+
 
 class Refused(Exception):
     """Carries the reason; from_module turns it into a ValueError that names the module.
@@ -36,6 +38,19 @@ class FollowsOther(Refused):
 
 class NotCallable(Refused):
     """None of the calls tried was accepted."""
+
+
+class NotFinite(Refused):
+    """A proof came upon NaN or an infinity, and so says nothing."""
+
+
+def check_finite_numbers(what: str, value: Tensor) -> None:
+    """Raises NotFinite where a number of a proof is none; what: "its outputs are"."""
+    if not bool(value.isfinite().all()):
+        raise NotFinite(
+            f"{what} not finite where its tensors hold random numbers (a root or a logarithm of one, or a division?), "
+            "so nothing can be proved of it"
+        )
 
 
 def number(value: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .time_networks import A, H, S
@@ -44,6 +45,20 @@ class Normalising(Critic):
         return ((obs - self.mean) / self.std).clamp(-5, 5)
 
 
+class Scaling(Critic):
+    """The usual RunningMeanStd, of a variance."""
+
+    def observe(self, obs: Tensor) -> Tensor:
+        return (obs - self.mean) / (self.std + 1e-5).sqrt()
+
+
+class Whitening(Critic):
+    """The same as a batch norm of fixed statistics."""
+
+    def observe(self, obs: Tensor) -> Tensor:
+        return F.batch_norm(obs, self.mean, self.std, training=False)
+
+
 class Encoding(Critic):
     """DrQ-v2's trunk: Linear, LayerNorm, Tanh on the observation alone."""
 
@@ -76,4 +91,4 @@ class Everything(Encoding):
         return (actions * self.scale + self.shift)[:, [2, 3, 1]]
 
 
-CRITICS = {cls.__name__: cls for cls in (Normalising, Encoding, InUnits, SomeDims, Everything)}
+CRITICS = {cls.__name__: cls for cls in (Normalising, Scaling, Whitening, Encoding, InUnits, SomeDims, Everything)}
