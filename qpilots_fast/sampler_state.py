@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from . import backends
-from .networks import PackableNetwork
+from .callables import is_list
+from .networks import PackableNetwork, slots_hold
 from .recognition import OwnModule, recognised
 from .remarks import Remarks
 from .runs import CallableRun, Choices, PackedRun, make_run
@@ -30,6 +32,27 @@ _SETTINGS = (
 _NOT_COPIED = ("_run", "_choices", "_remarks", "_own")
 
 
+@dataclass(eq=False)
+class CriticsOf:
+    """A ModuleList that was given as the critic, whose entries may be replaced: calls ask those that it holds then.
+
+    Args:
+        given: the list; what calls ask is made of its entries.
+        slots: they are those of its making while these hold.
+    """
+
+    given: nn.ModuleList
+    slots: backends.Slots = field(init=False)
+
+    def __post_init__(self) -> None:
+        entries = self.given._modules
+        self.slots = [*((entries, name, critic) for name, critic in entries.items()), (entries, None, len(entries))]
+
+    @property
+    def edited(self) -> bool:
+        return not slots_hold(self.slots)
+
+
 class SamplerState(nn.Module):
     """The settings of a SteeredSampler, checked and read at assignment; assigning one makes another run."""
 
@@ -43,6 +66,7 @@ class SamplerState(nn.Module):
     backend: str
     precision: str
     _run: PackedRun | CallableRun
+    _critics: CriticsOf | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,8 +94,11 @@ class SamplerState(nn.Module):
     def _current(self, obs: Any = None, noise: Any = None) -> tuple[PackedRun | CallableRun, dict[str, Any]]:
         """The way that a call takes now, whatever became of the networks since the last one, and the networks."""
         frozen = self._run.holds_weights
-        if not frozen and not torch.compiler.is_compiling() and any(own.edited for own in self._own.values()):
-            self._run = self._make_run()
+        if not frozen and not torch.compiler.is_compiling():
+            if self._critics is not None and self._critics.edited:
+                self.critic = self._critics.given
+            elif any(own.edited for own in self._own.values()):
+                self._run = self._make_run()
         networks = self._asked(obs, noise, frozen)
         if not self._run.fits(networks):
             self._run = self._make_run(networks)
@@ -96,6 +123,7 @@ class SamplerState(nn.Module):
             own = self._own.get(name)
             slots[name] = [(self._modules, name, self._modules.get(name))]
             slots[name] += own.slots if own is not None and own.network is network else []
+            slots[name] += self._critics.slots if name == "critic" and self._critics is not None else []
         return make_run(self, networks, slots, self._frozen, self._choices, self._remarks)
 
     def _is_untraceable(self, obs: Any, noise: Any) -> bool:
@@ -115,8 +143,10 @@ class SamplerState(nn.Module):
             named = ", ".join(map(repr, backends.BACKENDS))
             raise ValueError(f"backend is {value!r}; expected 'auto' or one of {named}.")
         check_argument_order(name, value)
-        before = {known: getattr(self, known, None) for known in (name, "num_steps")}
+        before = {known: getattr(self, known, None) for known in (name, "num_steps", "_critics")}
         self._put(name, read_setting(name, value))
+        if name == "critic":
+            self._critics = CriticsOf(value) if is_list(value) else None
         if name == "time_grid" and self.time_grid is not None:
             super().__setattr__("num_steps", len(self.time_grid) - 1)  # type: ignore[arg-type]
         if name in _SETTINGS and "_run" in self.__dict__:

@@ -39,7 +39,10 @@ def read_setting(name: str, value: Any) -> Any:
         members = [unwrapped(member) for member in value]
         if are_alike(members):
             return JoinedCritics(members)
-        return CriticList(value)
+        critics = CriticList(value)
+        if is_list(value):
+            critics._modules = value._modules  # what is put in the list later is moved and saved with it
+        return critics
     if name == "time_grid":
         return _read_time_grid(value)
     if name in ("action_low", "action_high"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable
@@ -143,6 +144,74 @@ def test_operators_check_sizes_too(backend):
 
 
 @needs_cpu
+class OwnCritic(UserCritic):
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        return torch.cos(super().forward(obs, actions))
+
+
+LISTED: dict[str, Callable[[], nn.Module]] = {
+    "packed": lambda: CriticEnsemble(OBS, ACTION, 2, (16, 16)),
+    "recognised": UserCritic,
+    "callable": OwnCritic,
+}
+RESETS: dict[str, Callable[[nn.ModuleList, nn.Module], object]] = {
+    "replaced": lambda critics, new: critics.__setitem__(1, new),
+    "appended": lambda critics, new: critics.append(new),
+    "extended": lambda critics, new: critics.extend([new]),
+    "inserted": lambda critics, new: critics.insert(0, new),
+    "removed": lambda critics, new: critics.__delitem__(0),
+    "popped and replaced": lambda critics, new: (critics.pop(2), critics.append(new)),
+    "swapped": lambda critics, new: (critics.__setitem__(0, critics[1]), critics.__setitem__(1, new)),
+}
+
+
+@pytest.mark.parametrize("reset", RESETS.values(), ids=RESETS)
+@pytest.mark.parametrize("kind", list(LISTED))
+def test_critics_replaced_in_a_list_are_those_that_are_asked(kind, reset, backend):
+    torch.manual_seed(0)
+    critics = nn.ModuleList(LISTED[kind]() for _ in range(3))
+    sampler = build(backend, critic=critics)
+    for _ in range(3):
+        before = sampler(*arguments())
+    reset(critics, LISTED[kind]())
+    for _ in range(3):
+        got = sampler(*arguments())
+        fresh = SteeredSampler(sampler.flow, list(critics), U, num_steps=STEPS, backend=backend)
+        assert_close(got, fresh(*arguments()))
+        assert (got - before).abs().max() > 1e-4
+    assert [id(p) for p in sampler.critic.parameters()] == [id(p) for p in critics.parameters()]
+    assert {name.removeprefix("critic.") for name in sampler.state_dict() if "critic" in name} == set(
+        critics.state_dict()
+    )
+
+
+def test_a_list_is_followed_by_copies_and_moved_before_the_next_call():
+    torch.manual_seed(0)
+    critics = nn.ModuleList(UserCritic() for _ in range(2))
+    sampler = build("auto", critic=critics)
+    sampler(*arguments())
+    flow, twin, both = copy.deepcopy((sampler.flow, sampler, critics))
+    both[1] = UserCritic()
+    assert_close(twin(*arguments()), SteeredSampler(flow, list(both), U, num_steps=STEPS)(*arguments()))
+    assert (twin(*arguments()) - sampler(*arguments())).abs().max() > 1e-4
+    critics.append(UserCritic())
+    sampler.double()
+    assert next(critics[2].parameters()).dtype == torch.float64
+    assert sampler(*(x.double() for x in arguments())).dtype == torch.float64
+
+
+def test_what_does_not_fit_in_a_list_is_refused_until_it_is_replaced():
+    critics = nn.ModuleList(CriticEnsemble(OBS, ACTION, 2, (16, 16)) for _ in range(2))
+    sampler = build("auto", critic=critics)
+    before = sampler(*arguments())
+    fits, critics[1] = critics[1], FlowMLP(OBS, ACTION, (16, 16))
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError)):
+            sampler(*arguments())
+    critics[1] = fits
+    assert_close(sampler(*arguments()), before)
+
+
 def test_new_storage_from_another_thread():
     """Each call reads old or new weights, which are equal here: memory given back would show, or end the process."""
     torch.manual_seed(0)
