@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .bounds import bounds_width
+from .callables import name_of
 from .candidates import rotated_starts
 from .draws import drawn, drawn_by_row, read_seeds
 from .networks import PackableNetwork
@@ -59,6 +60,37 @@ def as_tensor(name: str, value: Any, device: torch.device) -> Any:
     if value.dtype.kind == "f":  # torch knows no long double and no foreign byte order
         value = value.astype({2: np.float16, 4: np.float32}.get(value.dtype.itemsize, np.float64))
     return torch.from_numpy(np.array(value, order="C")).to(device)
+
+
+def check_obs(obs: Any, packed: PackableNetwork, device: torch.device) -> Tensor:
+    """obs, a tensor [..., S] that the packed network on that device reads.
+
+    Raises:
+        ValueError, TypeError: where it is none.
+    """
+    obs_dim = packed.spec.obs_dim
+    if not isinstance(obs, Tensor):
+        cure = (
+            "torch.as_tensor(obs)"
+            if isinstance(obs, (list, tuple))
+            else "the tensor itself (obs['state'], say), or give flow and critic as callables that read your obs"
+        )
+        name = name_of(getattr(packed, "module", packed))
+        raise TypeError(
+            f"obs is {type(obs).__name__}, but {name} reads a Tensor or numpy array [..., {obs_dim}]: give {cure}."
+        )
+    if obs.ndim < 1 or obs.shape[-1] != obs_dim:
+        raise ValueError(
+            f"obs has shape {list(obs.shape)}; expected [B, {obs_dim}], [{obs_dim}], or more leading dimensions."
+        )
+    if not obs.is_floating_point():
+        raise TypeError(
+            f"obs is {obs.dtype}; expected a floating dtype: obs.float() of a tensor, obs.astype('float32') of an "
+            "array, scaled as in training."
+        )
+    if obs.device != device:
+        raise ValueError(f"obs is on {obs.device}, the networks are on {device}; move one with .to(...).")
+    return obs
 
 
 @dataclass(frozen=True)
@@ -111,7 +143,8 @@ class Reader:
     """Reads what one sampler is called with.
 
     Args:
-        packed: a network that tells S and A. reads_obs: whether a packed one takes part, so that obs must be [..., S].
+        packed: a network that tells S and A, asked or not. reads_obs: whether a packed one takes part, so that obs must
+            be [..., S].
         bounds_width: of bounds that have one number a dimension. device: the networks'.
         float64: whether the sampler computes in float64; None: as its inputs say.
     """
@@ -141,7 +174,8 @@ class Reader:
             ValueError, TypeError: wrong shapes, dtypes or devices; generator together with seeds.
         """
         if self.reads_obs:
-            obs = self._check_obs(as_tensor("obs", obs, self.device))
+            assert self.packed is not None
+            obs = check_obs(as_tensor("obs", obs, self.device), self.packed, self.device)
         noise = self._check_noise("noise", as_tensor("noise", noise, self.device), obs)
         posterior_noise = as_tensor("posterior_noise", posterior_noise, self.device)
         layout = self._layout(obs, noise)
@@ -156,33 +190,6 @@ class Reader:
         return Inputs(self._rows_of(obs, layout), start, eps, layout, strength, selection)
 
     # ------------------------------------------------------------ checks
-
-    def _check_obs(self, obs: Any) -> Tensor:
-        packed = self.packed
-        assert packed is not None
-        obs_dim = packed.spec.obs_dim
-        if not isinstance(obs, Tensor):
-            cure = (
-                "torch.as_tensor(obs)"
-                if isinstance(obs, (list, tuple))
-                else "the tensor itself (obs['state'], say), or give flow and critic as callables that read your obs"
-            )
-            raise TypeError(
-                f"obs is {type(obs).__name__}, but {type(packed).__name__} reads a Tensor or numpy array "
-                f"[..., {obs_dim}]: give {cure}."
-            )
-        if obs.ndim < 1 or obs.shape[-1] != obs_dim:
-            raise ValueError(
-                f"obs has shape {list(obs.shape)}; expected [B, {obs_dim}], [{obs_dim}], or more leading dimensions."
-            )
-        if not obs.is_floating_point():
-            raise TypeError(
-                f"obs is {obs.dtype}; expected a floating dtype: obs.float() of a tensor, obs.astype('float32') of an "
-                "array, scaled as in training."
-            )
-        if obs.device != self.device:
-            raise ValueError(f"obs is on {obs.device}, the networks are on {self.device}; move one with .to(...).")
-        return obs
 
     def _check_noise(self, name: str, noise: Any, obs: Any) -> Tensor | None:
         if noise is None:
@@ -367,7 +374,8 @@ def reader_of(sampler: Any, networks: dict[str, Any]) -> Reader:
     packed = {name: net for name, net in networks.items() if isinstance(net, PackableNetwork)}
     asks = {name: steering.asks(name) or (name == "critic" and steering.needs_critic) for name in packed}
     asked = [net for name, net in packed.items() if asks[name]]
-    tells = next(iter(asked or packed.values()), None)
+    recognised = (own.network for own in sampler._own.values() if own.network is not None)
+    tells = next(iter((*asked, *packed.values(), *recognised)), None)
     parameter = next(sampler.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     return Reader(

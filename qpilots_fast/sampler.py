@@ -178,7 +178,11 @@ class SteeredSampler(SamplerState):
             if inputs.noise.shape[0] == 0:  # len() would make a symbolic size a number
                 raw, q_values = empty_sample(networks["critic"], inputs.noise, self.num_steps)
             else:
-                raw = run.sample(networks, self.backend, inputs, bounds, return_info)
+                try:
+                    raw = run.sample(networks, self.backend, inputs, bounds, return_info)
+                except Exception as error:
+                    self._check_unread(obs, error)
+                    raise
                 critic = run.finishing_critic(networks["critic"])
                 finish = Finish(critic, self.steering, self.precision, self.backend, self.critic_layout)
                 raw, q_values = finish(inputs, raw, bounds, return_info)

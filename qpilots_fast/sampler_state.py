@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import backends
 from .callables import is_list
+from .inputs import as_tensor, check_obs
 from .networks import PackableNetwork, slots_hold
 from .recognition import OwnModule, recognised
 from .remarks import Remarks
@@ -131,6 +132,15 @@ class SamplerState(nn.Module):
         networks = self._asked(obs, noise).values()
         packed = (network is None or isinstance(network, PackableNetwork) for network in networks)
         return not all(packed) or any(n is not None and n.spec.own_columns is not None for n in networks)
+
+    def _check_unread(self, obs: Any, error: Exception) -> None:
+        """Raises what is wrong with an obs that a packed network would have refused, and its module raised on."""
+        for own in self._own.values():
+            if own.network is not None and not own.reads(obs, None):
+                try:
+                    check_obs(as_tensor("obs", obs, self._device()), own.network, self._device())
+                except (TypeError, ValueError) as wrong:
+                    raise wrong from error
 
     def _device(self) -> torch.device:
         parameter = next(self.parameters(), None)

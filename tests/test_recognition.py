@@ -669,8 +669,32 @@ def test_obs_that_packed_networks_do_not_read():
         assert_close(sampler({"state": obs}, noise), expected)
         assert torch.equal(sampler(obs, noise), expected)
     assert_close(torch.as_tensor(sampler.act(obs.numpy(), seeds=range(B))), sampler(obs, seeds=range(B)))
-    with pytest.raises(ValueError, match="give noise"):
-        sampler({"state": obs})
+    assert sampler({"state": obs}).shape == (B, A)  # the packed networks tell its width
+
+
+def test_obs_that_nothing_reads_are_refused_as_by_packed_networks():
+    for flow, critic in ((Flow(), Q()), (mlp(S + A + 1, A), mlp(S + A, 1)), (Flow(), lambda o, a: a.sum(-1))):
+        sampler, name = sampler_of(flow, critic), name_of(flow)
+        obs, noise = inputs()
+        wide = torch.zeros(B, S + 1)
+        for given in ((wide,), (wide, noise)):
+            with pytest.raises(ValueError, match=rf"obs has shape \[{B}, {S + 1}\]; expected \[B, {S}\]"):
+                sampler(*given)
+        with pytest.raises(ValueError, match=rf"obs has shape \[{S + 2}\]; expected"):
+            sampler.act(np.zeros(S + 2, np.float32))
+        for given in ({"state": obs}, noise), ({"state": obs},):
+            with pytest.raises(TypeError, match=f"obs is dict, but {name} reads a Tensor"):
+                sampler(*given)
+        with pytest.raises(TypeError, match=r"obs is torch.int64; expected a floating dtype"):
+            sampler.act(np.zeros(S, int))
+        assert_close(sampler(obs.round().long(), noise), sampler(obs.round(), noise))  # joining them makes floats
+
+
+def test_an_error_of_a_module_that_reads_obs_is_its_own():
+    flow = Flow()
+    sampler = sampler_of(flow, lambda obs, actions: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        sampler(*inputs())
 
 
 class Flattening(Flow):
