@@ -44,6 +44,15 @@ GIVEN = {
         my_flow = FlowMLP(17, 6, hidden_dims=(8,))
         q1, q2 = [torch.nn.Sequential(torch.nn.Linear(23, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1)) for _ in range(2)]
     """,
+    "from qpilots_fast.heads import C51": """
+        class LogitsCritic(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = torch.nn.Sequential(torch.nn.Linear(23, 8), torch.nn.ReLU(), torch.nn.Linear(8, 51))
+            def forward(self, obs, actions):
+                return self.net(torch.cat([obs, actions], -1))
+        logits_critic = LogitsCritic()
+    """,
     "from qpilots_fast.integrations.flax import from_flax": """
         from types import SimpleNamespace
         import numpy as np
