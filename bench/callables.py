@@ -22,6 +22,7 @@ from qpilots_fast import SteeredSampler
 from qpilots_fast.spec import BoundNetwork
 
 from . import records, report
+from .arguments import count
 from .cases import Case, Workload, make_workload
 from .machine import header
 from .measure import Cell, measure_cell
@@ -179,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="python -m bench.callables", description="Samplers of opaque callables.")
     parser.add_argument("--budget", type=float, default=6.0, help="seconds of rounds a cell (default 6)")
-    parser.add_argument("--rounds", type=int, help="interleaved rounds a cell (default: as many as fit --budget)")
+    parser.add_argument("--rounds", type=count, help="interleaved rounds a cell (default: as many as fit --budget)")
     parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder of results (default bench/results)")
     options = parser.parse_args(arguments)
     console = Console(width=max(Console().width, 120))

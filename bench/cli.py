@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from . import plots, records, report, targets
+from .arguments import count
 from .busy import measure_under_load
 from .cases import BATCH_SIZES, CASES, METHODS, PRECISIONS, Workload, make_workload
 from .contestants import PeerChoice, forget_compiled, native_backend, our_contestants, peer_contestants
@@ -158,7 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="all",
         help="best leaves out JAX and the compiled whole loop, whose first calls are long",
     )
-    parser.add_argument("--rounds", type=int, help="interleaved rounds a cell (default: as many as fit --budget)")
+    parser.add_argument("--rounds", type=count, help="interleaved rounds a cell (default: as many as fit --budget)")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of rounds a cell (default 20)")
     parser.add_argument("--control-loop", action="store_true", help="B=1 back to back, and after a torch operation")
     parser.add_argument(

@@ -19,6 +19,7 @@ from torch import Tensor
 from qpilots_fast import Steering
 
 from . import records, report
+from .arguments import count
 from .cases import CASES, Workload, make_workload
 from .machine import header
 from .peers import Run
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints and saves."""
     parser = argparse.ArgumentParser(prog="python -m bench.control", description="The cost of steering under control.")
     parser.add_argument("--budget", type=float, default=8.0, help="seconds of rounds a cell (default 8)")
-    parser.add_argument("--rounds", type=int, help="interleaved rounds a cell (default: as many as fit --budget)")
+    parser.add_argument("--rounds", type=count, help="interleaved rounds a cell (default: as many as fit --budget)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES)
     parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder of results (default bench/results)")
     options = parser.parse_args(list(sys.argv[1:] if argv is None else argv))

@@ -23,6 +23,7 @@ from qpilots_fast import MetaFlowMap, SteeredSampler, Steering, backends, from_m
 from qpilots_fast.integrations import ReversedTimeFlow, real_dims
 
 from . import records, report
+from .arguments import count
 from .contestants import native_backend
 from .machine import header
 from .peers import Run
@@ -203,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints and saves."""
     parser = argparse.ArgumentParser(prog="python -m bench.overhead", description="What steering adds to a chunk.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, help="interleaved rounds (default: as many as fit --budget)")
+    parser.add_argument("--rounds", type=count, help="interleaved rounds (default: as many as fit --budget)")
     parser.add_argument("--budget", type=float, default=90.0, help="seconds of rounds (default 90)")
     parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder of results (default bench/results)")
     options = parser.parse_args(list(sys.argv[1:] if argv is None else argv))

@@ -25,6 +25,7 @@ from qpilots_fast.evaluators import evaluators, reference_evaluators
 from qpilots_fast.reference import Evaluators, Pullback
 from qpilots_fast.spec import PRECISIONS
 
+from .arguments import count
 from .cases import CASES, METHODS, Workload, make_workload
 from .machine import ROOT, header
 from .report import milliseconds
@@ -264,10 +265,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qpilots-fast profile", description="Where the time of one call goes.")
     parser.add_argument("--case", choices=tuple(CASES), default="paper")
     parser.add_argument("--method", choices=tuple(METHODS), default="U")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=count, default=1)
     parser.add_argument("--backend", choices=("auto", *backends.BACKENDS), default="auto")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
-    parser.add_argument("--calls", type=int, default=10, help="repetitions of the fused call")
+    parser.add_argument("--calls", type=count, default=10, help="repetitions of the fused call")
     parser.add_argument("--gpu", action="store_true", help="torch profiler trace and the Nsight Compute command")
     parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder of the trace (default out)")
     return parser

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from . import __version__
+
 _COMMANDS = {
     "info": "versions, processor, GPU, every backend with available / why not, and a self-check",
     "demo": "a real policy in a real environment, unsteered and steered",
@@ -31,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         + "\n\n`qpilots-fast COMMAND --help` tells more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"qpilots-fast {__version__}")
     parser.add_argument("command", choices=list(_COMMANDS), metavar="COMMAND", help=", ".join(_COMMANDS))
     command = parser.parse_args(arguments[:1]).command
     rest = arguments[1:]
@@ -107,7 +110,7 @@ def info(arguments: Sequence[str] = ()) -> int:
 def _machine() -> list[tuple[str, str]]:
     import torch
 
-    from . import __version__, backends
+    from . import backends
     from .backends import native
 
     def version(package: str) -> str:

@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("rich")
 
+import qpilots_fast.cli
 from bench import callables, cli, loops, markdown, profile, records, targets
 from bench.cases import CASES, Case, Workload, make_workload
 from bench.contestants import our_contestants
@@ -139,6 +140,21 @@ def test_profile_accounts_for_every_phase(method: str, backend: str) -> None:
     assert all(span.self_s >= -1e-9 for span in record.spans)
     trace = profile.chrome_trace(record.spans, {"denoise": 1e-3})
     assert json.loads(json.dumps(trace))["traceEvents"]
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "many"])
+@pytest.mark.parametrize("option", ["--batch", "--calls", "--rounds"])
+def test_counts_below_one_are_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main = cli.main if option == "--rounds" else profile.main
+    with pytest.raises(SystemExit):
+        main([option, value])
+    assert f"argument {option}: '{value}'; expected an integer >= 1" in capsys.readouterr().err
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as told:
+        qpilots_fast.cli.main(["--version"])
+    assert told.value.code == 0 and capsys.readouterr().out == f"qpilots-fast {qpilots_fast.__version__}\n"
 
 
 def test_profile_command_writes_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
