@@ -74,6 +74,7 @@ def test_bounds_of_a_step_without_chunks_are_refused_at_the_call():
         (LOW[:4], HIGH[:4], ValueError, r"action_low has shape \[4\]"),
         (LOW, HIGH[:3], ValueError, "expected the same"),
         (HIGH, LOW, ValueError, "expected action_low <= action_high"),
+        ([0.5] * 6, [1, 1, 0.4, 1, 1, 1], ValueError, r"0\.5 and action_high 0\.4 at \[2\]"),
         (1.0, 1.0, ValueError, "expected action_low < action_high"),
         (float("nan"), 1.0, ValueError, "NaN"),
         (True, 1.0, TypeError, "expected None, a number"),
@@ -86,6 +87,12 @@ def test_bounds_of_a_step_without_chunks_are_refused_at_the_call():
 def test_bad_bounds(low, high, error, words):
     with pytest.raises(error, match=words):
         run(low, high)
+
+
+def test_a_side_without_a_bound_clips_nothing_however_far():
+    far = 1e9 * NOISE
+    low, high = run(None, 1.0, noise=far), run(-1.0, None, noise=far)
+    assert low.min() < -1e8 and low.max() <= 1 and high.max() > 1e8 and high.min() >= -1
 
 
 def test_a_bound_may_be_assigned_later_and_survives_copies():

@@ -76,7 +76,7 @@ FAULTS: list[Fault] = [
         ("usable = rank.isfinite()", "usable = ~rank.isinf()"),
     ),
     *_of(
-        "qpilots_fast/inputs.py", ("test_callables.py", *SAMPLER),
+        "qpilots_fast/inputs.py", ("test_callables.py", *STEERING, *SAMPLER),
         ("return noise.detach()  # a call", "return noise  # a call"),
         ("bad = ~(alpha.isfinite() & (alpha >= 0))", "bad = ~alpha.isfinite()"),
         ("obs = obs.to(dtype)", "obs = obs.to(dtype).abs()"),
@@ -100,7 +100,7 @@ FAULTS: list[Fault] = [
     *_of(
         "qpilots_fast/from_module/proof.py", RECOGNISED,
         ("if not gap <= TOLERANCE[dtype]:", "if not gap <= 1e3 * TOLERANCE[dtype]:"),
-        ('_compare(f"gradient with respect to {moving}", expected_grad, their_grad, scale, dtype)', "0.0"),
+        ("_compare(what, expected_grad, their_grad, where, dtype)", "0.0"),
     ),
     *_of(
         "csrc/cpu/call/sample_phases.cpp", NATIVE,
