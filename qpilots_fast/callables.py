@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, TypeGuard
 
 import torch
@@ -128,8 +129,15 @@ def takes_one_tensor(network: Any) -> bool:
     module = unwrapped(network)
     if not isinstance(module, nn.Module):
         return False
+    forward: Any = module.forward
+    bound = isinstance(forward, types.MethodType)
+    return _has_one_argument(forward.__func__ if bound else forward, bound)
+
+
+@lru_cache(maxsize=256)  # a list's critics are asked at every step, and reading a signature takes 10 us
+def _has_one_argument(forward: Callable[..., Any], bound: bool) -> bool:
     try:
-        taken = [p.kind for p in inspect.signature(module.forward).parameters.values()]
+        taken = [p.kind for p in inspect.signature(forward).parameters.values()][bound:]
     except (TypeError, ValueError):  # a scripted module's
         return False
     kinds = inspect.Parameter
