@@ -72,7 +72,7 @@ def test_the_judge_finds_exceptions_that_are_not_documented(error):
 
 def test_the_judge_finds_a_refusal_of_what_is_in_range(monkeypatch):
     judge = _judge()
-    monkeypatch.setattr("qpilots_fast.inputs.Reader._check_obs", _refused)
+    monkeypatch.setattr("qpilots_fast.inputs.Reader._check_noise", _refused)
     judge.sampler.backend = "reference"
     with pytest.raises(Finding, match="refused what is in range"):
         judge(_call(alpha=torch.ones(4)))
