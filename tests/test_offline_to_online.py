@@ -25,7 +25,18 @@ def example(tmp_path_factory):
     """The example's modules and a dataset of three short episodes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT))
-        from examples.offline_to_online import config, generate, ladder, pretrain, report, run, speed, sweep, tasks
+        from examples.offline_to_online import (
+            compare,
+            config,
+            generate,
+            ladder,
+            pretrain,
+            report,
+            run,
+            speed,
+            sweep,
+            tasks,
+        )
 
         data = tmp_path_factory.mktemp("data") / "maze.npz"
         generate.generate("pointmaze-medium-navigate-v0", 3, data, steps=40)
@@ -40,7 +51,7 @@ def example(tmp_path_factory):
 
         flow = tmp_path_factory.mktemp("pretrained") / "flow.safetensors"
         pretrain.pretrain(settings("bc", "unused"), flow, steps=4, posterior_steps=2, batch_size=8, rate=1e-3)
-        modules = (config, ladder, pretrain, report, run, speed, sweep, tasks)
+        modules = (compare, config, ladder, pretrain, report, run, speed, sweep, tasks)
         names = {module.__name__.rpartition(".")[2]: module for module in modules}
         yield names | dict(settings=settings, flow=str(flow), data=str(data))
 
@@ -216,6 +227,32 @@ def test_a_run_that_starts_from_anothers_critics_begins_online(example, tmp_path
     for p, q in zip(first.agent.critic.parameters(), run.agent.critic.parameters()):
         assert torch.equal(p, q)
     assert run.counters["step"] >= run.config.total_steps and run.buffer.size > run.buffer.offline_size
+
+
+def test_variants_are_compared_where_they_met_the_same_starts(example, tmp_path, capsys):
+    settings, log = example["settings"], example["run"].CsvLog
+    runs = {("norm", 0): (5, 10), ("norm", 1): (10, 20), ("absolute", 0): (10, 20), ("absolute", 1): (15, 20)}
+    for (variant, seed), successes in (runs | {("absolute", 2): (20,)}).items():
+        config = settings("qpilots_u", tmp_path / variant, seed=seed)
+        config.folder.mkdir(parents=True)
+        (config.folder / "config.json").write_text(config.to_json())
+        for step, phase, count in zip((3, 10), ("offline", "online"), successes):
+            log(config.folder / "eval.csv").add(
+                {"step": step, "phase": phase, "episodes": 20, "successes": count, "length": 9.5}
+            )
+    compare, out = example["compare"], tmp_path / "compared.csv"
+    compare.main([f"norm={tmp_path / 'norm'}", f"absolute={tmp_path / 'absolute'}", "--out", str(out)])
+    printed, rows = capsys.readouterr().out, list(csv.DictReader(out.open()))
+    assert len(rows) == 8 and {row["seed"] for row in rows} == {"0", "1"}  # seed 2 has not come to its end
+    assert "| all, 2 runs | 38 [24, 53] | 62 [47, 76] |" in printed and "| adds | | +25 [+25, +25] |" in printed
+    online = [[row for row in rows if (row["variant"], row["phase"]) == (v, "online")] for v in ("norm", "absolute")]
+    assert compare.added(*online) == (2, 0.25, 0.0, 0.5)
+    assert compare.added(online[0], [])[0] == 0
+    compare.main(["--out", str(out)])
+    assert capsys.readouterr().out == printed
+    with pytest.raises(SystemExit):
+        compare.main([f"none={tmp_path / 'none'}", "--out", str(out)])
+    assert "has no finished run" in capsys.readouterr().err
 
 
 def test_the_ladder_goes_from_u_to_qgf_one_setting_at_a_time(example):

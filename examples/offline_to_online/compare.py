@@ -1,0 +1,115 @@
+"""Variants trained alike, run by run: success of each on every task, and what the later ones add to the first.
+
+    python -m examples.offline_to_online.compare U=out/norm_match "U, absolute=out/absolute" --out out/finalists.csv
+
+Each argument is a name and the folder of its runs; --out keeps a line a run and phase, and without arguments its tables
+are printed again. Runs of one task and seed meet the same starts under every variant, so differences are taken there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+
+from qpilots_fast.demo.ogbench_cube import wilson_interval
+
+from .report import short
+
+COLUMNS = ("variant", "task", "seed", "phase", "step", "episodes", "successes", "length")
+Row = dict[str, str]
+RESAMPLES = 10_000
+
+
+def collect(variant: str, folder: Path) -> list[Row]:
+    """The last evaluation of each phase, of every run under `folder` that has come to its end."""
+    rows = []
+    for path in sorted(folder.glob("*/*/*/eval.csv")):
+        config = json.loads((path.parent / "config.json").read_text())
+        last = {row["phase"]: row for row in csv.DictReader(path.open())}  # the later row stands
+        if str(config["offline_steps"] + config["online_steps"]) != list(last.values())[-1]["step"]:
+            continue
+        about = {"variant": variant, "task": config["task"], "seed": str(config["seed"])}
+        rows += [about | {key: row[key] for key in COLUMNS[3:]} for row in last.values()]
+    return rows
+
+
+def rate(row: Row) -> float:
+    """Share of successes."""
+    return int(row["successes"]) / int(row["episodes"])
+
+
+def pooled(rows: list[Row]) -> str:
+    """Percent of successes [95 % Wilson interval] of all runs' episodes."""
+    successes, episodes = (sum(int(row[key]) for row in rows) for key in ("successes", "episodes"))
+    low, high = wilson_interval(successes, episodes)
+    return f"{100 * successes / episodes:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def added(base: list[Row], other: list[Row]) -> tuple[int, float, float, float]:
+    """What `other` adds to the success of `base`, over the tasks and seeds that both have.
+
+    Returns:
+        How many such pairs of runs there are, the mean difference, and its 95 % interval: a bootstrap over the pairs,
+        so that what differs from seed to seed counts.
+    """
+    firsts = {(row["task"], row["seed"]): rate(row) for row in base}
+    pairs = [(row["task"], row["seed"]) for row in other]
+    differences = np.array([rate(row) - firsts[pair] for pair, row in zip(pairs, other) if pair in firsts])
+    if not len(differences):
+        return 0, float("nan"), float("nan"), float("nan")
+    drawn = np.random.default_rng(0).integers(len(differences), size=(RESAMPLES, len(differences)))
+    low, high = np.quantile(differences[drawn].mean(1), (0.025, 0.975))
+    return len(differences), float(differences.mean()), float(low), float(high)
+
+
+def table(rows: list[Row], phase: str) -> list[str]:
+    """Markdown of one phase: a line a task and a column a variant; below, all of them, and what is added to the first.
+
+    The line of all tasks holds the pairs of task and seed that every variant has.
+    """
+    mine = [row for row in rows if row["phase"] == phase]
+    variants = list(dict.fromkeys(row["variant"] for row in mine))
+    of = {name: [row for row in mine if row["variant"] == name] for name in variants}
+    lines = [f"| {phase} | " + " | ".join(variants) + " |", "| --- |" + " --- |" * len(variants)]
+    for task in sorted({row["task"] for row in mine}):
+        entries = [[row for row in of[name] if row["task"] == task] for name in variants]
+        texts = [f"{pooled(entry)} ({len(entry)})" if entry else "" for entry in entries]
+        lines.append(f"| {short(task)} | " + " | ".join(texts) + " |")
+    shared = set.intersection(*({(row["task"], row["seed"]) for row in of[name]} for name in variants))
+    of = {name: [row for row in of[name] if (row["task"], row["seed"]) in shared] for name in variants}
+    if shared:
+        lines.append(f"| all, {len(shared)} runs | " + " | ".join(pooled(of[name]) for name in variants) + " |")
+        differences = ["{:+.0f} [{:+.0f}, {:+.0f}]".format(*(100 * n for n in added(of[variants[0]], of[name])[1:]))
+                       for name in variants[1:]]  # fmt: skip
+        lines.append("| adds | | " + " | ".join(differences) + " |")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", metavar="NAME=FOLDER", help="none: the tables of what --out has")
+    parser.add_argument("--out", type=Path, required=True, help="a .csv file; folders that are given take their name's")
+    args = parser.parse_args(argv)
+    rows: list[Row] = list(csv.DictReader(args.out.open())) if args.out.exists() else []
+    for given in args.folders:
+        variant, _, folder = given.partition("=")
+        found = collect(variant, Path(folder))
+        if not found:
+            parser.error(f"{given!r} has no finished run; expected NAME=FOLDER, with FOLDER/TASK/METHOD/SEED/eval.csv.")
+        rows = [row for row in rows if row["variant"] != variant] + found
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    for phase in ("offline", "online"):
+        if any(row["phase"] == phase for row in rows):
+            print("\n".join(["", *table(rows, phase)]))
+
+
+if __name__ == "__main__":
+    main()
