@@ -20,6 +20,11 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    if isinstance(collector, pytest.Module):  # what a file draws as it is imported, whatever files come before it
+        torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
