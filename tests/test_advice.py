@@ -715,3 +715,19 @@ def test_what_the_log_says_of_a_sequential_holds(caplog):
         qpilots_fast.from_module(critic, "critic", **DIMS)
     want = SteeredSampler(flow, lambda obs, a: critic(torch.cat([obs, a], -1)), Steering.qpilots_u())(*inputs())
     assert torch.equal(sampler(*inputs()), want)
+
+
+def test_a_critic_that_overwrites_what_its_gradient_needs_is_told_so():
+    class Overwriting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(S + A, H), nn.Linear(H, 1)
+
+        def forward(self, obs, actions):
+            hidden = torch.relu(self.first(torch.cat([obs, actions], -1)))
+            q = self.last(hidden)
+            hidden.clamp_(max=1)
+            return q.squeeze(-1)
+
+    with pytest.raises(ValueError, match=r"modified by an inplace operation.*let autograd see .*no write in place"):
+        qpilots_fast.from_module(Overwriting(), "critic", obs_dim=S, action_dim=A)

@@ -22,7 +22,7 @@ from .dependence import check_other_tensors, check_repeats, followed_modes
 from .explain import ModuleExplanation, explain_own, explain_packed
 from .hints import calls_to_try, check_hints, dims_to_try
 from .modules import ModuleNetwork, Recognition, dropouts
-from .proof import batch_size_apart_from, prove, random_blocks
+from .proof import batch_size_apart_from, prove, prove_far, random_blocks
 from .python_state import facts_read
 from .random_states import kept_random_states
 from .refusal import NotCallable, Refused, first_line
@@ -368,6 +368,10 @@ def _from_tensors(
             if times or spec.time_embedding == "raw":  # else what is not trained may make the time features
                 prove(probe, call, layout, spec, roles.flat, generator, scales=SCALES[:1])
 
+        def prove_at(scale: float, roles=roles, spec=spec, layout=layout) -> None:
+            prove(probe, call, layout, spec, roles.flat, generator, scales=(scale,), far=True)
+
+        prove_far(probe, set(map(id, used)), prove_at)
         check_other_tensors(probe, set(map(id, used)), prove_again, generator)
         return Recognition(spec, tuple(roles.flat), call, layout)
     raise Refused(reasons[-1])

@@ -25,7 +25,8 @@ class ScaledAndShifted(NamedTuple):
 
 
 # where a bound, a cut or a threshold could begin that the grid does not reach
-_BEYOND = torch.tensor([-1e6, -1e3, -300.0, -80.0, 80.0, 300.0, 1e3, 1e6], dtype=torch.float64)
+_END = 1e9
+_BEYOND = torch.tensor([-_END, -1e6, -1e3, -300.0, -80.0, 80.0, 300.0, 1e3, 1e6, _END], dtype=torch.float64)
 
 
 def _grid() -> Tensor:
@@ -49,7 +50,7 @@ def identify(function: Function) -> RowOp | ScaledAndShifted | None:
     at = _grid()
     try:
         got = function(at)
-        ends = function(torch.tensor([-1e6, -1.0, 0.0, 1.0, 1e6], dtype=torch.float64)).tolist()
+        ends = function(torch.tensor([-_END, -1.0, 0.0, 1.0, _END], dtype=torch.float64)).tolist()
     except Exception:
         return None
     if got.shape != at.shape or not got.isfinite().all():
@@ -63,8 +64,8 @@ def identify(function: Function) -> RowOp | ScaledAndShifted | None:
             return RowOp(name)
     if _is(function, lambda x: torch.where(x > 0, x, -ends[1] * x), got):
         return RowOp("leaky_relu", (-ends[1],))
-    low = ends[0] if ends[0] > -1e6 else -_FAR
-    high = ends[4] if ends[4] < 1e6 else _FAR
+    low = ends[0] if ends[0] > -_END else -_FAR
+    high = ends[4] if ends[4] < _END else _FAR
     if low <= high and _is(function, lambda x: x.clamp(low, high), got):
         return RowOp("clamp", (low, high))
     return None

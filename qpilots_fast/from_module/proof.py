@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,13 +13,18 @@ from ..reference import ReferenceNetwork
 from ..spec import POSTERIOR_DRAW, BoundNetwork, NetworkSpec, OwnColumns
 from .calling import BLOCKS_OF_KIND, SCALES, TIMES, OutputLayout, UserCall
 from .held import Held
-from .refusal import Refused, check_finite_numbers, number
+from .refusal import NotFinite, Refused, check_finite_numbers, number
 from .sources import Source
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-5}  # relative, of a module in a dtype against ours in float64
 MOVING = {"flow": "noisy_actions", "critic": "actions", "meta_flow_map": "noisy_actions"}
 
 _NEAR_THE_ENDS = (0.0, 0.003, 0.997)  # among any times: where a clamp, a schedule or a branch would show
+# (inputs, weights): sizes at which a clip, a cut or a saturation shows that no usual number reaches; weights, since a
+# network behind a tanh or a norm does not hear of large inputs. Outputs alone, and only roughly: what a norm leaves of
+# large numbers has fewer digits, and gradients may cancel.
+_FAR = ((1e4, 1.0), (1e8, 1.0), (1.0, 1e3), (1.0, 1e8))
+_FAR_TOLERANCE = 1e-4
 # of all rows at once, as samplers ask: a forward may branch on the time of one row, or average over them
 _OF_ALL_ROWS = torch.tensor(
     [[0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99]], dtype=torch.float32
@@ -109,6 +114,7 @@ def prove(
     first_columns: object = None,
     scales: Sequence[float] = SCALES,
     own: OwnColumns | None = None,
+    far: bool = False,
 ) -> float:
     """Compares outputs and input gradients on several batches; returns the largest relative difference.
 
@@ -118,6 +124,7 @@ def prove(
             then the time features are compared apart, to the precision that the user computes them in.
         scales: of the inputs, one a batch; with all of SCALES also at single times.
         own: what the module computes of its columns, where it does; of this copy.
+        far: outputs alone, and roughly.
 
     Raises:
         Refused: with the numbers, where they differ.
@@ -151,6 +158,8 @@ def prove(
         dtype = call.dtype or torch.float64
         # that with respect to obs is none of a sampler's business: an encoder may run under no_grad, or in float32
         what = f"gradient with respect to {MOVING[spec.kind]}"
+        if far:
+            return _compare("outputs", expected, theirs.detach(), where, dtype, _FAR_TOLERANCE)
         gap = _compare("outputs", expected, theirs.detach(), where, dtype)
         return max(gap, _compare(what, expected_grad, their_grad, where, dtype))
 
@@ -168,6 +177,35 @@ def prove(
     return worst
 
 
+def prove_far(module: nn.Module, used: set[int], prove_at: Callable[[float], object]) -> None:
+    """The proof once more where inputs, or the network's parameters, are far larger than usual.
+
+    Args:
+        module: a copy, whose parameters are put back. used: ids of those that the network reads.
+        prove_at: function (scale of the inputs) that proves.
+
+    Raises:
+        Refused: where it is something else there.
+    """
+    parameters = [parameter for parameter in module.parameters() if id(parameter) in used]
+    before = [parameter.detach().clone() for parameter in parameters]
+    for inputs, weights in _FAR:
+        try:
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter.mul_(weights)
+            prove_at(inputs)
+        except NotFinite:
+            continue  # it has numbers in float32, say, that end before
+        except Refused as refusal:
+            what = f"its inputs are {number(inputs)}" if inputs > 1 else f"its weights are {number(weights)}"
+            raise Refused(f"where {what} times as large as usual, {refusal} (does it clip or saturate?)") from None
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, before):
+                    parameter.copy_(value)
+
+
 def _gradient(output: Tensor, leaf: Tensor, cotangent: Tensor) -> Tensor:
     if not output.requires_grad:
         raise Refused("its output carries no gradient (does it run under no_grad, or detach?)")
@@ -175,16 +213,19 @@ def _gradient(output: Tensor, leaf: Tensor, cotangent: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if grad is None else grad
 
 
-def _compare(what: str, ours: Tensor, theirs: Tensor, where: str, dtype: torch.dtype) -> float:
+def _compare(
+    what: str, ours: Tensor, theirs: Tensor, where: str, dtype: torch.dtype, tolerance: float | None = None
+) -> float:
+    tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
     if ours.shape != theirs.shape:
         raise Refused(f"its {what} have shape {list(theirs.shape)}, expected {list(ours.shape)}")
     check_finite_numbers(f"its {what} are", theirs)
     size = 1 + ours.abs().max().item()
     gap = (ours - theirs).abs().max().item() / size
-    if not gap <= TOLERANCE[dtype]:
+    if not gap <= tolerance:
         raise Refused(
             f"its {what} differ from those of the recognised structure by {number(gap)} (relative, {_name(dtype)}; "
-            f"allowed {number(TOLERANCE[dtype])}) on {where}"
+            f"allowed {number(tolerance)}) on {where}"
         )
     return gap
 

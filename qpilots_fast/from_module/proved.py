@@ -16,7 +16,7 @@ from .calling import SCALES, OutputLayout
 from .dependence import check_other_tensors
 from .modules import Recognition
 from .own_columns import ModuleColumns, changed, followed_by, others, read_own_columns
-from .proof import prove
+from .proof import prove, prove_far
 from .refusal import Refused, stopping_at
 
 ColumnsOf = Callable[[dict[str, Tensor]], Tensor]  # the blocks -> what the network reads
@@ -84,9 +84,11 @@ def proved(
         own = replace(found.own, followed=followed)
         found, live = replace(found, own=own), ModuleColumns(probe, found.call, spec, own)
 
-    def proves(layout: OutputLayout, times: bool = True, scales: Sequence[float] = SCALES[:1]) -> None:
+    def proves(
+        layout: OutputLayout, times: bool = True, scales: Sequence[float] = SCALES[:1], far: bool = False
+    ) -> None:
         check = partial(first_columns, times=times)
-        prove(probe, found.call, layout, spec, found.sources, generator, check, scales, live)
+        prove(probe, found.call, layout, spec, found.sources, generator, check, scales, live, far)
 
     layouts = [found.layout] if spec.kind != "meta_flow_map" else [found.layout, OutputLayout(is_velocity=True)]
     for candidate in layouts:
@@ -96,6 +98,7 @@ def proved(
             if candidate is layouts[-1]:
                 raise
             continue
+        prove_far(probe, used, lambda scale, layout=candidate: proves(layout, scales=(scale,), far=True))  # type: ignore[misc]
         check_other_tensors(probe, used, partial(proves, candidate), generator)
         return replace(found, layout=candidate)
     raise AssertionError("unreachable: the last layout raises")

@@ -59,4 +59,4 @@ def number(value: float) -> str:
 
 def first_line(error: BaseException) -> str:
     """What an error says, in short."""
-    return (str(error).splitlines() or ["no message"])[0][:200]
+    return (str(error).splitlines() or ["no message"])[0][:200].rstrip(". ")

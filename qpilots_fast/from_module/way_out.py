@@ -60,7 +60,7 @@ def way_out(module: nn.Module, kind: str, dims: Sequence[tuple[int, int]], hints
         )
     if not works.has_gradient:
         runs = "With jacobian='identity' SteeredSampler runs it as it is; else " if kind == "flow" else ""
-        return f"{runs or 'To steer with it, '}let autograd see how its output follows from the actions (no detach)."
+        return f"{runs or 'To steer with it, '}let autograd see how its output follows from the actions (no detach, no write in place)."
     adapted = _adapted(name, f"call=lambda module, {arguments}: {works.code}")
     through = f"SteeredSampler runs it as a callable through {adapted}"
     if works.members > 1:  # or atoms, or quantiles
@@ -198,4 +198,7 @@ def _has_gradient(output: Any, moving: Tensor) -> bool:
         return all(_has_gradient(entry, moving) for entry in output)
     if not output.requires_grad:
         return False
-    return torch.autograd.grad(output.sum(), moving, allow_unused=True, retain_graph=True)[0] is not None
+    try:
+        return torch.autograd.grad(output.sum(), moving, allow_unused=True, retain_graph=True)[0] is not None
+    except RuntimeError:  # what it changes in place, its own gradient needs
+        return False

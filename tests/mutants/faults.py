@@ -99,7 +99,7 @@ FAULTS: list[Fault] = [
     ),
     *_of(
         "qpilots_fast/from_module/proof.py", RECOGNISED,
-        ("if not gap <= TOLERANCE[dtype]:", "if not gap <= 1e3 * TOLERANCE[dtype]:"),
+        ("if not gap <= tolerance:", "if not gap <= 1e3 * tolerance:"),
         ("_compare(what, expected_grad, their_grad, where, dtype)", "0.0"),
     ),
     *_of(
