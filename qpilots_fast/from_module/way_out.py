@@ -60,7 +60,8 @@ def way_out(module: nn.Module, kind: str, dims: Sequence[tuple[int, int]], hints
         )
     if not works.has_gradient:
         runs = "With jacobian='identity' SteeredSampler runs it as it is; else " if kind == "flow" else ""
-        return f"{runs or 'To steer with it, '}let autograd see how its output follows from the actions (no detach, no write in place)."
+        see = "let autograd see how its output follows from the actions (no detach, no write in place)."
+        return f"{runs or 'To steer with it, '}{see}"
     adapted = _adapted(name, f"call=lambda module, {arguments}: {works.code}")
     through = f"SteeredSampler runs it as a callable through {adapted}"
     if works.members > 1:  # or atoms, or quantiles
