@@ -149,6 +149,17 @@ def test_freeze_keeps_the_weights(backend):
     assert not torch.equal(sampler.unfreeze()(case.obs, case.noise), frozen)
 
 
+def test_a_frozen_sampler_that_is_moved_packs_anew(backend, caplog):
+    case = make_case()
+    sampler = case.sampler(backend).freeze()
+    sampler(case.obs, case.noise)
+    with torch.no_grad():
+        sampler.flow.output.bias.add_(1.0)
+    sampler.to("cpu")
+    assert "a frozen SteeredSampler was moved" in caplog.text
+    assert_close(sampler(case.obs, case.noise), dataclasses.replace(case, flow=sampler.flow).expected())
+
+
 def test_threads_share_a_sampler(backend):
     case = make_case(batch_size=9)
     sampler = case.sampler(backend)
