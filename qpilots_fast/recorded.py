@@ -84,29 +84,36 @@ class Called:
                 raise inference_tensor_error(owner, network, error) from error
             raise
         if x.requires_grad and not output.requires_grad:
-            raise RuntimeError(
-                f"{owner}'s output does not depend differentiably on its actions (was it detached, or computed under "
-                f"no_grad?), but {needed_for} needs that gradient. Let autograd see the computation"
-                + (", or use jacobian='identity'." if owner == "flow" else ".")
-            )
+            raise _lost_gradient(owner, needed_for)
         return output if output.dtype == x.dtype else output.to(x.dtype)
+
+
+def _lost_gradient(owner: str, needed_for: str) -> RuntimeError:
+    return RuntimeError(
+        f"{owner}'s output does not depend differentiably on its actions (was it detached, or computed under "
+        f"no_grad?), but {needed_for} needs that gradient. Let autograd see the computation"
+        + (", or use jacobian='identity'." if owner == "flow" else ".")
+    )
 
 
 # ---------------------------------------------------------------- one network, with its pullback
 
 
-def _gradients(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
-    """Of each input, the sum of the outputs' pullbacks to it; what was recorded for them is freed."""
-    grads = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
-    return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, grads)]
-
-
-def with_pullback(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Pullback]:
-    """function(x), and its pullback to x, which may be asked once."""
+def with_pullback(function: Callable[[Tensor], Tensor], x: Tensor, owner: str = "flow") -> tuple[Tensor, Pullback]:
+    """function(x), and its pullback to x, which may be asked once; that of a critic that ignores x raises."""
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         output = function(leaf)
-    return output.detach(), lambda cotangent: _gradients([output], [leaf], [cotangent])[0]
+
+    def pull_back(cotangent: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(output, leaf, cotangent, allow_unused=True)
+        if gradient is not None:
+            return gradient
+        if owner == "critic":  # trained weights let its output require grad, whatever became of the actions
+            raise _lost_gradient(owner, "steering")
+        return torch.zeros_like(x)  # a flow, or draws, that do not follow x
+
+    return output.detach(), pull_back
 
 
 def called_flow(net: Called) -> Callable[[Tensor, float], tuple[Tensor, Pullback]]:
@@ -120,7 +127,7 @@ def _no_pullback(_: Tensor) -> Tensor:
 
 
 def called_critic(net: Called) -> Callable[..., tuple[Tensor, Pullback]]:
-    return lambda a, t=None: with_pullback(lambda leaf: net.q_values(leaf, t), a)
+    return lambda a, t=None: with_pullback(lambda leaf: net.q_values(leaf, t), a, "critic")
 
 
 def called_posterior(net: Called) -> Callable[[Tensor, Tensor, float], tuple[Tensor, Pullback]]:
@@ -170,9 +177,12 @@ def one_graph(net: Called, velocity: Callable[[Tensor, float], Tensor]) -> Steer
             of_draws = reference.draw_weights(q_bar, steering)
             cotangents = list((of_draws * weights).unbind(1))
             std = None if std is None else (of_draws * std).sum(0)
-        g, *at_estimates = _gradients(values, [leaf, *estimates] if look else [leaf], cotangents)
+        at_x, *at_estimates = torch.autograd.grad(values, [leaf, *estimates], cotangents, allow_unused=True)
+        if all(gradient is None for gradient in at_estimates):
+            raise _lost_gradient("critic", "steering")
+        g = torch.zeros_like(x) if at_x is None else at_x  # draws that do not follow x
         if look:
-            look(torch.cat(at_estimates))
+            look(torch.cat([gradient for gradient in at_estimates if gradient is not None]))
         return v, reference.tilted(reference.usable_gradient(g, of_step), steering, q_bar), std
 
     return step

@@ -340,6 +340,15 @@ def test_callables_with_wrong_outputs():
         SteeredSampler(case.flow, lambda o, a: a.detach().sum(-1)[None], case.steering)(case.obs, case.noise)
 
 
+@pytest.mark.parametrize("flow", ["packed", "callable"])  # two loops, or one graph a step
+def test_critic_whose_weights_alone_require_grad(flow):
+    case = make_case()
+    q = torch.nn.Linear(5, 1)
+    own = case.flow if flow == "packed" else lambda o, x, t: torch.tanh(x) * (1 + t)
+    with pytest.raises(RuntimeError, match="critic's output does not depend differentiably on its actions"):
+        SteeredSampler(own, lambda o, a: q(a.detach()), case.steering)(case.obs, case.noise)
+
+
 def test_named_backend_that_cannot_run_raises():
     case = make_case()
     missing = [name for name in backends.BACKENDS if backends.unavailable_reason(name) is not None]
