@@ -52,7 +52,7 @@ def backend_call(backend: Backend, network: BoundNetwork, precision: str) -> Net
     )
 
     def call(blocks: Sequence[Tensor]) -> tuple[Tensor, Callable[[Tensor, slice], Tensor]]:
-        dtype = compute_dtype("float32", blocks[moving])  # times are float64 in any call
+        dtype = compute_dtype(precision, blocks[moving])  # times are float64 in any call
         ready = [block.detach().to(dtype).contiguous() for block in blocks]
         return backend.forward(handle, ready, precision), lambda d_output, columns: backend.vjp(
             handle, ready, d_output.to(dtype).contiguous(), precision

@@ -232,6 +232,16 @@ def test_outputs_of_another_dtype(preset, dtype):
     assert_close(actions, case.expected(), "bfloat16" if dtype == torch.bfloat16 else "float32")
 
 
+@pytest.mark.parametrize("called", ["flow", "critic", "posterior"])
+def test_packed_networks_in_float64_beside_a_callable_in_float32(called):
+    case = make_case(PRESETS["qpilots_m"], num_steps=4)
+    networks = {"flow": case.flow, "critic": case.critic, "posterior": case.posterior}
+    function = networks[called]
+    networks[called] = lambda *inputs: function(*inputs)
+    sampler = SteeredSampler(**networks, steering=case.steering, num_steps=4, precision="float64")
+    assert_close(sampler(case.obs, case.noise, case.posterior_noise), case.expected())
+
+
 def test_compiled_networks_are_not_compiled_at_every_step():
     case = make_case(hidden_dims=(8,))
     frames = CompileCounter()

@@ -7,6 +7,7 @@ import sys
 import time
 
 from tests.fuzz import checkpoints
+from tests.fuzz.judge import Tally
 from tests.fuzz.ledger import TOLERATED
 from tests.fuzz.run import run
 
@@ -20,12 +21,14 @@ def main(argv: list[str] | None = None) -> int:
     seed = int(time.time()) if args.seed is None else args.seed
     print(f"{args.calls} calls, --seed {seed}", flush=True)
     start = time.perf_counter()
-    tally = run(args.calls, seed)
-    seconds = time.perf_counter() - start
-    refused = sum(tally.refused.values())
-    print(f"{tally.calls} calls in {seconds:.0f} s: {tally.sampled} compared, {refused} samplers and calls refused")
-    for entry, count in tally.tolerated.most_common():
-        print(f"tolerated {count}: {entry}. {TOLERATED[entry]}")
+    tally = Tally()
+    try:
+        run(args.calls, seed, tally)
+    finally:
+        seconds, refused = time.perf_counter() - start, sum(tally.refused.values())
+        print(f"{tally.calls} calls in {seconds:.0f} s: {tally.sampled} compared, {refused} samplers and calls refused")
+        for entry, count in tally.tolerated.most_common():
+            print(f"tolerated {count}: {entry}. {TOLERATED[entry]}")
     files = max(args.calls // 20, 1)
     print(f"{files} damaged checkpoints: {checkpoints.run(files, seed)} refused, the others read as they were written")
     return 0

@@ -18,13 +18,16 @@ BACKENDS = ("cpu", "cpu", "cpu", "auto", "reference")
 SAMPLERS_PER_ROUND = 200  # hypothesis keeps what it drew until a round ends
 
 
-def run(number: int, first_seed: int) -> Tally:
+def run(number: int, first_seed: int, tally: Tally | None = None) -> Tally:
     """Makes this many calls.
+
+    Args:
+        tally: counts them, also where the run stops early.
 
     Raises:
         Finding: the smallest example found of an answer that is neither right nor tolerated.
     """
-    tally = Tally()
+    tally = Tally() if tally is None else tally
 
     def one(data: st.DataObject) -> None:
         subject = data.draw(subjects())
