@@ -6,6 +6,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from qpilots_fast.files import write_figure
+
 # Okabe and Ito's colours, distinguishable with any colour vision; ours are the first two
 _OURS = {"float32": "#0072B2", "bfloat16": "#D55E00"}
 _PEERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000", "#F0E442", "#7A5195")
@@ -110,7 +112,7 @@ def _save(figure: Any, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    write_figure(path, figure, dpi=130)
     plt.close(figure)
 
 

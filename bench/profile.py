@@ -22,6 +22,7 @@ from qpilots_fast import BackendUnavailable, backends, reference
 from qpilots_fast.backends import Call
 from qpilots_fast.bounds import as_operands
 from qpilots_fast.evaluators import evaluators, reference_evaluators
+from qpilots_fast.files import write_text
 from qpilots_fast.reference import Evaluators, Pullback
 from qpilots_fast.spec import PRECISIONS
 
@@ -317,6 +318,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = Recorder(cuda)
     record_loop(workload, backend, options.precision, record)
     console.print(loop_table(record.spans, backend))
-    path.write_text(json.dumps(chrome_trace(record.spans, phases)))
+    write_text(path, json.dumps(chrome_trace(record.spans, phases)))
     console.print(f"saved {path} (open in chrome://tracing or ui.perfetto.dev)", soft_wrap=True)
     return 0

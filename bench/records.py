@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from qpilots_fast.files import write_text
+
 from .machine import ROOT
 from .report import milliseconds
 
@@ -48,25 +50,19 @@ def save(record: dict[str, Any], folder: Path, again: Path | None = None) -> Pat
         again: what an earlier call returned: its file is replaced, whole.
     """
     folder = folder / processor(record["machine"])
-    folder.mkdir(parents=True, exist_ok=True)
     run = record | {"cells": [{k: v for k, v in cell.items() if k != "results"} for cell in record["cells"]]}
     rows = [{k: cell[k] for k in _CELL} | result for cell in record["cells"] for result in cell["results"]]
     lines = "".join(json.dumps(_rounded(line)) + "\n" for line in (run, *rows))
     if again is not None:
-        written = again.with_name(f".{again.name}.new")
-        written.write_text(lines)
-        written.replace(again)
+        write_text(again, lines)
         return again
     stamp = record["date"][:19].replace(":", "").replace("-", "")
     commit = (record["git"]["commit"] or "unknown")[:10]
     for suffix in ("", *(f"_{n}" for n in range(1, 1000))):
         path = folder / f"{stamp}_{commit}{suffix}.jsonl"
-        try:
-            with path.open("x") as file:
-                file.write(lines)
+        if not path.exists():
+            write_text(path, lines)
             return path
-        except FileExistsError:
-            continue
     raise FileExistsError(f"{folder} holds a thousand results of this second; remove some.")
 
 

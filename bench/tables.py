@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qpilots_fast.demo.ogbench_cube import wilson_interval
+from qpilots_fast.files import write_text
 
 from .control import PLAIN
 from .machine import ROOT
@@ -183,7 +184,7 @@ def main() -> int:
     for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = document.read_text()
         if written(text) != text:
-            document.write_text(written(text))
+            write_text(document, written(text))
             print(f"{document.relative_to(ROOT)}: tables written")
     return 0
 

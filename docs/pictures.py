@@ -23,6 +23,7 @@ from bench.plots import plot_latency
 from bench.records import load
 from examples.meta_flow_map.closed_form import GaussianMixture
 from qpilots_fast import SteeredSampler, Steering
+from qpilots_fast.files import replacing, write_figure
 
 PICTURES = ROOT / "docs" / "pictures"
 SUCCESS = ROOT / "examples" / "ogbench_cube" / "evaluation.csv"
@@ -107,7 +108,7 @@ def draw_paths(path: Path, rows: int = 2000, drawn: int = 60) -> None:
         panel.scatter(*moved[-1, :drawn].T, color=[_COLOURS[i] for i in nearest[:drawn]], s=7, zorder=3)
         panel.set_title(f"{name}\n{100 * best:.0f} % in the best mode, {100 * inside:.0f} % in any", fontsize=9)
         panel.set(xlim=(-2.3, 2.3), ylim=(-2.3, 2.3), aspect="equal")
-    figure.savefig(path, dpi=100)
+    write_figure(path, figure, dpi=100)
     plt.close(figure)
 
 
@@ -132,7 +133,7 @@ def draw_success(path: Path) -> None:
     axes.grid(True, alpha=0.3)
     axes.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    write_figure(path, figure, dpi=110)
     plt.close(figure)
 
 
@@ -164,7 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw(path)
         with Image.open(path) as picture:
             few = picture.convert("RGB").quantize(_COLOURS_KEPT, dither=Image.Dither.NONE)
-        few.save(path, optimize=True)
+        with replacing(path) as new:
+            few.save(new, format="PNG", optimize=True)
         print(path)
     return 0
 

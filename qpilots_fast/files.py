@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,12 @@ def write_text(path: Path, text: str) -> None:
     """The text as UTF-8, whole or not at all."""
     with replacing(path) as new:
         new.write_text(text, encoding="utf-8")
+
+
+def write_figure(path: Path, figure: Any, dpi: int) -> None:
+    """matplotlib's figure as PNG, whole or not at all."""
+    with replacing(path) as new:
+        figure.savefig(new, dpi=dpi, format="png")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:

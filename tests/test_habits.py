@@ -39,6 +39,16 @@ def test_every_environment_variable_is_in_the_guide():
     assert found == set(re.findall(r"QPILOTS_\w+|TRITON_INTERPRET", table))
 
 
+def test_what_stands_under_a_name_is_written_whole():
+    """Through qpilots_fast.files, but for logs and what no one reads later."""
+    direct = re.compile(r"\.savefig\(|\.write_(?:text|bytes)\(|\bopen\((?:.+, )?\"[wx]")
+    paths = [path for part in ("qpilots_fast", "bench", "docs", "examples") for path in (ROOT / part).rglob("*.py")]
+    lines = {line.strip() for path in paths for line in path.read_text().splitlines() if direct.search(line)}
+    assert len(lines) > 8
+    whole = re.compile(r"\bnew\b|_curve\.csv|cubin|clear_refs|^claim\.")
+    assert not [line for line in lines if not whole.search(line)]
+
+
 def test_the_version_has_a_section_of_the_changelog():
     headings = re.findall(
         r"^## \[([^\]]+)\](?: - (\d{4}-\d\d-\d\d))?", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE

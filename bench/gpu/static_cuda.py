@@ -19,6 +19,7 @@ from pathlib import Path
 
 from bench.gpu import sass
 from qpilots_fast.backends.cuda.build import ARCHITECTURES, compile_command, find_nvcc, find_sources
+from qpilots_fast.files import write_text
 
 TARGETS = ARCHITECTURES
 THREADS = 256  # of every kernel
@@ -170,7 +171,7 @@ def short_name(symbol: str) -> str:
 
 def write_table(path: Path, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
     """A table of markdown."""
-    path.write_text("".join(f"| {' | '.join(line)} |\n" for line in (header, ("---",) * len(header), *rows)))
+    write_text(path, "".join(f"| {' | '.join(line)} |\n" for line in (header, ("---",) * len(header), *rows)))
 
 
 def table_row(report: KernelReport) -> tuple[str, ...]:

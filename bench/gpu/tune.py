@@ -21,6 +21,7 @@ from qpilots_fast.backends import Call
 from qpilots_fast.backends.triton.backend import TritonBackend
 from qpilots_fast.backends.triton.launch_table import LaunchRow, LaunchTable, Tile, tuned_path
 from qpilots_fast.backends.triton.plan import capability
+from qpilots_fast.files import write_text
 from qpilots_fast.spec import BoundNetworks, SamplerSpec
 from qpilots_fast.steering import Steering
 from qpilots_fast.testing import compare, make_case
@@ -131,10 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     end = time.perf_counter() + 60 * args.minutes
 
     def save() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        written = path.with_name(f".{path.name}.new")
-        written.write_text(replace(LaunchTable(), rows=tuple(rows)).to_json())
-        written.replace(path)
+        write_text(path, replace(LaunchTable(), rows=tuple(rows)).to_json())
         print(f"wrote {path}")
 
     try:

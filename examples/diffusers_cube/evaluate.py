@@ -16,6 +16,7 @@ from torch import Tensor
 from qpilots_fast import Steering
 from qpilots_fast.demo.methods import value_states
 from qpilots_fast.demo.ogbench_cube import ACTION_DIM, CHUNK, STATE_DIM, TASKS, CubePolicy, CubeTasks, wilson_interval
+from qpilots_fast.files import replacing
 from qpilots_fast.integrations.diffusers import steer_scheduler
 from qpilots_fast.reference import aggregate
 
@@ -64,7 +65,7 @@ def main() -> None:
     schedulers = {"unsteered": new_scheduler()}
     schedulers |= {f"alpha {alpha:g}": steered_scheduler(cube, alpha) for alpha in args.alphas}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
+    with replacing(args.out) as new, new.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["method", "episodes", "success", "low", "high", *(f"task{task}" for task in TASKS), "value"])
         seen = None
@@ -77,7 +78,6 @@ def main() -> None:
             low, high = wilson_interval(int(rollouts.success.sum()), rollouts.success.size)
             numbers = [rollouts.success.mean(), low, high, *rollouts.success.mean(0), float(value)]
             writer.writerow([name, rollouts.success.size, *(round(float(n), 4) for n in numbers)])
-            file.flush()
             print(
                 f"{name:12} {rollouts.rate:6.1%}  [{low:.1%}, {high:.1%}]  tasks "
                 + " ".join(f"{rate:.2f}" for rate in rollouts.success.mean(0))

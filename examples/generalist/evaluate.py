@@ -27,7 +27,7 @@ from qpilots_fast.demo.generalist.policy import CHUNK, PADDED_DIM, GeneralistPol
 from qpilots_fast.demo.generalist.tasks import Batch, Tasks, seen
 from qpilots_fast.demo.generalist.weights import load_critics, load_policy
 from qpilots_fast.demo.ogbench_cube import wilson_interval
-from qpilots_fast.files import replacing
+from qpilots_fast.files import replacing, write_figure, write_text
 
 RESULTS = Path(__file__).parent / "results"
 SEED = 5000  # of these episodes; rollouts.py's are others
@@ -125,7 +125,7 @@ def plot(rows: Rows, path: Path) -> None:
     axis.set_xlim(0, 1)
     counts = [len(successes) for successes in found.values()]
     axis.set_xlabel(f"success on six Meta-World tasks, {min(counts)} to {max(counts)} episodes a method")
-    figure.savefig(path, dpi=100)
+    write_figure(path, figure, dpi=100)
     plt.close(figure)
 
 
@@ -172,7 +172,7 @@ def main() -> None:
     text = table(rows, took)
     page = args.out.parent / "README.md"
     if page.exists():
-        page.write_text(TABLE.sub(lambda found: text, page.read_text()))
+        write_text(page, TABLE.sub(lambda found: text, page.read_text()))
     plot(rows, args.out / "success.png")
     print(text)
 

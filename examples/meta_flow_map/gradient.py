@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qpilots_fast import MetaFlowMap, SteeredSampler, Steering, backends
 from qpilots_fast.evaluators import evaluators
+from qpilots_fast.files import write_figure
 from qpilots_fast.reference import steer_velocity, steering_gradient
 
 from .posterior import RESULTS, stored_map, write_table
@@ -159,7 +160,7 @@ def plot(table: list[dict[str, object]], path: Path) -> None:
     axes[0, -1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1))
     figure.suptitle("Steering gradients where the posterior is bimodal")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    write_figure(path, figure, dpi=110)
 
 
 def main() -> None:

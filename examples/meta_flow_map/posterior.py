@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import trange
 
 from qpilots_fast import MetaFlowMap
-from qpilots_fast.files import fill, read_tensors, write_tensors
+from qpilots_fast.files import fill, read_tensors, replacing, write_figure, write_tensors
 from qpilots_fast.meta_flow_map import CONSISTENCIES, glass_velocity
 from qpilots_fast.objectives import meta_flow_map_loss, polyak_update
 
@@ -133,7 +133,7 @@ def measure(
 
 def write_table(table: list[dict[str, object]], stem: str) -> None:
     """results/<stem>.csv, and Markdown on the terminal."""
-    with open(RESULTS / f"{stem}.csv", "w", newline="") as file:
+    with replacing(RESULTS / f"{stem}.csv") as new, new.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in table)
@@ -170,7 +170,7 @@ def plot(path: Path) -> None:
                 axis.set_ylabel(f"t = {t[row].item():.1f}")
     axes[0, 0].legend(fontsize=6, loc="lower right")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    write_figure(path, figure, dpi=110)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from qpilots_fast.demo.ogbench_cube import wilson_interval
+from qpilots_fast.files import replacing
 
 from .report import short
 
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"{given!r} has no finished run; expected NAME=FOLDER, with FOLDER/TASK/METHOD/SEED/eval.csv.")
         rows = [row for row in rows if row["variant"] != variant] + found
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
+    with replacing(args.out) as new, new.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from qpilots_fast import CriticEnsemble, FlowMLP, MetaFlowMap, SteeredSampler, Steering
 from qpilots_fast.demo.ogbench_cube import CHUNK, CubePolicy, CubeTasks, Rollouts, wilson_interval
+from qpilots_fast.files import write_text
 from qpilots_fast.steering import JACOBIANS, Jacobian
 
 from .agents import make_agent
@@ -216,7 +217,7 @@ class Records:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            path.write_text(",".join(COLUMNS) + "\n")
+            write_text(path, ",".join(COLUMNS) + "\n")
         self.rows = list(csv.DictReader(path.open()))
 
     def of(self, source: str, variant: str, stage: str) -> list[dict[str, str]]:

@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 
 from qpilots_fast.demo.ogbench_cube import wilson_interval
+from qpilots_fast.files import replacing, write_figure, write_text
 
 from .config import METHODS
 
@@ -104,7 +105,7 @@ def write_table(folder: Path, out: Path) -> None:
             speed = f"{sum(rates) / len(rates):.1f}" if rates else ""
             table.append([task, method, phase, last, seeds, episodes, *(f"{v:.3f}" for v in (rate, low, high)), speed])
     head = ["task", "method", "phase", "step", "seeds", "episodes", "success", "low", "high", "updates_per_s"]
-    with (out / "table.csv").open("w", newline="") as file:
+    with replacing(out / "table.csv") as new, new.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([head, *table])
     lines: list[str] = []
     for phase in ("offline", "online"):
@@ -112,7 +113,7 @@ def write_table(folder: Path, out: Path) -> None:
         seeds = ", ".join(f"{episodes} episodes of {count} seeds" for count, episodes in counts)
         lines += [f"After {phase} training, % of successes [95 % Wilson interval]; an entry is {seeds}:", ""]
         lines += [*_markdown(wide_table(evaluations, phase)), ""]
-    (out / "table.md").write_text("\n".join(lines))
+    write_text(out / "table.md", "\n".join(lines))
     print("\n".join(lines))
 
 
@@ -155,7 +156,7 @@ def plot(folder: Path, out: Path) -> None:
     names = [method for method in METHODS if method in lines]
     figure.legend([lines[name] for name in names], names, loc="upper center", ncols=len(names), fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 0.95 if count > 1 else 0.9))
-    figure.savefig(out / "curves.png", dpi=110)
+    write_figure(out / "curves.png", figure, dpi=110)
     plt.close(figure)
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from qpilots_fast.files import replacing
+
 from .config import METHODS, PRESETS, Config
 from .run import Run
 
@@ -131,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
             for method in args.methods:
                 rows += measure(preset, method, args.seconds, folder, args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "speed.csv").open("w", newline="") as file:
+    with replacing(args.out / "speed.csv") as new, new.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from qpilots_fast.files import write_text
+
 from .config import BENCH_TASKS, METHODS, Config, config_of, make_parser, split_task
 from .pretrain import pretrain
 from .run import Run
@@ -81,11 +83,11 @@ def work(configs: list[Config], core: int | None, folder: Path, steps: tuple[int
             try:
                 Run(Config(**(json.loads(config.to_json()) | changes))).go()
             except Exception:
-                (config.folder / "error.txt").write_text(traceback.format_exc())
+                write_text(config.folder / "error.txt", traceback.format_exc())
                 print(f"FAILED {config.folder}\n{traceback.format_exc()}", flush=True)
                 continue
             about = {"seconds": round(time.time() - start, 1), "cpu_seconds": round(time.process_time() - used, 1)}
-            (config.folder / FINISHED).write_text(json.dumps(about) + "\n")
+            write_text(config.folder / FINISHED, json.dumps(about) + "\n")
             print(f"finished {config.folder} {about}", flush=True)
 
 

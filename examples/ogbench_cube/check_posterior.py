@@ -18,6 +18,7 @@ from torch import Tensor
 from train_posterior import HELD_OUT
 
 from qpilots_fast.demo.ogbench_cube import ASSETS, CubePolicy
+from qpilots_fast.files import replacing
 from qpilots_fast.meta_flow_map import glass_velocity
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -92,7 +93,7 @@ def main() -> None:
                 part = slice(i * args.states, (i + 1) * args.states)
                 table.append({"draws": name, "t": time} | errors(got[part], truth[part]))
     args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "posterior_check.csv").open("w", newline="") as file:
+    with replacing(args.out / "posterior_check.csv") as new, new.open("w", newline="") as file:
         writer = csv.DictWriter(file, table[0])
         writer.writeheader()
         for row in table:

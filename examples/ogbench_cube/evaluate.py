@@ -16,6 +16,7 @@ import torch
 from qpilots_fast.demo.methods import ALPHAS, CANDIDATES, RHO, Method, Outcome, compare, draws_method, standard_methods
 from qpilots_fast.demo.ogbench_cube import ASSETS, TASKS, CubePolicy, CubeTasks, Rollouts
 from qpilots_fast.demo.report import plot
+from qpilots_fast.files import replacing
 from qpilots_fast.steering import Steering
 
 
@@ -35,7 +36,7 @@ def evaluation_methods(alphas: tuple[float, ...], posterior: bool) -> list[Metho
 def write_csv(outcomes: list[Outcome], path: Path) -> None:
     """One row a method: rate, Wilson interval, per-task rates, steps, value."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with replacing(path) as new, new.open("w", newline="") as file:
         writer = csv.writer(file)
         tasks = [f"task{task}" for task in TASKS]
         writer.writerow(["method", "episodes", "success", "low", "high", *tasks, "steps", "value"])

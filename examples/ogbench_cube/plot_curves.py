@@ -8,6 +8,8 @@ from pathlib import Path
 
 import matplotlib
 
+from qpilots_fast.files import write_figure
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -33,7 +35,7 @@ def main() -> None:
         axis.set(xlabel="update", ylabel=label, yscale="log" if log else "linear")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.savefig(args.curves / "training.png", dpi=110)
+    write_figure(args.curves / "training.png", figure, dpi=110)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 
 from qpilots_fast.demo.methods import RHO, STRONG_ALPHA, WINDOW, Method, compare, gate_method, value_states
 from qpilots_fast.demo.ogbench_cube import ASSETS, CubePolicy, CubeTasks
+from qpilots_fast.files import replacing
 from qpilots_fast.steering import Steering
 
 WINDOWS = ((0.0, 0.3), (0.0, 0.5), (0.3, 0.7), (0.5, 1.0), (0.7, 1.0))
@@ -47,7 +48,7 @@ def main() -> None:
     again = [m for m in methods if m.steering.window in (None, WINDOW) and m.steering.max_disagreement is None]
     again.append(Method("alpha 0.2", Steering.qpilots_u(0.2, rho=RHO)))
     args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "strong_push.csv").open("w", newline="") as file:
+    with replacing(args.out / "strong_push.csv") as new, new.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["seed", "method", "episodes", "success", "low", "high", "steps", "value"])
         for seed, chosen in ((SEED, methods), (FRESH_SEED, again)):
@@ -55,7 +56,6 @@ def main() -> None:
                 numbers = [outcome.rollouts.rate, *outcome.interval, outcome.rollouts.steps.mean(), outcome.value]
                 row = [round(float(number), 4) for number in numbers]
                 writer.writerow([seed, outcome.method.name, outcome.rollouts.success.size, *row])
-                file.flush()
                 print(f"{outcome.method.name:34} {outcome.rollouts.rate:6.1%}  starts of seed {seed}", flush=True)
 
 

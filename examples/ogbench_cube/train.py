@@ -19,6 +19,7 @@ from play_data import PlayData
 from torch import Tensor, nn
 
 from qpilots_fast.demo.ogbench_cube import OBS_DIM, STATE_DIM, CubePolicy, new_policy
+from qpilots_fast.files import replacing
 from qpilots_fast.objectives import IQLLosses, flow_matching_loss, iql_loss, polyak_update
 
 LOG_EVERY = 200
@@ -30,12 +31,14 @@ class Log:
     """Running means of what is logged, as CSV rows and on the screen; after > 0 keeps the rows up to that step."""
 
     def __init__(self, path: Path, fields: tuple[str, ...], after: int = 0) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in csv.DictReader(path.open()) if int(row["step"]) <= after] if after else []
-        self.file = path.open("w", newline="")
-        self.writer = csv.DictWriter(self.file, ("step", "seconds", *fields))
-        self.writer.writeheader()
-        self.writer.writerows(kept)
+        columns = ("step", "seconds", *fields)
+        with replacing(path) as new, new.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(kept)
+        self.file = path.open("a", newline="")
+        self.writer = csv.DictWriter(self.file, columns)
         self.start = time.perf_counter() - (float(kept[-1]["seconds"]) if kept else 0.0)
         self.sums, self.count = dict.fromkeys(fields, 0.0), 0
 

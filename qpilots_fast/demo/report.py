@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..files import replacing
+from ..files import write_figure
 from ..sampler import SteeredSampler
 from ..steering import Steering
 from .methods import (
@@ -105,8 +105,7 @@ def plot(outcomes: list[Outcome], path: Path) -> None:
     right.set_ylabel("critic value of the chosen actions")
     episodes = outcomes[0].rollouts.success.size
     figure.suptitle(f"OGBench cube-single, singletask 1-5: one policy, {episodes} episodes a point")
-    with replacing(path) as new:
-        figure.savefig(new, dpi=130, format="png")
+    write_figure(path, figure, dpi=130)
     plt.close(figure)
 
 
