@@ -70,7 +70,12 @@ def _per_dimension(name: str, bound: Any, action_dim: int, chunk: tuple[int, ...
         flat, fits = flat * (action_dim // len(flat)), True
     if not fits:
         in_chunks = "" if chunk is None or len(chunk) < 2 else f", [{chunk[-1]}] or {list(chunk)}"
-        raise ValueError(f"{name} has shape {list(shape)}; expected a number, None, or [{action_dim}]{in_chunks}.")
+        of_many = len(shape) == 2 and shape[1] == action_dim
+        side = name.removeprefix("action_")
+        cure = f" Of a vector environment give env.single_action_space.{side}." if of_many else ""
+        raise ValueError(
+            f"{name} has shape {list(shape)}; expected a number, None, or [{action_dim}]{in_chunks}.{cure}"
+        )
     return flat
 
 

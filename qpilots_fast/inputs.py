@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,14 +215,20 @@ class Reader:
         if noise is None:
             rows = None if isinstance(obs, Tensor) else common_rows(obs)
             if rows is None and (not isinstance(obs, Tensor) or obs.ndim < 1):
+                of_one = (
+                    " One observation goes in as a batch of one: {key: value[None] for key, value in obs.items()}."
+                    if isinstance(obs, Mapping)
+                    else ""
+                )
                 raise ValueError(
                     f"noise is None and obs is {type(obs).__name__}, so the batch size is unknown; give noise [B, A], "
-                    "or an obs whose tensors all have B rows."
+                    f"or an obs whose tensors all have B rows.{of_one}"
                 )
             if action_dim is None:
                 raise ValueError(
                     "noise is None and no network tells the action width; give noise [B, A], or the sampler bounds of "
-                    "that width (action_low=[-1.0] * A), or, where callables take chunks, a chunk_shape."
+                    "that width (action_low=[-1.0] * A), or, where callables take chunks, a chunk_shape. "
+                    "print(sampler.explain()) says why a network was not recognised."
                 )
             return Layout(self._lead(obs) if rows is None else (rows,), chunk or (action_dim,), chunk)
         lead = self._lead(obs) if self.reads_obs else self._lead_beside(obs, noise)
@@ -303,7 +309,10 @@ class Reader:
             got = getattr(alpha, "dtype", type(alpha).__name__)
             raise TypeError(f"alpha is {got}; expected a floating Tensor or numpy array [B], one strength a row.")
         if tuple(alpha.shape) != layout.lead:
-            raise ValueError(f"alpha has shape {list(alpha.shape)}; expected {list(layout.lead)}, one strength a row.")
+            raise ValueError(
+                f"alpha has shape {list(alpha.shape)}; expected {list(layout.lead)}, one strength a row. "
+                "One for all rows is Steering's alpha, or torch.full."
+            )
         if alpha.device != start.device:
             raise ValueError(f"alpha is on {alpha.device}, noise on {start.device}; expected one device.")
         if not self.steering.steers:

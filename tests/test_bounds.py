@@ -72,6 +72,7 @@ def test_bounds_of_a_step_without_chunks_are_refused_at_the_call():
     "low, high, error, words",
     [
         (LOW[:4], HIGH[:4], ValueError, r"action_low has shape \[4\]"),
+        ([LOW] * 2, [HIGH] * 2, ValueError, r"shape \[2, 6\].*give env\.single_action_space\.low"),
         (LOW, HIGH[:3], ValueError, "expected the same"),
         (HIGH, LOW, ValueError, "expected action_low <= action_high"),
         ([0.5] * 6, [1, 1, 0.4, 1, 1, 1], ValueError, r"0\.5 and action_high 0\.4 at \[2\]"),

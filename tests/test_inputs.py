@@ -325,3 +325,15 @@ def test_a_backend_is_checked_when_it_is_assigned():
     with pytest.raises(ValueError, match="backend is 'gpu'; expected 'auto' or one of"):
         sampler.backend = "gpu"
     assert sampler.backend == "auto"
+
+
+def test_what_says_no_batch_size_ends_with_a_way_out():
+    sampler = SteeredSampler(
+        lambda o, x, t: -x, lambda o, a: a.sum(-1), Steering.qpilots_u(), action_low=[-1.0] * 2, action_high=1.0
+    )
+    obs = {"state": np.zeros(3, np.float32)}
+    with pytest.raises(ValueError, match=r"a batch of one: \{key: value\[None\]"):
+        sampler.act(obs)
+    assert sampler.act({key: value[None] for key, value in obs.items()})[0].shape == (2,)
+    with pytest.raises(ValueError, match=r"one strength a row\. One for all rows is Steering's alpha"):
+        sampler(torch.zeros(2, 3), alpha=0.3)
