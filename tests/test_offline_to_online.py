@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -251,9 +252,15 @@ def test_variants_are_compared_where_they_met_the_same_starts(example, tmp_path,
     assert compare.added(online[0], [])[0] == 0
     compare.main(["--out", str(out)])
     assert capsys.readouterr().out == printed
-    with pytest.raises(SystemExit):
-        compare.main([f"none={tmp_path / 'none'}", "--out", str(out)])
-    assert "has no finished run" in capsys.readouterr().err
+    shutil.rmtree(settings("qpilots_u", tmp_path / "norm", seed=0).folder)  # the file keeps what it has of the run
+    compare.main([f"norm={tmp_path / 'norm'}", "--out", str(out), "--variants", "absolute", "norm"])
+    assert list(csv.DictReader(out.open())) == rows
+    assert "| all, 2 runs | 62 [47, 76] | 38 [24, 53] |" in capsys.readouterr().out
+    nowhere = [f"none={tmp_path / 'none'}"]
+    for wrong, words in ((nowhere, "has no finished run"), (["--variants", "x"], "no runs of ['x']; expected some of")):
+        with pytest.raises(SystemExit):
+            compare.main([*wrong, "--out", str(out)])
+        assert words in capsys.readouterr().err
 
 
 def test_the_ladder_goes_from_u_to_qgf_one_setting_at_a_time(example):

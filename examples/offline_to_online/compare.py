@@ -2,8 +2,10 @@
 
     python -m examples.offline_to_online.compare U=out/norm_match "U, absolute=out/absolute" --out out/finalists.csv
 
-Each argument is a name and the folder of its runs; --out keeps a line a run and phase, and without arguments its tables
-are printed again. Runs of one task and seed meet the same starts under every variant, so differences are taken there.
+Each argument is a name and the folder of its runs; --out keeps a line a run and phase, where a run takes the place of
+its variant's earlier one with that task and seed. Without arguments the tables are printed again. The line of all runs
+takes those that every variant has: name with --variants those that shall be compared. Runs of one task and seed meet
+the same starts under every variant, so differences are taken there.
 """
 
 from __future__ import annotations
@@ -37,6 +39,11 @@ def collect(variant: str, folder: Path) -> list[Row]:
         about = {"variant": variant, "task": config["task"], "seed": str(config["seed"])}
         rows += [about | {key: row[key] for key in COLUMNS[3:]} for row in last.values()]
     return rows
+
+
+def run_of(row: Row) -> tuple[str, str, str]:
+    """What tells its run from others."""
+    return row["variant"], row["task"], row["seed"]
 
 
 def rate(row: Row) -> float:
@@ -96,20 +103,28 @@ def table(rows: list[Row], phase: str) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", metavar="NAME=FOLDER", help="none: the tables of what --out has")
-    parser.add_argument("--out", type=Path, required=True, help="a .csv file; folders that are given take their name's")
+    parser.add_argument("--out", type=Path, required=True, help="a .csv file; what it has of other runs stays")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="those to print, the first as the base; else all")
     args = parser.parse_args(argv)
     rows: list[Row] = list(csv.DictReader(args.out.open())) if args.out.exists() else []
+    names = list(dict.fromkeys([row["variant"] for row in rows] + [given.partition("=")[0] for given in args.folders]))
+    printed = args.variants or names
+    if unknown := set(printed) - set(names):
+        parser.error(f"no runs of {sorted(unknown)}; expected some of {names}.")
     for given in args.folders:
         variant, _, folder = given.partition("=")
         found = collect(variant, Path(folder))
         if not found:
             parser.error(f"{given!r} has no finished run; expected NAME=FOLDER, with FOLDER/TASK/METHOD/SEED/eval.csv.")
-        rows = [row for row in rows if row["variant"] != variant] + found
+        again = {run_of(row) for row in found}
+        rows = [row for row in rows if run_of(row) not in again] + found
+    rows.sort(key=lambda row: (names.index(row["variant"]), row["task"], int(row["seed"])))  # phases stay in order
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(args.out) as new, new.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    rows = [row for name in printed for row in rows if row["variant"] == name]
     for phase in ("offline", "online"):
         if any(row["phase"] == phase for row in rows):
             print("\n".join(["", *table(rows, phase)]))
