@@ -193,7 +193,8 @@ def subjects(draw: Any) -> Subject:
     settings, more_odd = draw(_settings(action_dim, num_steps))
     if settings.get("precision") in ("bfloat16", "float16"):
         steering.pop("num_candidates", None)  # which of two candidates is better may lie below 16 bits
-    if len(steering.get("step_weights") or ()) not in (0, settings["num_steps"]):
+    weights = steering.get("step_weights")
+    if isinstance(weights, tuple) and len(weights) != settings["num_steps"]:
         odd.add("step_weights")
     networks: dict[str, nn.Module | None] = {
         "flow": _from_zoo(draw, FLOWS) if zoo in ("flow", "both") else draw(_own_network("flow", obs_dim, action_dim)),
