@@ -33,7 +33,7 @@ class Carver {
   static std::size_t rounded(std::size_t bytes) { return (bytes + 127) / 128 * 128; }
   template <class T>
   T* take(std::size_t count) {
-    T* piece = reinterpret_cast<T*>(base_ + used_);
+    T* piece = reinterpret_cast<T*>(base_ == nullptr ? nullptr : base_ + used_);
     used_ += rounded(count * sizeof(T));
     return piece;
   }
