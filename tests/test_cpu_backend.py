@@ -186,9 +186,10 @@ def test_activations_over_their_whole_range(backend, monkeypatch, activation, pa
     torch.testing.assert_close(
         value[0, inner].double(), oracle.forward(net.bound(), exact, "float64")[0, inner], rtol=2e-6, atol=1e-7
     )
-    torch.testing.assert_close(
-        slope[inner].double(), oracle.vjp(net.bound(), exact, ones.double(), "float64")[inner], rtol=2e-6, atol=5e-7
-    )
+    expected = oracle.vjp(net.bound(), exact, ones.double(), "float64")
+    torch.testing.assert_close(slope[inner].double(), expected[inner], rtol=2e-6, atol=5e-7)
+    # where there is none, none is left for large weights and a matched norm to make a push of
+    assert (slope[(expected.abs() < 1e-37) & (z.unsqueeze(-1).abs() > 44)].abs() < 1e-34).all()
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -129,7 +129,7 @@ QPILOTS_HD ValueSlope<T> mish(T x) {
 template <class T>
 QPILOTS_HD ValueSlope<T> hyperbolic_tangent(T x) {
   const T magnitude = absolute(x);
-  const T c = minimum(T(20.0f), magnitude);
+  const T c = minimum(T(43.5f), magnitude);  // the slope there is 7e-38: one of 1e-17 is a push where weights are 1e4
   const T e = exp_bounded(T(-2.0f) * c);
   const T ratio = e * reciprocal(T(1.0f) + e);
   const T big = copy_sign(fmadd(T(-2.0f), ratio, T(1.0f)), x);
