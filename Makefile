@@ -30,7 +30,7 @@ test: lint types $(TORCH_2_11_TRITON)
 # parts of the tests, for machines that do not run all of them: another architecture or torch, no compiler
 test-cpu: $(VENV)/.built
 	$(BIN)/python -m pytest -q $(addprefix tests/test_,backends.py chains.py chain_paths.py cpu_backend.py crowd.py \
-	  edits.py params.py quick_call.py sampler.py write_watch.py)
+	  edits.py finish.py inputs.py ops.py params.py quick_call.py sampler.py write_watch.py)
 
 test-pure: $(VENV)/.built
 	$(BIN)/python -m pytest -q $(addprefix tests/test_,reference.py steering.py heads.py objectives.py bounds.py \

@@ -17,6 +17,9 @@ Bounds = tuple[float, float] | tuple[Tensor, Tensor]  # low and high, as torch.c
 class DefaultBound(float):
     """A bound that nobody gave, so that a sampler can say where it clips much."""
 
+    def __init__(self, value: float) -> None:
+        self.plain = float(value)  # torch.compile of 2.6 traces no float() of a subclass
+
     def __reduce__(self) -> tuple[Any, ...]:
         return DefaultBound, (float(self),)
 
@@ -108,6 +111,10 @@ def check_bounds(low: Any, high: Any) -> None:
         raise ValueError(f"action_low is {a:g} and action_high {b:g} at {where}; expected action_low <= action_high.")
 
 
+def _plain(bound: float) -> float:
+    return bound.plain if isinstance(bound, DefaultBound) else float(bound)
+
+
 def box_of(low: Any, high: Any, action_dim: int, chunk: tuple[int, ...] | None = None) -> tuple[Bound, Bound]:
     """What `read_bound` returned, as two floats where all dimensions have the same, else as two tuples [A].
 
@@ -119,7 +126,7 @@ def box_of(low: Any, high: Any, action_dim: int, chunk: tuple[int, ...] | None =
         ValueError: for shapes that do not fit.
     """
     if not isinstance(low, tuple) and not isinstance(high, tuple):
-        return float(low), float(high)
+        return _plain(low), _plain(high)
     rows = [_per_dimension(n, b, action_dim, chunk) for n, b in (("action_low", low), ("action_high", high))]
     if all(number == row[0] for row in rows for number in row):
         return rows[0][0], rows[1][0]

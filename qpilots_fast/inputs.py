@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,7 +179,7 @@ class Reader:
         noise = self._check_noise("noise", as_tensor("noise", noise, self.device), obs)
         posterior_noise = as_tensor("posterior_noise", posterior_noise, self.device)
         layout = self._layout(obs, noise)
-        device = next((v.device for v in (noise, obs) if isinstance(v, Tensor)), self.device)
+        device = _first([v.device for v in (noise, obs) if isinstance(v, Tensor)], self.device)
         dtype = self._dtype(obs, noise)
         if isinstance(obs, Tensor) and obs.dtype == torch.float64 != dtype:
             obs = obs.to(dtype)
@@ -377,6 +377,13 @@ class Reader:
         return start, found[1].movedim(1, 0) if draws_eps else eps, found[-1] if selects else None
 
 
+def _first(values: Iterable[Any], default: Any = None) -> Any:
+    """As next() with a default, which torch.compile of 2.6 does not trace."""
+    for value in values:
+        return value
+    return default
+
+
 def reader_of(sampler: Any, networks: dict[str, Any]) -> Reader:
     """The reader of a SteeredSampler as it is now, for a call that asks these networks."""
     steering = sampler.steering
@@ -384,10 +391,10 @@ def reader_of(sampler: Any, networks: dict[str, Any]) -> Reader:
     asks = {name: steering.asks(name) or (name == "critic" and steering.needs_critic) for name in packed}
     asked = [net for name, net in packed.items() if asks[name]]
     recognised = (own.network for own in sampler._own.values() if own.network is not None)
-    tells = next(iter((*asked, *packed.values(), *recognised)), None)
-    parameter = next(sampler.parameters(), None)
+    tells = _first((*asked, *packed.values(), *recognised))
+    parameter = _first(sampler.parameters())
     device = torch.device("cpu") if parameter is None else parameter.device
     return Reader(
-        steering, sampler.num_steps, tells, bool(asked), device, sampler.chunk_shape,
+        steering, sampler.num_steps, tells, len(asked) > 0, device, sampler.chunk_shape,
         lambda: computes_float64(sampler), bounds_width(sampler.action_low, sampler.action_high),
     )  # fmt: skip
