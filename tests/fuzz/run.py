@@ -40,9 +40,10 @@ def run(number: int, first_seed: int, tally: Tally | None = None) -> Tally:
         max_examples=SAMPLERS_PER_ROUND, deadline=None, database=None, suppress_health_check=list(HealthCheck),
         phases=(Phase.generate, Phase.shrink), print_blob=False, report_multiple_bugs=False,
     )  # fmt: skip
-    threads = torch.get_num_threads()
+    logger = logging.getLogger("qpilots_fast")
+    threads, level = torch.get_num_threads(), logger.level
     torch.set_num_threads(1)  # small matrices: more threads only wait for each other
-    logging.getLogger("qpilots_fast").setLevel(logging.ERROR)
+    logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -50,4 +51,5 @@ def run(number: int, first_seed: int, tally: Tally | None = None) -> Tally:
                 seed(first_seed + tally.calls)(quiet(given(st.data())(one)))()
     finally:
         torch.set_num_threads(threads)
+        logger.setLevel(level)  # later tests of this process read the log
     return tally
