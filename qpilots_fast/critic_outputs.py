@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, MutableSet
+import re
+from collections.abc import Callable, MutableMapping, MutableSet, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -60,12 +61,12 @@ def layout_of(output: Any, batch_size: int, wanted: str = "auto", owner: str = "
             )
         return layouts
     if not isinstance(output, Tensor):
-        entries = output.items() if isinstance(output, dict) else ()
-        key = next((repr(name) for name, value in entries if isinstance(value, Tensor)), "...")
+        keys = keys_of(output, lambda entry: is_value(entry, batch_size))
+        values = taken_out("critic(obs, actions)", keys) if keys else "critic(obs, actions)[...]"
         raise TypeError(
             f"{owner} returned {type(output).__name__}; expected a Tensor [E, B] (or [B, E], [B, 1], [B], a list of "
             f"these) from {owner}(obs, actions). Where the values are inside, take them out: "
-            f"qpilots_fast.as_critic(critic, call=lambda critic, obs, actions: critic(obs, actions)[{key}])."
+            f"qpilots_fast.as_critic(critic, call=lambda critic, obs, actions: {values})."
         )
     shape = tuple(output.shape)
     if shape == (batch_size,):
@@ -90,6 +91,33 @@ def layout_of(output: Any, batch_size: int, wanted: str = "auto", owner: str = "
         f"{owner} returned shape {list(output.shape)} for {b} rows{because}; expected {expected}, or a list or tuple "
         f"of these, from {owner}(obs, actions)."
     )
+
+
+def keys_of(output: Any, is_wanted: Callable[[Any], bool]) -> list[Any]:
+    """Where a dict or a row holds what is wanted: the first, and its like of a dict's, as "q2" is "q1"'s."""
+    if not isinstance(output, dict):
+        entries = output if isinstance(output, (list, tuple)) else ()
+        return [index for index, entry in enumerate(entries) if is_wanted(entry)][:1]
+    found = [key for key, entry in output.items() if is_wanted(entry)]
+    return [key for key in found if _like(output, key) == _like(output, found[0])]
+
+
+def taken_out(call: str, keys: Sequence[Any]) -> str:
+    """Python for what `keys_of` found in what a call returns."""
+    return f"{call}[{keys[0]!r}]" if len(keys) == 1 else f"list(map({call}.get, {tuple(keys)!r}))"
+
+
+def is_value(output: Any, batch_size: int) -> bool:
+    """Whether `layout_of` reads it."""
+    try:
+        layout_of(output, batch_size)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _like(output: dict[Any, Any], key: Any) -> tuple[str, str]:
+    return re.sub(r"\d+", "#", str(key)), describe(output[key])
 
 
 def read_output(output: Any, layout: Layout) -> Tensor:

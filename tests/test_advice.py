@@ -235,6 +235,8 @@ WAYS = {
     ),
     "a dict": (Changed(Q(), after=lambda q: {"loss": 0, "q": q}), "critic", "it returns dict",
                lambda m: lambda o, a: m(o, a)["q"]),
+    "a dict of two": (Changed(Q(), after=lambda q: {"q1": q, "v": 0, "q2": q + 1}), "critic", "it returns dict",
+                      lambda m: lambda o, a: [m(o, a)["q1"], m(o, a)["q2"]]),
     "a tuple": (Changed(Flow(), after=lambda v: ("log", v)), "flow", "it returns tuple of str",
                 lambda m: lambda *blocks: m(*blocks)[1]),
     "columns": (Joined(mlp(S + A, 1), after=torch.cos), "critic", "outputs differ",
@@ -611,9 +613,17 @@ def networks():
 
 
 @pytest.mark.parametrize("wrap", [lambda critic: critic, opaque])
-def test_a_critics_dict_is_taken_apart_as_advised(wrap, networks):
+@pytest.mark.parametrize(
+    "as_dict",
+    [
+        lambda q: {"loss": 0.0, "q_values": q},
+        lambda q: {"q1": q[0], "v": q.mean(0), "q2": q[1]},
+    ],
+    ids=["of all", "of each"],
+)
+def test_a_critics_dict_is_taken_apart_as_advised(wrap, as_dict, networks):
     flow, q = networks
-    critic = wrap(Changed(q, after=lambda q: {"loss": 0.0, "q_values": q}))
+    critic = wrap(Changed(q, after=as_dict))
     with pytest.raises(TypeError, match="critic returned dict") as error:
         SteeredSampler(flow, critic, Steering.qpilots_u())(*inputs())
     code = re.search(r"(qpilots_fast\.as_critic\(.*\))\.$", str(error.value))[1]

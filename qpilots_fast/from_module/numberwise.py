@@ -71,7 +71,7 @@ def _beside_fixed(walk: Walk, operation: Operation, moving: Tensor, fixed: list[
     rows = walk.rows_of(walk.moving_codes(moving).expand(shape), shown(operation))
     codes = None
     if sign < 0:  # what - row
-        negative: list[State] = [Pointwise(s.width, (s,), torch.neg, "neg") for s in rows.states]
+        negative = list(map(_negative, rows.states))
         codes, rows.states = walk.codes.spread(rows, negative), negative
     for tensor, is_scale in ((scale, True), (shift, False)):
         if tensor is None:
@@ -156,7 +156,7 @@ def _beside_rows(walk: Walk, operation: Operation, moving: list[Tensor], shape: 
         which.append(made[pair])
     of = both[1] if both[0].is_spread else both[0]
     of.states, of.which, of.is_spread = states, torch.tensor(which), False
-    if name == "add" and operation.kwargs.get("alpha", 1) != 1:
+    if name in ("add", "sub") and operation.kwargs.get("alpha", 1) != 1:
         raise Refused(f"{shown(operation)} has alpha={operation.kwargs['alpha']}")
     return walk.codes.spread(of, states)
 
@@ -189,16 +189,27 @@ def _of_two(
         raise Refused(f"its {shown(operation)} scales a row by what follows that row, and is no RMSNorm")
     if base_of(first) is base_of(second):
         return Pointwise(first.width, (first, second), _function_of(operation, moving), name)
-    if name == "add":
+    if name in ("add", "sub"):
+        taken = second if name == "sub" else None  # off the other
         if any(state is second for state in lineage(first)):
-            return Add(first.width, (first, second))
-        if any(state is first for state in lineage(second)):
-            return Add(first.width, (second, first))
-        raise Refused(
-            f"its {shown(operation)} adds two rows of which neither is made of the other (a residual connection "
-            "with a Linear on both sides?)"
-        )
+            made, kept = first, second
+        elif any(state is first for state in lineage(second)):
+            made, kept = second, first
+        else:
+            raise Refused(
+                f"its {shown(operation)} adds two rows of which neither is made of the other (a residual connection "
+                "with a Linear on both sides?)"
+            )
+        if taken is None:
+            return Add(made.width, (made, kept))
+        if taken is made:
+            return Add(made.width, (_negative(made), kept))
+        return _negative(Add(made.width, (_negative(made), kept)))
     raise Refused(f"its {shown(operation)} puts two rows together{why(name)}")
+
+
+def _negative(state: State) -> State:
+    return Pointwise(state.width, (state,), torch.neg, "neg")
 
 
 def _scaled(state: State, by: Operand) -> State:

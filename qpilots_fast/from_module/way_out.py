@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..callables import is_list, takes_one_tensor
-from ..critic_outputs import describe, layout_of
+from ..critic_outputs import describe, is_value, keys_of, taken_out
 from .calling import TIMES
 from .proof import batch_size_apart_from, random_blocks
 from .random_states import kept_random_states
@@ -120,11 +120,11 @@ class _Call:
             return
         self.outcome = f"returns {describe(output)}"
         if not _is_read(kind, output, shape):
-            entries = output.items() if isinstance(output, dict) else enumerate(output if _is_row(output) else ())
-            key = next((key for key, entry in entries if _is_read(kind, entry, shape)), None)
-            if key is None:
+            keys = keys_of(output, lambda entry: _is_read(kind, entry, shape))
+            if not keys:
                 return
-            output, self.code, self.as_it_is = output[key], f"{code}[{key!r}]", False
+            self.code, self.as_it_is = taken_out(code, keys), False
+            output = output[keys[0]] if len(keys) == 1 else [output[key] for key in keys]
         self.is_read, self.has_gradient = True, _has_gradient(output, moving)
         if kind == "critic" and isinstance(output, Tensor) and output.ndim == 2 and output.shape[0] == _BATCH:
             self.members = output.shape[1]
@@ -187,11 +187,7 @@ def _is_read(kind: str, output: Any, action_shape: Sequence[int]) -> bool:
     """Whether a sampler reads such an output."""
     if kind != "critic":
         return isinstance(output, Tensor) and tuple(output.shape) == (_BATCH, *action_shape)
-    try:
-        layout_of(output, _BATCH)
-    except (TypeError, ValueError):
-        return False
-    return True
+    return is_value(output, _BATCH)
 
 
 def _has_gradient(output: Any, moving: Tensor) -> bool:

@@ -56,6 +56,21 @@ class LNResnet(nn.Module):
         return self.last(self.act(x))
 
 
+class Descent(nn.Module):
+    """Blocks as steps of gradient descent: what a block makes is taken off the row, and once the row off it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(S + A + 1, H), nn.Linear(H, A)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(H), nn.Linear(H, H), nn.Mish()) for _ in range(3))
+
+    def forward(self, obs: Tensor, actions: Tensor, t: Tensor) -> Tensor:
+        x = self.first(torch.cat([obs, actions, t], -1))
+        for place, block in enumerate(self.blocks):
+            x = block(x) - x if place == 1 else x - block(x)
+        return self.last(F.mish(x))
+
+
 class TwoLayerPreActivation(nn.Module):
     """DPPO's block: activation, Linear, activation, Linear, and the row itself."""
 
@@ -234,6 +249,7 @@ FLOWS = (
     Entry("MaxInfoRL", "adaptive LayerNorm from t", "flow", partial(FilmFlow, adaptive_norm=True)),
     Entry("score_sde", "time added to the first hidden row", "flow", AddedTime),
     Entry("EDM toy", "time multiplied into the first hidden row", "flow", partial(AddedTime, multiplied=True)),
+    Entry("LISTA", "blocks taken off their row", "flow", Descent),
     Entry("CleanDiffuser", "ChiUNet's conditioning on observation and time", "flow", FilmFromObs,
           "hidden rows are added to what follows obs"),
     Entry("Diffusion Policy", "ConditionalUnet1D", "flow", Conv, "convolution"),
