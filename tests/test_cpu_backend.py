@@ -235,6 +235,24 @@ def test_parameter_dtypes_and_strides(backend, dtype):
     assert_close(got, reference(spec, other, obs, noise, draws).actions)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_members_tied_for_the_minimum_share_its_gradient(backend, monkeypatch, path):
+    monkeypatch.setenv(native.ISA_VARIABLE, path)
+    spec, bound, obs, noise, draws = build("u", 9)
+    with torch.no_grad():
+        for layer in bound.critic.layers:
+            for members in (layer.weight, layer.bias):  # the norms' are ones and zeros
+                members[1].copy_(members[0])
+        bound.critic.layers[-1].bias[2].add_(100)  # the third is never the minimum
+    spec = replace(spec, steering=replace(spec.steering, aggregation="min", scale="absolute"))
+    got, want = (
+        backend.sample(Call(spec, bound, obs, noise, draws, return_info=True)),
+        reference(spec, bound, obs, noise, draws),
+    )
+    assert_close(got.actions, want.actions)
+    torch.testing.assert_close(got.report.gradient_norms.double(), want.report.gradient_norms, rtol=1e-3, atol=1e-6)
+
+
 def test_bad_rows_stay_alone(backend):
     spec, bound, obs, noise, draws = build("u", 40)
     clean = backend.sample(Call(spec, bound, obs, noise, draws)).actions

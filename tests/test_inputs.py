@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -184,17 +183,6 @@ def test_seeds_beside_noise():
     ):
         with pytest.raises(error, match=message):
             sampler(case.obs, **arguments)
-
-
-def test_seeds_of_a_large_batch_are_cheap():
-    from qpilots_fast.draws import drawn_by_row
-
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        drawn_by_row(list(range(256)), [(1, 25), (10, 4, 25)])
-        times.append(time.perf_counter() - start)
-    assert min(times) < 20e-3  # 2 to 4 ms on a quiet machine
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
